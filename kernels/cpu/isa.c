@@ -1,0 +1,55 @@
+/*
+ * Which instruction set. One that is not a row here yet (AVX-512, say) takes a file
+ * isa_NAME.c that includes leaf.inc, a line in kernels/CMakeLists.txt and a row, best
+ * first. Its lanes are part of the kind: other lanes, other bits.
+ */
+#include "kernels/cpu/leaf.h"
+
+#include "base/status.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+static bool
+always(void)
+{
+    return true;
+}
+
+#if defined(__x86_64__)
+static bool
+has_avx2(void)
+{
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+           __builtin_cpu_supports("f16c");
+}
+#endif
+
+static const struct {
+    const cpu_isa_t *isa;
+    bool (*present)(void);
+} rows[] = {
+#if defined(__x86_64__)
+    {&cpu_isa_avx2, has_avx2},
+#endif
+    {&cpu_isa_baseline, always},
+};
+
+attn_status_t
+cpu_isa_choose(const cpu_isa_t **isa_p)
+{
+    const char *asked = getenv("ATTN_CPU_ISA");
+
+    for (size_t i = 0; i < sizeof(rows) / sizeof(rows[0]); i++) {
+        bool named = asked == NULL || *asked == 0 || strcmp(asked, rows[i].isa->name) == 0;
+        if (named && rows[i].present()) {
+            *isa_p = rows[i].isa;
+            return ATTN_OK;
+        }
+    }
+    return attn_fail(
+        ATTN_ERR_UNSUPPORTED,
+        "ATTN_CPU_ISA asks for \"%s\": this build has avx2 (with fma and f16c, where the "
+        "machine has them) and baseline",
+        asked);
+}

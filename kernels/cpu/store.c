@@ -1,0 +1,187 @@
+/* New k and v into pages: scatter, compare, copy. */
+#include "kernels/cpu/attend.h"
+
+#include "base/status.h"
+
+#include <string.h>
+
+/* Rows of a task, and the bytes from which more than one thread pays. */
+#define TASK_ROWS 64u
+#define PARALLEL_BYTES (256u << 10)
+
+typedef struct store_job {
+    const attn_kv_t *kv;
+    const uint32_t *pages, *offsets;
+    const uint8_t *k, *v;
+    uint64_t n;
+    bool compare;
+    atomic_bool differ;
+} store_job_t;
+
+/* Is any of n elements a NaN or infinite: its exponent all ones? */
+static bool
+any_not_finite(const void *data, attn_dtype_t dtype, uint64_t n)
+{
+    uint32_t bad = 0;
+
+    if (dtype == ATTN_F32) {
+        const uint32_t *x = data;
+        for (uint64_t i = 0; i < n; i++) {
+            bad |= (x[i] & 0x7f800000u) == 0x7f800000u;
+        }
+    } else {
+        const uint16_t *x       = data;
+        const uint16_t exponent = dtype == ATTN_F16 ? 0x7c00u : 0x7f80u;
+        for (uint64_t i = 0; i < n; i++) {
+            bad |= (x[i] & exponent) == exponent;
+        }
+    }
+    return bad != 0;
+}
+
+static attn_status_t
+check_finite(const attn_kv_t *kv, const char *name, const void *data, uint64_t n, uint32_t d)
+{
+    uint64_t row = (uint64_t)kv->kv_heads * d;
+    size_t bytes = row * attn_dtype_size(kv->dtype);
+
+    for (uint64_t i = 0; i < n; i++) {
+        if (any_not_finite((const uint8_t *)data + i * bytes, kv->dtype, row)) {
+            return attn_fail(ATTN_ERR_NUMERIC, "%s of new token %llu holds a NaN or an infinity",
+                             name, (unsigned long long)i);
+        }
+    }
+    return ATTN_OK;
+}
+
+static attn_status_t
+check_places(const attn_kv_t *kv, const uint32_t *pages, const uint32_t *offsets, uint64_t n)
+{
+    for (uint64_t i = 0; i < n; i++) {
+        if (pages[i] >= kv->n_pages || offsets[i] >= kv->page_size) {
+            return attn_fail(
+                ATTN_ERR_INVALID,
+                "new token %llu goes to page %u, offset %u: the cache has %llu pages of %u",
+                (unsigned long long)i, pages[i], offsets[i], (unsigned long long)kv->n_pages,
+                kv->page_size);
+        }
+    }
+    return ATTN_OK;
+}
+
+/* One row of K or V: to or against its place, head by head. False if compared and different. */
+static bool
+move_row(const store_job_t *job, void *store, uint64_t page_stride, uint32_t d, const uint8_t *row,
+         uint64_t i)
+{
+    const attn_kv_t *kv = job->kv;
+    size_t size = attn_dtype_size(kv->dtype), bytes = d * size;
+    uint8_t *to = (uint8_t *)store + job->pages[i] * page_stride * size + job->offsets[i] * bytes;
+
+    for (uint32_t h = 0; h < kv->kv_heads; h++, row += bytes, to += kv->page_size * bytes) {
+        if (!job->compare) {
+            memcpy(to, row, bytes);
+        } else if (memcmp(to, row, bytes) != 0) {
+            return false;
+        }
+    }
+    return true;
+}
+
+static void
+move_rows(void *arg, uint32_t task, uint32_t participant)
+{
+    store_job_t *job    = arg;
+    const attn_kv_t *kv = job->kv;
+    uint64_t size       = attn_dtype_size(kv->dtype);
+    uint64_t first      = (uint64_t)task * TASK_ROWS;
+    uint64_t end        = first + TASK_ROWS < job->n ? first + TASK_ROWS : job->n;
+
+    (void)participant;
+    for (uint64_t i = first; i < end; i++) {
+        if (!move_row(job, kv->k, kv->k_page_stride, kv->head_dim_k,
+                      job->k + i * kv->kv_heads * kv->head_dim_k * size, i) ||
+            !move_row(job, kv->v, kv->v_page_stride, kv->head_dim_v,
+                      job->v + i * kv->kv_heads * kv->head_dim_v * size, i)) {
+            atomic_store_explicit(&job->differ, true, memory_order_relaxed);
+            return;
+        }
+    }
+}
+
+static void
+run_store(attn_backend_t *backend, store_job_t *job)
+{
+    const attn_kv_t *kv = job->kv;
+    uint64_t bytes =
+        job->n * kv->kv_heads * (kv->head_dim_k + kv->head_dim_v) * attn_dtype_size(kv->dtype);
+    uint32_t n_tasks = (uint32_t)((job->n + TASK_ROWS - 1) / TASK_ROWS);
+
+    if (bytes < PARALLEL_BYTES) {
+        cpu_pool_run_inline(n_tasks, move_rows, job);
+    } else {
+        cpu_pool_run(((cpu_backend_t *)backend)->pool, n_tasks, move_rows, job);
+    }
+}
+
+attn_status_t
+cpu_append(attn_backend_t *backend, const attn_kv_t *kv, const uint32_t *pages,
+           const uint32_t *offsets, uint64_t n, const void *k, const void *v)
+{
+    store_job_t job = {.kv = kv, .pages = pages, .offsets = offsets, .k = k, .v = v, .n = n};
+    attn_status_t status;
+
+    /* All is looked at before anything is stored. */
+    if ((status = check_places(kv, pages, offsets, n)) != ATTN_OK ||
+        (status = check_finite(kv, "k", k, n, kv->head_dim_k)) != ATTN_OK ||
+        (status = check_finite(kv, "v", v, n, kv->head_dim_v)) != ATTN_OK) {
+        return status;
+    }
+    run_store(backend, &job);
+    return ATTN_OK;
+}
+
+attn_status_t
+cpu_compare(attn_backend_t *backend, const attn_kv_t *kv, const uint32_t *pages,
+            const uint32_t *offsets, uint64_t n, const void *k, const void *v, bool *equal_p)
+{
+    store_job_t job = {
+        .kv = kv, .pages = pages, .offsets = offsets, .k = k, .v = v, .n = n, .compare = true};
+    attn_status_t status = check_places(kv, pages, offsets, n);
+
+    if (status == ATTN_OK) {
+        run_store(backend, &job);
+        *equal_p = !atomic_load(&job.differ);
+    }
+    return status;
+}
+
+static void
+copy_tokens(const attn_kv_t *kv, void *store, uint64_t page_stride, uint32_t d, uint32_t from,
+            uint32_t to, uint32_t tokens)
+{
+    size_t size = attn_dtype_size(kv->dtype), head = (size_t)kv->page_size * d * size;
+    uint8_t *base = store;
+
+    for (uint32_t h = 0; h < kv->kv_heads; h++) {
+        memcpy(base + to * page_stride * size + h * head,
+               base + from * page_stride * size + h * head, tokens * d * size);
+    }
+}
+
+attn_status_t
+cpu_copy_page(attn_backend_t *backend, const attn_kv_t *kv, uint32_t from, uint32_t to,
+              uint32_t tokens)
+{
+    (void)backend;
+    if (from >= kv->n_pages || to >= kv->n_pages || tokens > kv->page_size) {
+        return attn_fail(ATTN_ERR_INVALID,
+                         "%u tokens of page %u to page %u: the cache has %llu pages of %u", tokens,
+                         from, to, (unsigned long long)kv->n_pages, kv->page_size);
+    }
+    if (from != to) {
+        copy_tokens(kv, kv->k, kv->k_page_stride, kv->head_dim_k, from, to, tokens);
+        copy_tokens(kv, kv->v, kv->v_page_stride, kv->head_dim_v, from, to, tokens);
+    }
+    return ATTN_OK;
+}

@@ -1,0 +1,147 @@
+/* Which tokens of a leaf are read, and where they lie: masks, sparse lists, page tables. */
+#include "kernels/cpu/attend.h"
+
+#include "base/checked.h"
+
+#include <string.h>
+
+/* The tokens of the leaf that some row sees: [first, end). */
+typedef struct hull {
+    int32_t first, end;
+    bool full; /* each row sees all of it */
+} hull_t;
+
+static int32_t
+clamp(int64_t x, int32_t top)
+{
+    return x < 0 ? 0 : x > top ? top : (int32_t)x;
+}
+
+/* Causality and window: what a row sees of a leaf is one range of slots. */
+static hull_t
+mask_rows(const cpu_attend_t *x, const cpu_scratch_t *scratch, const attn_work_t *work,
+          const attn_leaf_t *at)
+{
+    const attn_problem_t *problem = &x->plan->problem;
+    int32_t tokens                = (int32_t)at->tokens;
+    int64_t window                = (int64_t)attn_min(problem->window, INT32_MAX);
+    hull_t hull                   = {.first = tokens, .end = 0, .full = true};
+
+    for (uint32_t r = 0; r < work->rows; r++) {
+        int64_t behind = scratch->position[r] - at->position; /* slot of the query's own position */
+        int32_t lo     = problem->window > 0 ? clamp(behind - window + 1, tokens) : 0;
+        int32_t hi     = problem->causal ? clamp(behind + 1, tokens) : tokens;
+        scratch->lo[r] = lo;
+        scratch->hi[r] = hi;
+        scratch->distance[r] = (int32_t)-behind;
+        if (lo < hi) {
+            hull.full  = hull.full && (r == 0 || (lo == hull.first && hi == hull.end));
+            hull.first = lo < hull.first ? lo : hull.first;
+            hull.end   = hi > hull.end ? hi : hull.end;
+        } else {
+            hull.full = false;
+        }
+    }
+    return hull;
+}
+
+/* The pages listed for a head: a cursor over them for the pages of one leaf. */
+typedef struct listed {
+    const uint32_t *at, *end;
+} listed_t;
+
+static listed_t
+list_from(const attn_problem_entry_t *entry, uint32_t kv_head, uint64_t page)
+{
+    uint32_t list        = entry->n_lists == 1 ? 0 : kv_head;
+    const uint32_t *low  = entry->sparse_pages + entry->sparse_indptr[list];
+    const uint32_t *end  = entry->sparse_pages + entry->sparse_indptr[list + 1];
+    const uint32_t *high = end;
+
+    while (low < high) {
+        const uint32_t *middle = low + (high - low) / 2;
+        if (*middle < page) {
+            low = middle + 1;
+        } else {
+            high = middle;
+        }
+    }
+    return (listed_t){.at = low, .end = end};
+}
+
+static bool
+is_listed(listed_t *list, uint64_t page)
+{
+    while (list->at < list->end && *list->at < page) {
+        list->at++;
+    }
+    return list->at < list->end && *list->at == page;
+}
+
+/* Append the tokens [from, to) of the leaf, which lie in one page, to the list. */
+static void
+take_tokens(const cpu_attend_t *x, const cpu_scratch_t *scratch, const attn_leaf_t *at,
+            uint32_t kv_head, uint32_t from, uint32_t to, cpu_leaf_t *leaf)
+{
+    const attn_kv_t *kv = x->kv;
+    uint64_t size       = attn_dtype_size(kv->dtype);
+    uint64_t page       = at->run->pages[(at->first + from) / kv->page_size];
+    uint64_t token      = (at->first + from) % kv->page_size;
+    uint64_t place      = (uint64_t)kv_head * kv->page_size + token;
+    uint64_t k_size = kv->head_dim_k * size, v_size = kv->head_dim_v * size;
+    const uint8_t *k = (const uint8_t *)kv->k + page * kv->k_page_stride * size + place * k_size;
+    const uint8_t *v = (const uint8_t *)kv->v + page * kv->v_page_stride * size + place * v_size;
+    uint32_t n       = leaf->n;
+
+    for (uint32_t slot = from; slot < to; slot++, n++, k += k_size, v += v_size) {
+        scratch->k[n]    = k;
+        scratch->v[n]    = v;
+        scratch->slot[n] = (uint8_t)slot;
+    }
+    leaf->n = n;
+}
+
+void
+cpu_tokens_of(const cpu_attend_t *x, const cpu_scratch_t *scratch, const attn_work_t *work,
+              uint32_t kv_head, const attn_leaf_t *at, cpu_leaf_t *leaf)
+{
+    uint32_t e                        = x->plan->members[work->member_first].entry;
+    const attn_problem_entry_t *entry = &x->plan->problem.entries[e];
+    uint32_t page_size                = x->kv->page_size;
+    hull_t hull                       = mask_rows(x, scratch, work, at);
+    bool sparse                       = entry->n_lists > 0;
+    uint64_t pages                    = attn_div_up(x->kv->chunk_size, page_size); /* of a chunk */
+    uint64_t page_base                = at->run->chunk * pages;
+    uint32_t first = (uint32_t)hull.first, end = (uint32_t)hull.end;
+    listed_t list = {0};
+
+    leaf->k       = scratch->k;
+    leaf->v       = scratch->v;
+    leaf->slot    = scratch->slot;
+    leaf->present = sparse ? scratch->present : NULL;
+    leaf->full    = hull.full;
+    leaf->n       = 0;
+    if (sparse) {
+        list = list_from(entry, kv_head, page_base + (at->first + first) / page_size);
+        memset(scratch->present, 0, CPU_LEAF * sizeof(*scratch->present));
+    }
+    for (uint32_t from = first; from < end;) {
+        uint32_t page = (at->first + from) / page_size;
+        uint32_t to   = (uint32_t)attn_min((uint64_t)(page + 1) * page_size - at->first, end);
+        uint32_t take = from;
+        if (sparse && !is_listed(&list, page_base + page)) {
+            /* Of a page that is not listed, only what lies at dense_from or beyond. */
+            uint64_t position = (uint64_t)at->position;
+            take              = entry->dense_from <= position + from
+                                    ? from
+                                    : (uint32_t)attn_min(entry->dense_from - position, to);
+        }
+        if (take < to) {
+            take_tokens(x, scratch, at, kv_head, take, to, leaf);
+        }
+        if (sparse && take < to) {
+            memset(scratch->present + take, 0xff, (to - take) * sizeof(*scratch->present));
+        }
+        from = to;
+    }
+}

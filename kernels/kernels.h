@@ -1,0 +1,240 @@
+/*
+ * kernels.h: attention, merge, append and copy over paged KV, as one table of
+ * operations per backend. Knows nothing of networks, sequences or steps.
+ *
+ * The problem is given in lengths and page lists (attn_problem_t). From it alone
+ * balancer/plan.h makes an attn_plan_t, which every layer with the same window and
+ * causality reuses; a backend executes the plan. The plan decides who computes a
+ * leaf, never what a leaf is: see docs/numerics.md.
+ *
+ * The words (leaf, chunk, partial, merge) are those of docs/numerics.md.
+ */
+#ifndef ATTN_KERNELS_H
+#define ATTN_KERNELS_H
+
+#include "base/attn_types.h"
+
+/* ---- the merge tree (docs/numerics.md) ---- */
+
+/*
+ * Chunk c belongs to lane c % 64. The tree is binary over c / 64 inside a lane, then
+ * over the lanes in bit-reversed order. That is one binary trie over 32-bit keys:
+ *     key(c) = bit_reverse_6(c % 64) << 26 | c / 64
+ * A node is (level, key >> level): level 0 is a chunk, level 32 the root. Absent
+ * nodes are empty states, and merging with empty copies, so the number of chunks
+ * need not be known. Chunks are numbered below 2^32.
+ */
+typedef struct attn_node {
+    uint32_t level; /**< 0 to 32 */
+    uint32_t index; /**< key >> level */
+} attn_node_t;
+
+uint32_t attn_tree_key(uint32_t chunk);
+uint32_t attn_tree_chunk(uint32_t key);
+
+/** Level of the lowest common ancestor of two different keys: 1 to 32. */
+uint32_t attn_tree_lca(uint32_t key_a, uint32_t key_b);
+
+/**
+ * The maximal nodes all of whose present chunks are owned: what one owner sends.
+ *
+ * @param mine    [n_mine] chunk numbers owned, any order, no duplicates
+ * @param others  [n_others] chunk numbers present elsewhere
+ * @param nodes   [n_mine] room; filled in ascending key order
+ * @return number of nodes: at most n_mine; 0 if n_mine is 0. With n_others = 0 it is 1 (the root).
+ */
+uint32_t attn_tree_frontier(const uint32_t *mine, uint32_t n_mine, const uint32_t *others,
+                            uint32_t n_others, attn_node_t *nodes);
+
+/* ---- states ---- */
+
+/*
+ * Strided view of partials of many rows, as kernels keep them: row r at
+ * a + r * a_stride, l[r], e[r]. attn_state_t of attn.h is the packed case.
+ * The exact operations are the same on every backend and in libattn.
+ */
+
+/** into = merge(into, from) for one row. No contraction, no flushing of subnormals. */
+void attn_state_merge_row(float *a_into, float *l_into, int32_t *e_into, const float *a_from,
+                          float l_from, int32_t e_from, uint32_t d);
+
+/** 2^k exactly, for k <= 0; 0 below -126. */
+float attn_exp2i(int32_t k);
+
+/** log2 of a positive finite float by our own routine: the same operations everywhere. */
+float attn_log2(float x);
+
+/** e^x for finite float x in double, own routine, for sinks: returned as state (l, e) with l in [1,
+ * 2). */
+void attn_state_of_sink(float sink, float *l, int32_t *e);
+
+/** o[d] = A / l, or zeros if empty. sink_or_null adds a sink before the division. */
+void attn_state_finish_row(const float *a, float l, int32_t e, uint32_t d,
+                           const float *sink_or_null, float *o, float *lse_or_null);
+
+/** State of (o[d], lse): l in [1, 2), A = o * l. */
+void attn_state_from_row(const float *o, float lse, uint32_t d, float *a, float *l, int32_t *e);
+
+/* ---- element types ---- */
+
+/** Convert n elements between dtypes: round to nearest even; NaN stays NaN; f16 overflow gives inf.
+ */
+void attn_convert(void *to, attn_dtype_t to_type, const void *from, attn_dtype_t from_type,
+                  uint64_t n);
+
+/* ---- the problem ---- */
+
+/** KV of one layer of one cache in a slab: what kernels read and write. */
+typedef struct attn_kv {
+    void *k;                /**< [pages][kv_heads][page_size][head_dim_k], 16-byte aligned */
+    void *v;                /**< [pages][kv_heads][page_size][head_dim_v], 16-byte aligned */
+    uint64_t k_page_stride; /**< elements from page to page */
+    uint64_t v_page_stride;
+    uint64_t n_pages; /**< page indices are below this */
+    attn_dtype_t dtype;
+    uint32_t kv_heads, head_dim_k, head_dim_v;
+    uint32_t page_size;  /**< tokens */
+    uint32_t chunk_size; /**< tokens */
+} attn_kv_t;
+
+/** The part of a sequence in one chunk that this worker holds: one BSR row. */
+typedef struct attn_kv_run {
+    uint32_t chunk;        /**< number c of the chunk in its sequence: its first token stands at c *
+                              chunk_size */
+    uint32_t length;       /**< tokens, 1 to chunk_size: committed and the step's own */
+    const uint32_t *pages; /**< [ceil(length / page_size)] page indices */
+} attn_kv_run_t;
+
+/** One sequence of the batch, as far as this worker holds it. */
+typedef struct attn_problem_entry {
+    uint64_t kv_length; /**< tokens of the whole sequence, the step's own included */
+    uint32_t n_q;       /**< query i stands at position kv_length - n_q + i */
+    uint32_t n_runs;
+    const attn_kv_run_t *runs; /**< [n_runs] ascending in chunk; chunks held elsewhere are absent */
+    /** Nodes to answer with, ascending in key; n_nodes = 0 answers with O (all KV is here). */
+    uint32_t n_nodes;
+    const attn_node_t *nodes;
+    /** Block-sparse: as attn_entry_t, page numbers of the sequence; n_lists = 0 is dense.
+     * Positions from dense_from on (the step's own tokens) are attended to in any case. */
+    uint32_t n_lists;
+    const uint32_t *sparse_indptr;
+    const uint32_t *sparse_pages;
+    uint64_t dense_from;
+} attn_problem_entry_t;
+
+typedef struct attn_problem {
+    uint32_t n;
+    const attn_problem_entry_t *entries;
+    uint32_t q_heads, kv_heads, head_dim_k, head_dim_v;
+    uint32_t page_size, chunk_size;
+    /* Of the layers that share this plan: */
+    uint64_t window; /**< 0: none */
+    bool causal;
+} attn_problem_t;
+
+/* ---- the plan ---- */
+
+typedef struct attn_plan attn_plan_t; /* kernels/plan_types.h; made by balancer/plan.h */
+
+/* ---- the backend table ---- */
+
+/**
+ * Where the answer of one attend goes. Rows of o and lse are packed over those entries,
+ * in order, that answer with O: an entry with nodes takes no room in them. Counts are in
+ * attn_plan_describe().
+ */
+typedef struct attn_answer {
+    void *o; /**< [o_rows][q_heads][head_dim_v] of o_dtype; NULL if there are none, or not wanted */
+    attn_dtype_t o_dtype;
+    float *lse; /**< [o_rows][q_heads]; or NULL */
+    /** Partials: for each entry with nodes, in order, for each node, for each query, for each head.
+     */
+    float *a;   /**< [states][head_dim_v] */
+    float *l;   /**< [states] */
+    int32_t *e; /**< [states] */
+} attn_answer_t;
+
+typedef struct attn_backend attn_backend_t;
+
+/** A backend: a row of the table. cpu now; cuda and fault take their place beside it. */
+typedef struct attn_backend_ops {
+    const char *name; /**< "cpu" */
+
+    /**
+     * Open the device.
+     * @param threads  worker threads, 0: one per core
+     * @return ATTN_ERR_UNSUPPORTED  no such device here
+     */
+    attn_status_t (*open)(uint32_t threads, attn_backend_t **backend_p);
+    void (*close)(attn_backend_t *backend);
+
+    /** The kind of arithmetic: name, instruction set, kernel version, leaf sizes
+     * for few and many rows ("cpu-avx2/1/128-128"). Equal kinds give equal bits. Static. */
+    const char *(*kind)(const attn_backend_t *backend);
+
+    /** Tokens of a leaf: of requests up to 64 packed rows, and of larger ones. Powers of two. */
+    void (*leaf_sizes)(const attn_backend_t *backend, uint32_t *few, uint32_t *many);
+
+    uint32_t (*parallelism)(
+        const attn_backend_t *backend); /**< threads or CTAs that a plan is cut for */
+
+    /** Bytes per second that all threads read memory with, for the cost model: measured by the
+     * call, in some milliseconds. */
+    double (*read_bandwidth)(const attn_backend_t *backend);
+
+    /** Can the shape be served? @return ATTN_ERR_UNSUPPORTED with the list of what exists */
+    attn_status_t (*supports)(const attn_backend_t *backend, const attn_geometry_t *geometry);
+
+    /** Memory of the device for KV, zeroed, 4,096-byte aligned. @return ATTN_ERR_NO_MEMORY */
+    attn_status_t (*slab_alloc)(attn_backend_t *backend, uint64_t bytes, void **slab_p);
+    void (*slab_free)(attn_backend_t *backend, void *slab, uint64_t bytes);
+
+    /**
+     * Store n rows: k, v row i goes to token offsets[i] of page pages[i].
+     *
+     * @param k  [n][kv_heads][head_dim_k] of the cache's dtype, packed
+     * @param v  [n][kv_heads][head_dim_v]
+     * @return ATTN_ERR_NUMERIC  NaN or infinity in k or v; nothing was stored
+     * @return ATTN_ERR_INVALID  a page or offset that the cache does not have
+     */
+    attn_status_t (*append)(attn_backend_t *backend, const attn_kv_t *kv, const uint32_t *pages,
+                            const uint32_t *offsets, uint64_t n, const void *k, const void *v);
+
+    /** As append, but compares: *equal_p tells whether the rows stored are these, bit for bit. */
+    attn_status_t (*compare)(attn_backend_t *backend, const attn_kv_t *kv, const uint32_t *pages,
+                             const uint32_t *offsets, uint64_t n, const void *k, const void *v,
+                             bool *equal_p);
+
+    /** Copy the first `tokens` tokens of page `from` to page `to`, one layer. */
+    attn_status_t (*copy_page)(attn_backend_t *backend, const attn_kv_t *kv, uint32_t from,
+                               uint32_t to, uint32_t tokens);
+
+    /** Bytes that attend needs for this plan. */
+    uint64_t (*workspace_bytes)(const attn_backend_t *backend, const attn_plan_t *plan);
+
+    /**
+     * Attend: one layer of one step, as the plan has it. Allocates nothing.
+     *
+     * Several attends may run at once, each with a workspace of its own.
+     *
+     * @param layer      scale (0: default), softcap, slopes, sinks; window and causal as planned
+     * @param q          [rows][q_heads][head_dim_k] of q_dtype, packed
+     * @param workspace  workspace_bytes, 64-byte aligned
+     * @return ATTN_ERR_NUMERIC  NaN in q, |logit * log2 e| above 2^30, or a non-finite sum: names
+     *                           entry, query and head; answers are undefined
+     * @return ATTN_ERR_INVALID  a scale, softcap, slope or sink that is out of range
+     */
+    attn_status_t (*attend)(attn_backend_t *backend, const attn_plan_t *plan, const attn_kv_t *kv,
+                            const attn_layer_t *layer, const void *q, attn_dtype_t q_dtype,
+                            void *workspace, const attn_answer_t *answer);
+} attn_backend_ops_t;
+
+struct attn_backend {
+    const attn_backend_ops_t *ops; /* first member of every backend's own struct */
+};
+
+/** The row of that name, or NULL. Names: attn_backend_name(0), (1), ... until NULL. */
+const attn_backend_ops_t *attn_backend_find(const char *name);
+const char *attn_backend_name(uint32_t i);
+
+#endif
