@@ -1,0 +1,165 @@
+/*
+ * engine.h: one worker without a network: the store, the plans, the kernels and the steps
+ * of one device. The worker daemon puts it behind rpc; libattn links it for inproc://.
+ *
+ * A step here is the worker's part of a step: begin checks and reserves,
+ * run stores k, v of one layer and attends, commit publishes, abort returns everything. A
+ * run may be repeated: the same k, v are compared with what is stored.
+ *
+ * Threads: all functions may be called from any thread. The store is under one lock, never
+ * held while kernels run. Runs of different steps go in parallel; the runs, commit and abort
+ * of one step are taken one at a time.
+ */
+#ifndef ATTN_ENGINE_H
+#define ATTN_ENGINE_H
+
+#include "base/attn_types.h"
+#include "kernels/kernels.h"
+#include "kvstore/kvstore.h"
+
+#include <sys/uio.h>
+
+#define ENGINE_LAYERS_MAX 1024u
+#define ENGINE_ROWS_MAX (1u << 20) /* query rows, and new tokens, of a step */
+#define ENGINE_TIMEOUT_MS_MAX 600000u
+
+typedef struct engine engine_t;
+
+typedef struct engine_options {
+    const char *backend; /**< "cpu" */
+    uint32_t threads;    /**< 0: one per core */
+    uint64_t slab_bytes; /**< KV memory, at least 4,096; rounded down to a multiple of that */
+    const char *name;    /**< of the worker, in error sentences */
+} engine_options_t;
+
+/** @return ATTN_ERR_UNSUPPORTED backend, ATTN_ERR_INVALID slab_bytes below 4,096 or too many
+ * threads, ATTN_ERR_NO_MEMORY slab */
+attn_status_t engine_create(const engine_options_t *options, engine_t **engine_p);
+void engine_destroy(engine_t *engine); /* open steps abort; NULL is allowed */
+
+typedef struct engine_info {
+    const char *kind;
+    double read_bandwidth;
+    uint64_t slab_bytes, region_bytes, used_bytes;
+    uint64_t chunks, open_steps, caches;
+    uint64_t runs, kv_bytes; /**< since start */
+} engine_info_t;
+
+void engine_describe(engine_t *engine, engine_info_t *info);
+
+/* ---- caches and chunks: the coordinator's calls ---- */
+
+/** The epoch known here grows to `epoch`; a request with an older one is refused: ATTN_ERR_STALE.
+ * 0 is not checked. */
+attn_status_t engine_check_epoch(engine_t *engine, uint64_t epoch);
+void engine_set_epoch(engine_t *engine, uint64_t epoch);
+
+/**
+ * Take a region for a cache. Opening it again with the same geometry is ATTN_OK.
+ * @param geometry  complete (directory_geometry_check); copied
+ * @return ATTN_ERR_UNSUPPORTED, ATTN_ERR_EXHAUSTED, ATTN_ERR_EXISTS
+ */
+attn_status_t engine_cache_open(engine_t *engine, uint64_t cache, const attn_geometry_t *geometry,
+                                kv_region_info_t *info);
+/** Open steps on it abort. @return ATTN_ERR_NOT_FOUND */
+attn_status_t engine_cache_close(engine_t *engine, uint64_t cache);
+/** Close every cache: the coordinator that made them is gone. */
+void engine_caches_close(engine_t *engine);
+
+attn_status_t engine_chunk_fork(engine_t *engine, uint64_t cache, uint64_t from, uint32_t length,
+                                uint64_t to);
+attn_status_t engine_chunk_truncate(engine_t *engine, uint64_t cache, uint64_t chunk,
+                                    uint32_t generation, uint32_t length, uint32_t *generation_p);
+/** Missing chunks count as released: no step can make them any more (the last few thousand are
+ * remembered). @return ATTN_ERR_BUSY: others are released all the same */
+attn_status_t engine_chunks_release(engine_t *engine, uint64_t cache, const uint64_t *chunks,
+                                    uint32_t n);
+/** infos[n]; generation 0: not here. in_step[n_seqs]: is a step open on seqs[i]. */
+attn_status_t engine_chunks_describe(engine_t *engine, uint64_t cache, const uint64_t *chunks,
+                                     uint32_t n, kv_chunk_info_t *infos, const uint64_t *seqs,
+                                     uint32_t n_seqs, bool *in_step);
+
+/* ---- steps ---- */
+
+/** One sequence of a batch as far as this worker owns it. */
+typedef struct engine_entry {
+    uint64_t seq;
+    uint64_t base;
+    uint32_t n_q;   /**< queries sent here: the entry's, or 0 */
+    uint32_t n_new; /**< new tokens of the whole entry */
+    uint32_t n_chunks;
+    const kv_step_chunk_t *chunks; /**< ascending in number; n_new of each is what is stored here */
+    uint32_t n_nodes;              /**< partials wanted; 0: answers with O */
+    const attn_node_t *nodes;
+    uint32_t n_lists; /**< block-sparse, as attn_entry_t */
+    const uint32_t *sparse_indptr;
+    const uint32_t *sparse_pages;
+} engine_entry_t;
+
+typedef struct engine_batch {
+    uint64_t epoch; /**< 0: not checked */
+    uint64_t cache;
+    uint64_t step_id; /**< not 0 */
+    uint32_t n;
+    const engine_entry_t *entries;
+    attn_dtype_t q_dtype, o_dtype;
+    bool want_lse;
+    uint64_t deadline_ns; /**< the step aborts then */
+} engine_batch_t;
+
+/** Sizes of every run's tensors: what a transport must move. Bytes. */
+typedef struct engine_sizes {
+    uint64_t q, k, v; /**< q rows sent here; k, v rows stored here */
+    uint64_t o, lse;  /**< of the entries that answer with O; lse 0 unless wanted */
+    uint64_t states;  /**< partials: e, l of 4 bytes each, A of 4 * head_dim_v */
+    uint64_t answer;  /**< o + lse + states * (8 + 4 * head_dim_v): the wire's order */
+} engine_sizes_t;
+
+/**
+ * Begin. Everything is copied. The same step_id with the same batch again is ATTN_OK.
+ * @return as kv_step_begin, and ATTN_ERR_STALE epoch, ATTN_ERR_NOT_FOUND cache,
+ *         ATTN_ERR_INVALID rows above ENGINE_ROWS_MAX, pages, nodes
+ */
+attn_status_t engine_step_begin(engine_t *engine, const engine_batch_t *batch,
+                                engine_sizes_t *sizes);
+
+/** @return ATTN_ERR_NOT_FOUND, or ATTN_ERR_ABORTED if it was aborted a short while ago and says why
+ */
+attn_status_t engine_step_sizes(engine_t *engine, uint64_t step_id, engine_sizes_t *sizes);
+
+/**
+ * One layer.
+ *
+ * @param q       sizes.q bytes, packed, aligned to its elements; NULL: store only
+ * @param k, v    sizes.k, sizes.v bytes, likewise; both NULL: ask again about a stored layer
+ * @param answer  sizes.answer bytes, 16-byte aligned, written in the wire's order: o, lse, all
+ *                e, all l, all A; may be NULL with q
+ * @param sizes   what the tensors were made for: their q, k, v and answer are compared with the
+ *                step's; NULL: the caller knows that this is the step that it began
+ *
+ * @return ATTN_ERR_INVALID layer, or one of k, v alone; ATTN_ERR_CONFLICT, ATTN_ERR_NUMERIC,
+ * ATTN_ERR_ABORTED, ATTN_ERR_INCOMPLETE q without k, v for a layer that was not stored
+ */
+attn_status_t engine_step_run(engine_t *engine, uint64_t step_id, uint32_t layer, const void *q,
+                              const void *k, const void *v, void *answer,
+                              const engine_sizes_t *sizes);
+
+/**
+ * Publish the first accepted[i] new tokens of each entry (of the whole entry: tokens that other
+ * workers store count); NULL: all. Committing a step that was committed is ATTN_OK (remembered
+ * for a while); so idempotent.
+ * @return ATTN_ERR_INVALID, ATTN_ERR_INCOMPLETE with layer and token range, ATTN_ERR_ABORTED
+ */
+attn_status_t engine_step_commit(engine_t *engine, uint64_t step_id, const uint32_t *accepted,
+                                 uint32_t n_accepted);
+
+/** Abort: idempotent, unknown ids are ATTN_OK. reason goes to whoever asks for the step later. */
+attn_status_t engine_step_abort(engine_t *engine, uint64_t step_id, const char *reason);
+
+/** Abort the steps whose deadline passed. Call every 100 ms or so. */
+void engine_tick(engine_t *engine, uint64_t now_ns);
+
+/** kv_store_check() under the lock: for tests. */
+attn_status_t engine_check(engine_t *engine);
+
+#endif

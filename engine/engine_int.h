@@ -1,0 +1,113 @@
+/* engine_int.h: what the files of engine/ share. Lock order: a step's lock, then the engine's. */
+#ifndef ATTN_ENGINE_INT_H
+#define ATTN_ENGINE_INT_H
+
+#include "balancer/plan.h"
+#include "engine/engine.h"
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <uthash.h>
+
+#define ENDED_STEPS 4096u     /* how many ended steps are remembered */
+#define RELEASED_CHUNKS 4096u /* and released chunks of a cache */
+
+/** The layers that share a plan: equal window and causality. */
+typedef struct engine_variant {
+    uint64_t window;
+    bool causal;
+} engine_variant_t;
+
+typedef struct engine_cache {
+    uint64_t id; /* key */
+    attn_geometry_t geometry;
+    void *table;          /* the memory behind geometry.layer_table */
+    uint32_t *variant_of; /* [geometry.layers] */
+    engine_variant_t *variants;
+    uint32_t n_variants;
+    uint64_t layer_bytes; /* from one layer's pages to the next layer's */
+    kv_region_info_t region;
+    uint64_t n_released;
+    uint64_t released[RELEASED_CHUNKS]; /* ring of ids */
+    UT_hash_handle hh;
+} engine_cache_t;
+
+typedef enum step_state {
+    STEP_OPEN,
+    STEP_COMMITTED,
+    STEP_ABORTED,
+} step_state_t;
+
+/* A step. `lock` is held through run, commit and abort. What begin made does not change. */
+typedef struct engine_step {
+    uint64_t id; /* key */
+    engine_cache_t *cache;
+    kv_step_t *kv;
+    pthread_mutex_t lock;
+    step_state_t state;  /* under lock */
+    uint32_t references; /* under the engine's lock */
+    uint64_t deadline_ns;
+    uint64_t fingerprint; /* of the batch, to know a repeated begin */
+
+    uint32_t n;
+    engine_entry_t *entries;       /* copies, with what they point to */
+    void *copies;                  /* the memory of those */
+    attn_problem_entry_t *problem; /* [n] */
+    attn_kv_run_t *runs;
+    attn_plan_t **plans; /* [cache->n_variants] */
+    void *workspace;
+
+    attn_dtype_t q_dtype, o_dtype;
+    engine_sizes_t sizes;
+    uint64_t n_new_rows;                 /* k, v rows stored here */
+    uint32_t *slot_pages, *slot_offsets; /* [n_new_rows] */
+    uint8_t *stored;                     /* [layers] */
+    uint64_t kv_bytes;                   /* that one run reads */
+    UT_hash_handle hh;
+} engine_step_t;
+
+typedef struct ended_step {
+    uint64_t id;
+    step_state_t state;
+    char reason[128];
+    UT_hash_handle hh;
+} ended_step_t;
+
+struct engine {
+    attn_backend_t *backend;
+    char name[64];
+    uint8_t *slab;
+    uint64_t slab_bytes;
+    uint32_t leaf_few, leaf_many;
+    double read_bandwidth;
+
+    pthread_mutex_t lock; /* guards all below but the counters */
+    kv_store_t *store;
+    engine_cache_t *caches;
+    engine_step_t *steps;
+    ended_step_t ended[ENDED_STEPS]; /* ring ... */
+    ended_step_t *ended_by_id;       /* ... and its index */
+    uint64_t n_ended;
+    uint64_t epoch;
+
+    atomic_uint_fast64_t runs, kv_bytes;
+};
+
+engine_cache_t *engine_cache_find(engine_t *engine,
+                                  uint64_t cache); /* under the lock; sets the sentence */
+
+/** One layer's K and V of the cache's region. */
+void engine_kv_view(const engine_t *engine, const engine_cache_t *cache, uint32_t layer,
+                    attn_kv_t *kv);
+
+/** Check the batch and copy it into step: entries, problem, slots, sizes. Under the engine's lock,
+ * after kv_step_begin made step->kv. */
+attn_status_t engine_step_check(const engine_cache_t *cache, const engine_batch_t *batch);
+attn_status_t engine_step_copy(engine_step_t *step, const engine_batch_t *batch);
+void engine_step_layout(engine_step_t *step);
+uint64_t engine_batch_fingerprint(const engine_batch_t *batch);
+
+/** Free a step that is in no table and that nobody refers to. */
+void engine_step_destroy(engine_t *engine, engine_step_t *step);
+
+#endif

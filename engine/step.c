@@ -1,0 +1,575 @@
+/*
+ * step.c: begin, run, commit and abort of one worker's part of a step.
+ *
+ *     begin  check, reserve pages, copy shared unfilled pages, plan
+ *     run    store k, v of the layer (or compare with what is stored), then attend
+ *     commit publish the accepted tokens      abort  give everything back
+ *
+ * An ended step is remembered for a while, so that commit and abort are idempotent and a
+ * late run is told why its step is gone.
+ */
+#include "engine/engine_int.h"
+
+#include "base/checked.h"
+#include "base/clock.h"
+#include "base/status.h"
+
+#include <assert.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* ---- finding and ending steps ---- */
+
+/* Under the engine's lock. */
+static const ended_step_t *
+ended_find(const engine_t *engine, uint64_t id)
+{
+    ended_step_t *ended;
+
+    HASH_FIND(hh, engine->ended_by_id, &id, sizeof(id), ended);
+    return ended;
+}
+
+/* Under the engine's lock. */
+static void
+ended_add(engine_t *engine, uint64_t id, step_state_t state, const char *reason)
+{
+    ended_step_t *ended = &engine->ended[engine->n_ended % ENDED_STEPS];
+
+    if (engine->n_ended++ >= ENDED_STEPS) {
+        HASH_DEL(engine->ended_by_id, ended);
+    }
+    ended->id    = id;
+    ended->state = state;
+    snprintf(ended->reason, sizeof(ended->reason), "%s", reason);
+    HASH_ADD(hh, engine->ended_by_id, id, sizeof(ended->id), ended);
+}
+
+static void
+step_unref(engine_t *engine, engine_step_t *step)
+{
+    pthread_mutex_lock(&engine->lock);
+    bool last = --step->references == 0;
+    pthread_mutex_unlock(&engine->lock);
+    if (last) {
+        engine_step_destroy(engine, step);
+    }
+}
+
+void
+engine_step_destroy(engine_t *engine, engine_step_t *step)
+{
+    (void)engine;
+    for (uint32_t v = 0; step->plans != NULL && v < step->cache->n_variants; v++) {
+        attn_plan_free(step->plans[v]);
+    }
+    free(step->workspace);
+    free(step->copies);
+    pthread_mutex_destroy(&step->lock);
+    free(step);
+}
+
+/* Take the step out of the table and remember how it ended. Under the step's lock. */
+static void
+step_end(engine_t *engine, engine_step_t *step, step_state_t state, const char *reason)
+{
+    pthread_mutex_lock(&engine->lock);
+    ended_add(engine, step->id, state, reason);
+    HASH_DEL(engine->steps, step);
+    step->references--; /* the table's; the caller holds one more */
+    step->state = state;
+    pthread_mutex_unlock(&engine->lock);
+}
+
+static void
+plans_free(engine_step_t *step)
+{
+    for (uint32_t v = 0; v < step->cache->n_variants; v++) {
+        attn_plan_free(step->plans[v]);
+    }
+    step->plans = NULL;
+}
+
+static void
+step_abort_locked(engine_t *engine, engine_step_t *step, const char *reason)
+{
+    plans_free(step);
+    pthread_mutex_lock(&engine->lock);
+    kv_step_abort(engine->store, step->kv);
+    pthread_mutex_unlock(&engine->lock);
+    step_end(engine, step, STEP_ABORTED, reason);
+}
+
+static attn_status_t
+step_gone(const engine_t *engine, uint64_t id)
+{
+    const ended_step_t *ended = ended_find(engine, id);
+
+    if (ended == NULL) {
+        return attn_fail(ATTN_ERR_NOT_FOUND, "no step %016llx on %s", (unsigned long long)id,
+                         engine->name);
+    }
+    if (ended->state == STEP_COMMITTED) {
+        return attn_fail(ATTN_ERR_NOT_FOUND, "step %016llx was committed", (unsigned long long)id);
+    }
+    return attn_fail(ATTN_ERR_ABORTED, "step %016llx was aborted on %s: %s", (unsigned long long)id,
+                     engine->name, ended->reason);
+}
+
+/* Find the step and take its lock and a reference: give back with step_leave(). */
+static attn_status_t
+step_enter(engine_t *engine, uint64_t id, engine_step_t **step_p)
+{
+    engine_step_t *step;
+    attn_status_t status = ATTN_OK;
+
+    pthread_mutex_lock(&engine->lock);
+    HASH_FIND(hh, engine->steps, &id, sizeof(id), step);
+    if (step == NULL) {
+        status = step_gone(engine, id);
+    } else {
+        step->references++;
+    }
+    pthread_mutex_unlock(&engine->lock);
+    if (status != ATTN_OK) {
+        return status;
+    }
+
+    pthread_mutex_lock(&step->lock);
+    if (step->state == STEP_OPEN && attn_now_ns() >= step->deadline_ns) {
+        step_abort_locked(engine, step, "its deadline passed");
+    }
+    if (step->state != STEP_OPEN) { /* it ended while we waited */
+        pthread_mutex_unlock(&step->lock);
+        pthread_mutex_lock(&engine->lock);
+        status = step_gone(engine, id);
+        pthread_mutex_unlock(&engine->lock);
+        step_unref(engine, step);
+        return status;
+    }
+    *step_p = step;
+    return ATTN_OK;
+}
+
+static void
+step_leave(engine_t *engine, engine_step_t *step)
+{
+    pthread_mutex_unlock(&step->lock);
+    step_unref(engine, step);
+}
+
+/* ---- begin ---- */
+
+/* Reserve pages and lay out the problem. Under the engine's lock. */
+static attn_status_t
+begin_reserve(engine_t *engine, engine_step_t *step, const engine_batch_t *batch)
+{
+    kv_step_entry_t *entries = calloc(batch->n, sizeof(*entries));
+
+    if (entries == NULL) {
+        return attn_fail(ATTN_ERR_NO_MEMORY, "no memory for a step of %u entries", batch->n);
+    }
+    for (uint32_t i = 0; i < batch->n; i++) {
+        entries[i] = (kv_step_entry_t){.seq      = batch->entries[i].seq,
+                                       .n_chunks = batch->entries[i].n_chunks,
+                                       .chunks   = batch->entries[i].chunks};
+    }
+    attn_status_t status =
+        kv_step_begin(engine->store, batch->cache, batch->step_id, entries, batch->n, &step->kv);
+    free(entries);
+    if (status == ATTN_OK) {
+        step->sizes.lse = batch->want_lse; /* engine_step_layout() makes bytes of it */
+        engine_step_layout(step);
+    }
+    return status;
+}
+
+/* Everything that needs the engine's lock. The new step is in the table, and locked, on ATTN_OK. */
+static attn_status_t
+begin_locked(engine_t *engine, engine_step_t *step, const engine_batch_t *batch)
+{
+    attn_status_t status;
+
+    step->cache = engine_cache_find(engine, batch->cache);
+    if (step->cache == NULL) {
+        return ATTN_ERR_NOT_FOUND;
+    }
+    if ((status = engine_step_check(step->cache, batch)) != ATTN_OK) {
+        return status;
+    }
+    if (ended_find(engine, batch->step_id) != NULL) {
+        return attn_fail(ATTN_ERR_EXISTS, "step %016llx was used and has ended: choose another id",
+                         (unsigned long long)batch->step_id);
+    }
+    if ((status = engine_step_copy(step, batch)) != ATTN_OK ||
+        (status = begin_reserve(engine, step, batch)) != ATTN_OK) {
+        return status;
+    }
+    step->id          = batch->step_id;
+    step->fingerprint = engine_batch_fingerprint(batch);
+    step->references  = 2; /* the table's and the caller's */
+    HASH_ADD(hh, engine->steps, id, sizeof(step->id), step);
+    return ATTN_OK;
+}
+
+static attn_status_t
+copy_pages(engine_t *engine, engine_step_t *step)
+{
+    uint32_t n;
+    const kv_copy_t *copies = kv_step_copies(step->kv, &n);
+
+    for (uint32_t l = 0; l < step->cache->geometry.layers && n > 0; l++) {
+        attn_kv_t kv;
+        engine_kv_view(engine, step->cache, l, &kv);
+        for (uint32_t i = 0; i < n; i++) {
+            attn_status_t status = engine->backend->ops->copy_page(
+                engine->backend, &kv, copies[i].from, copies[i].to, copies[i].tokens);
+            if (status != ATTN_OK) {
+                return status;
+            }
+        }
+    }
+    return ATTN_OK;
+}
+
+static attn_status_t
+make_plans(engine_t *engine, engine_step_t *step)
+{
+    const attn_backend_ops_t *ops = engine->backend->ops;
+    const attn_geometry_t *g      = &step->cache->geometry;
+    uint64_t workspace            = 0;
+    attn_problem_t problem        = {
+               .n          = step->n,
+               .entries    = step->problem,
+               .q_heads    = g->q_heads,
+               .kv_heads   = g->kv_heads,
+               .head_dim_k = g->head_dim_k,
+               .head_dim_v = g->head_dim_v,
+               .page_size  = g->page_size,
+               .chunk_size = g->chunk_size,
+    };
+
+    for (uint32_t v = 0; v < step->cache->n_variants; v++) {
+        problem.window = step->cache->variants[v].window;
+        problem.causal = step->cache->variants[v].causal;
+        attn_status_t status =
+            attn_plan_build(&problem, ops->parallelism(engine->backend), engine->leaf_few,
+                            engine->leaf_many, &step->plans[v]);
+        if (status != ATTN_OK) {
+            return status;
+        }
+        workspace = attn_max(workspace, ops->workspace_bytes(engine->backend, step->plans[v]));
+    }
+    step->workspace = aligned_alloc(64, attn_div_up(workspace + 1, 64) * 64);
+    if (step->workspace == NULL) {
+        return attn_fail(ATTN_ERR_NO_MEMORY, "no memory for a workspace of %llu bytes",
+                         (unsigned long long)workspace);
+    }
+    return ATTN_OK;
+}
+
+/* Is the step of that id open already? The same batch again is fine. Under the engine's lock. */
+static attn_status_t
+begin_again(engine_t *engine, const engine_batch_t *batch, engine_sizes_t *sizes, bool *again_p)
+{
+    engine_step_t *step;
+
+    HASH_FIND(hh, engine->steps, &batch->step_id, sizeof(batch->step_id), step);
+    *again_p = step != NULL;
+    if (step == NULL) {
+        return ATTN_OK;
+    }
+    if (step->cache->id != batch->cache || engine_step_check(step->cache, batch) != ATTN_OK ||
+        step->fingerprint != engine_batch_fingerprint(batch)) {
+        return attn_fail(ATTN_ERR_EXISTS, "step %016llx is open with another batch",
+                         (unsigned long long)batch->step_id);
+    }
+    *sizes = step->sizes;
+    return ATTN_OK;
+}
+
+attn_status_t
+engine_step_begin(engine_t *engine, const engine_batch_t *batch, engine_sizes_t *sizes)
+{
+    bool again;
+    attn_status_t status = engine_check_epoch(engine, batch->epoch);
+
+    if (status != ATTN_OK) {
+        return status;
+    }
+    engine_step_t *step = calloc(1, sizeof(*step));
+    if (step == NULL) {
+        return attn_fail(ATTN_ERR_NO_MEMORY, "no memory for a step");
+    }
+    pthread_mutex_init(&step->lock, NULL);
+    pthread_mutex_lock(&step->lock); /* nobody runs it before it is planned */
+
+    pthread_mutex_lock(&engine->lock);
+    status = begin_again(engine, batch, sizes, &again);
+    if (status == ATTN_OK && !again) {
+        status = begin_locked(engine, step, batch);
+    }
+    pthread_mutex_unlock(&engine->lock);
+    if (status != ATTN_OK || again) {
+        step->plans = NULL;
+        pthread_mutex_unlock(&step->lock);
+        engine_step_destroy(engine, step);
+        return status;
+    }
+    if ((status = copy_pages(engine, step)) != ATTN_OK ||
+        (status = make_plans(engine, step)) != ATTN_OK) {
+        step_abort_locked(engine, step, "its begin failed");
+    } else {
+        *sizes = step->sizes;
+    }
+    step_leave(engine, step);
+    return status;
+}
+
+attn_status_t
+engine_step_sizes(engine_t *engine, uint64_t step_id, engine_sizes_t *sizes)
+{
+    engine_step_t *step;
+    attn_status_t status = ATTN_OK;
+
+    pthread_mutex_lock(&engine->lock);
+    HASH_FIND(hh, engine->steps, &step_id, sizeof(step_id), step);
+    if (step != NULL) {
+        *sizes = step->sizes;
+    } else {
+        status = step_gone(engine, step_id);
+    }
+    pthread_mutex_unlock(&engine->lock);
+    return status;
+}
+
+/* ---- run ---- */
+
+static attn_status_t
+run_store(engine_t *engine, engine_step_t *step, uint32_t layer, const attn_kv_t *kv, const void *k,
+          const void *v)
+{
+    const attn_backend_ops_t *ops = engine->backend->ops;
+    bool equal                    = false;
+
+    if (!step->stored[layer]) {
+        attn_status_t status = ops->append(engine->backend, kv, step->slot_pages,
+                                           step->slot_offsets, step->n_new_rows, k, v);
+        step->stored[layer]  = status == ATTN_OK;
+        return status == ATTN_OK ? status
+                                 : attn_fail_in(status, "step %016llx, layer %u on %s: ",
+                                                (unsigned long long)step->id, layer, engine->name);
+    }
+    attn_status_t status = ops->compare(engine->backend, kv, step->slot_pages, step->slot_offsets,
+                                        step->n_new_rows, k, v, &equal);
+    if (status == ATTN_OK && !equal) {
+        return attn_fail(
+            ATTN_ERR_CONFLICT,
+            "step %016llx, layer %u: k, v differ from those stored: abort the step to change them",
+            (unsigned long long)step->id, layer);
+    }
+    return status;
+}
+
+static attn_status_t
+run_attend(engine_t *engine, engine_step_t *step, uint32_t layer, const attn_kv_t *kv,
+           const void *q, void *answer)
+{
+    const engine_sizes_t *s = &step->sizes;
+    uint8_t *at             = answer;
+    attn_answer_t to        = {.o_dtype = step->o_dtype};
+
+    to.o = s->o > 0 ? at : NULL;
+    at += s->o;
+    to.lse = s->lse > 0 ? (float *)(void *)at : NULL;
+    at += s->lse;
+    to.e = (int32_t *)(void *)at;
+    at += s->states * sizeof(int32_t);
+    to.l = (float *)(void *)at;
+    at += s->states * sizeof(float);
+    to.a = (float *)(void *)at;
+
+    const attn_plan_t *plan = step->plans[step->cache->variant_of[layer]];
+    attn_status_t status    = engine->backend->ops->attend(engine->backend, plan, kv,
+                                                           &step->cache->geometry.layer_table[layer],
+                                                           q, step->q_dtype, step->workspace, &to);
+    if (status != ATTN_OK) {
+        return attn_fail_in(status, "step %016llx, layer %u on %s: ", (unsigned long long)step->id,
+                            layer, engine->name);
+    }
+    atomic_fetch_add(&engine->runs, 1);
+    atomic_fetch_add(&engine->kv_bytes, step->kv_bytes);
+    return ATTN_OK;
+}
+
+static attn_status_t
+run_locked(engine_t *engine, engine_step_t *step, uint32_t layer, const void *q, const void *k,
+           const void *v, void *answer)
+{
+    attn_status_t status = ATTN_OK;
+    attn_kv_t kv;
+
+    if (layer >= step->cache->geometry.layers) {
+        return attn_fail(ATTN_ERR_INVALID, "layer is %u: the cache has %u", layer,
+                         step->cache->geometry.layers);
+    }
+    if (step->n_new_rows > 0 && (k == NULL) != (v == NULL)) {
+        return attn_fail(ATTN_ERR_INVALID,
+                         "layer %u: %s is missing: send k and v together, or none", layer,
+                         k == NULL ? "k" : "v");
+    }
+    engine_kv_view(engine, step->cache, layer, &kv);
+    if (step->n_new_rows > 0 && k != NULL) {
+        status = run_store(engine, step, layer, &kv, k, v);
+    } else if (step->n_new_rows > 0 && !step->stored[layer]) {
+        status = attn_fail(ATTN_ERR_INCOMPLETE, "layer %u has no k, v yet: send them with this run",
+                           layer);
+    }
+    if (status != ATTN_OK || q == NULL || step->sizes.q == 0) {
+        return status;
+    }
+    return run_attend(engine, step, layer, &kv, q, answer);
+}
+
+attn_status_t
+engine_step_run(engine_t *engine, uint64_t step_id, uint32_t layer, const void *q, const void *k,
+                const void *v, void *answer, const engine_sizes_t *sizes)
+{
+    engine_step_t *step;
+    attn_status_t status = step_enter(engine, step_id, &step);
+
+    if (status != ATTN_OK) {
+        return status;
+    }
+    if (sizes != NULL && (sizes->q != step->sizes.q || sizes->k != step->sizes.k ||
+                          sizes->v != step->sizes.v || sizes->answer != step->sizes.answer)) {
+        status = attn_fail(ATTN_ERR_CONFLICT,
+                           "step %016llx became another step while data of layer %u came in",
+                           (unsigned long long)step_id, layer);
+    } else {
+        status = run_locked(engine, step, layer, q, k, v, answer);
+    }
+    step_leave(engine, step);
+    return status;
+}
+
+/* ---- commit and abort ---- */
+
+/* How many of the first `accepted` tokens of entry e are stored in its chunk c. */
+static uint32_t
+accepted_in(const engine_step_t *step, const engine_entry_t *e, const kv_step_chunk_t *c,
+            uint32_t accepted)
+{
+    uint64_t first = (uint64_t)c->number * step->cache->geometry.chunk_size + c->length - e->base;
+
+    return c->n_new == 0 || accepted <= first ? 0 : (uint32_t)attn_min(accepted - first, c->n_new);
+}
+
+/* Tokens accepted here, entry by entry, and whether every layer has them. */
+static attn_status_t
+commit_check(const engine_step_t *step, const uint32_t *accepted, uint32_t n, uint32_t *here)
+{
+    if (accepted != NULL && n != step->n) {
+        return attn_fail(ATTN_ERR_INVALID, "accepted has %u numbers: the batch has %u entries here",
+                         n, step->n);
+    }
+    for (uint32_t i = 0; i < step->n; i++) {
+        const engine_entry_t *e = &step->entries[i];
+        uint32_t want           = accepted != NULL ? accepted[i] : e->n_new;
+        if (want > e->n_new) {
+            return attn_fail(ATTN_ERR_INVALID, "accepted[%u] is %u: the entry has %u new tokens", i,
+                             want, e->n_new);
+        }
+        here[i] = 0;
+        for (uint32_t c = 0; c < e->n_chunks; c++) {
+            here[i] += accepted_in(step, e, &e->chunks[c], want);
+        }
+        for (uint32_t l = 0; here[i] > 0 && l < step->cache->geometry.layers; l++) {
+            if (!step->stored[l]) {
+                return attn_fail(
+                    ATTN_ERR_INCOMPLETE,
+                    "layer %u has no k, v for tokens %llu-%llu of sequence %llx: run it first", l,
+                    (unsigned long long)e->base, (unsigned long long)(e->base + want - 1),
+                    (unsigned long long)e->seq);
+            }
+        }
+    }
+    return ATTN_OK;
+}
+
+static bool
+was_committed(engine_t *engine, uint64_t id)
+{
+    pthread_mutex_lock(&engine->lock);
+    const ended_step_t *ended = ended_find(engine, id);
+    bool was                  = ended != NULL && ended->state == STEP_COMMITTED;
+    pthread_mutex_unlock(&engine->lock);
+    return was;
+}
+
+attn_status_t
+engine_step_commit(engine_t *engine, uint64_t step_id, const uint32_t *accepted,
+                   uint32_t n_accepted)
+{
+    engine_step_t *step;
+
+    attn_status_t status = step_enter(engine, step_id, &step);
+    if (status != ATTN_OK) {
+        return was_committed(engine, step_id) ? ATTN_OK : status; /* before, or while we waited */
+    }
+    uint32_t *here = calloc(step->n, sizeof(*here));
+    status         = here != NULL
+                         ? commit_check(step, accepted, n_accepted, here)
+                         : attn_fail(ATTN_ERR_NO_MEMORY, "no memory to commit %u entries", step->n);
+    if (status == ATTN_OK) {
+        plans_free(step);
+        pthread_mutex_lock(&engine->lock);
+        status = kv_step_commit(engine->store, step->kv, here);
+        pthread_mutex_unlock(&engine->lock);
+        assert(status == ATTN_OK); /* commit_check() refused all that the store would */
+        step_end(engine, step, STEP_COMMITTED, "");
+    }
+    free(here);
+    step_leave(engine, step);
+    return status;
+}
+
+attn_status_t
+engine_step_abort(engine_t *engine, uint64_t step_id, const char *reason)
+{
+    engine_step_t *step;
+
+    if (step_enter(engine, step_id, &step) == ATTN_OK) {
+        step_abort_locked(engine, step, reason);
+        step_leave(engine, step);
+    }
+    return ATTN_OK;
+}
+
+/* The id of a step past its deadline that is not running just now, or 0. */
+static uint64_t
+an_overdue_step(engine_t *engine, uint64_t now_ns)
+{
+    uint64_t id = 0;
+
+    pthread_mutex_lock(&engine->lock);
+    for (engine_step_t *s = engine->steps; s != NULL && id == 0; s = s->hh.next) {
+        if (now_ns >= s->deadline_ns && pthread_mutex_trylock(&s->lock) == 0) {
+            pthread_mutex_unlock(&s->lock);
+            id = s->id;
+        }
+    }
+    pthread_mutex_unlock(&engine->lock);
+    return id;
+}
+
+void
+engine_tick(engine_t *engine, uint64_t now_ns)
+{
+    uint64_t id;
+
+    while ((id = an_overdue_step(engine, now_ns)) != 0) {
+        engine_step_abort(engine, id, "its deadline passed");
+    }
+}
