@@ -1,0 +1,333 @@
+/*
+ * attn.h: libattn, the client of attnd, attention as a network service.
+ *
+ * A runner opens a client, opens a cache, creates sequences, and for every
+ * forward pass begins a step over a batch of them, calls attn_step_run() once a
+ * layer, and commits. It holds no KV. The workers that own the KV store the new
+ * k, v and answer with attention outputs; the answer's bits do not depend on
+ * how many workers there are, nor on where the KV lies.
+ *
+ *     attn_client_open("127.0.0.1:7070", NULL, &client);
+ *     attn_cache_open(client, "chat", &geometry, &cache);
+ *     attn_seq_create(cache, NULL, &seq);
+ *     attn_entry_t entry = {.seq = seq, .base = 0, .n_q = n, .n_new = n};
+ *     attn_step_begin(cache, &(attn_batch_t){.size = sizeof(attn_batch_t),
+ *                     .n = 1, .entries = &entry, .q_dtype = ATTN_F32}, &step);
+ *     for (l = 0; l < layers; l++)
+ *         attn_step_run(step, l, &q, &k, &v, &o, NULL);
+ *     attn_step_commit(step, NULL);
+ *
+ * Threads: every function may be called from any thread; calls on one step are
+ * made one at a time. Objects are closed after what was made from them.
+ * Blocking calls end by their deadline plus 250 ms. Every function that returns
+ * attn_status_t sets attn_last_error() of its thread on failure, and sets its
+ * outputs only on ATTN_OK.
+ */
+#ifndef ATTN_H
+#define ATTN_H
+
+#include "attn_types.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define ATTN_VERSION_MAJOR 0
+#define ATTN_VERSION_MINOR 1
+#define ATTN_VERSION_PATCH 0
+
+typedef struct attn_client attn_client_t;
+typedef struct attn_cache attn_cache_t;
+typedef struct attn_step attn_step_t;
+
+/** "0.1.0"; static. */
+ATTN_API const char *attn_version(void);
+
+/** Name of a status, such as "ATTN_ERR_STALE"; static. */
+ATTN_API const char *attn_strerror(attn_status_t status);
+
+/**
+ * What the last failed call of this thread has to say: one sentence that names
+ * the object, the field and the limit. Valid until the thread's next call.
+ * Empty if nothing failed yet.
+ */
+ATTN_API const char *attn_last_error(void);
+
+/* ---- client ---- */
+
+typedef struct attn_client_options {
+    size_t size;              /**< sizeof(attn_client_options_t) */
+    uint32_t timeout_ms;      /**< of every call but steps': default 10,000, at most 60,000 */
+    uint32_t step_timeout_ms; /**< of a step, to its commit: default 60,000, at most 600,000 */
+    uint32_t spin_us; /**< busy-wait for an answer so long before sleeping: default 50, 0 never */
+    const char *name; /**< shown in logs and `attnctl status`; NULL: "libattn" */
+} attn_client_options_t;
+
+ATTN_API void attn_client_options_init(attn_client_options_t *options);
+
+/**
+ * Open a client.
+ *
+ * @param target   "HOST:PORT" of a coordinator, or "inproc://cpu", the engine
+ *                 inside this process with no daemon ("local attention").
+ *                 inproc takes options: "inproc://cpu?workers=4&threads=2&slab=1GiB"
+ *                 (engines, threads of each, KV bytes of each).
+ * @param options  NULL for the defaults.
+ *
+ * @return ATTN_ERR_INVALID      target or options are malformed
+ * @return ATTN_ERR_UNAVAILABLE  no coordinator answers there within timeout_ms
+ */
+ATTN_API attn_status_t attn_client_open(const char *target, const attn_client_options_t *options,
+                                        attn_client_t **client_p);
+
+/** Close: open steps abort (their submitted runs complete first), sequences made through this
+ * client are freed. Not to be called inside a completion. NULL is allowed. */
+ATTN_API void attn_client_close(attn_client_t *client);
+
+/** One worker as the coordinator sees it. */
+typedef struct attn_worker_info {
+    uint32_t id;
+    bool alive;
+    char address[64];
+    char kind[64]; /**< the kind of arithmetic: "cpu-avx2/1/128-128", say */
+    uint64_t slab_bytes, region_bytes, used_bytes;
+    uint64_t chunks, open_steps;
+    uint64_t runs;     /**< layers answered since start */
+    uint64_t kv_bytes; /**< KV bytes read by attention since start */
+} attn_worker_info_t;
+
+/** The cluster as the coordinator sees it. */
+typedef struct attn_cluster_info {
+    uint64_t epoch;
+    uint64_t sequences;
+    uint64_t uptime_ms;
+    uint32_t clients;
+    uint32_t caches;
+    uint32_t n_workers;
+    attn_worker_info_t *workers; /**< [n_workers]; free with attn_cluster_info_free() */
+} attn_cluster_info_t;
+
+/** @return ATTN_ERR_UNAVAILABLE  the coordinator does not answer */
+ATTN_API attn_status_t attn_cluster_describe(attn_client_t *client, attn_cluster_info_t *info);
+ATTN_API void attn_cluster_info_free(attn_cluster_info_t *info);
+
+/* ---- cache ---- */
+
+ATTN_API void attn_geometry_init(attn_geometry_t *geometry);
+
+/**
+ * Open a cache, or join the one of that name if its geometry is equal.
+ *
+ * @param name      1 to 128 bytes of letters, digits, '-', '_', '.', '/'.
+ * @param geometry  NULL: join the open cache of that name, whatever its geometry.
+ *
+ * @return ATTN_ERR_NOT_FOUND    geometry is NULL and no cache of that name is open
+ * @return ATTN_ERR_INVALID      a field of the geometry; the sentence names it and its limits
+ * @return ATTN_ERR_UNSUPPORTED  a shape that no kernel serves; the sentence lists what exists
+ * @return ATTN_ERR_EXISTS       the name is in use with another geometry
+ * @return ATTN_ERR_EXHAUSTED    a worker has no room for region_bytes
+ */
+ATTN_API attn_status_t attn_cache_open(attn_client_t *client, const char *name,
+                                       const attn_geometry_t *geometry, attn_cache_t **cache_p);
+
+/** Leave the cache. The last to leave returns its region to the workers. NULL is allowed. */
+ATTN_API void attn_cache_close(attn_cache_t *cache);
+
+/** The cache's geometry with every default filled in. Valid while the cache is open. */
+ATTN_API const attn_geometry_t *attn_cache_geometry(const attn_cache_t *cache);
+
+/* ---- sequences ---- */
+
+typedef struct attn_seq_options {
+    size_t size;
+    uint64_t expected_tokens; /**< a hint for placement: 0 unknown */
+} attn_seq_options_t;
+
+/** Make an empty sequence. options may be NULL. @return ATTN_ERR_EXHAUSTED too many sequences */
+ATTN_API attn_status_t attn_seq_create(attn_cache_t *cache, const attn_seq_options_t *options,
+                                       attn_seq_t *seq_p);
+
+/**
+ * Make a sequence that begins with the first `length` committed tokens of another.
+ * Full chunks are shared; the growing one shares its pages until a side writes.
+ *
+ * @return ATTN_ERR_INVALID    length is above the committed length
+ * @return ATTN_ERR_NOT_FOUND  seq was freed
+ * @return ATTN_ERR_LOST       some of those tokens were lost with a worker
+ */
+ATTN_API attn_status_t attn_seq_fork(attn_cache_t *cache, attn_seq_t seq, uint64_t length,
+                                     attn_seq_t *fork_p);
+
+/** Drop all tokens from `length` on. @return ATTN_ERR_BUSY  a step is open on it */
+ATTN_API attn_status_t attn_seq_truncate(attn_cache_t *cache, attn_seq_t seq, uint64_t length);
+
+/** Free the sequence; its id is refused from now on. @return ATTN_ERR_BUSY  a step is open on it */
+ATTN_API attn_status_t attn_seq_free(attn_cache_t *cache, attn_seq_t seq);
+
+typedef struct attn_chunk_info {
+    uint64_t chunk;      /**< its id; sequences that share it show the same */
+    uint64_t first;      /**< position of its first token */
+    uint32_t length;     /**< committed tokens */
+    uint32_t generation; /**< grows when the chunk is truncated; 0: empty */
+    uint32_t worker;     /**< its owner, attn_worker_info_t.id */
+    bool lost;           /**< its owner is gone, and the tokens with it */
+} attn_chunk_info_t;
+
+typedef struct attn_seq_info {
+    uint64_t length;   /**< committed tokens: the longest prefix committed at all its owners */
+    uint32_t n_chunks; /**< chunks that hold tokens or are placed in advance */
+    attn_chunk_info_t *chunks; /**< [n_chunks]; free with attn_seq_info_free() */
+} attn_seq_info_t;
+
+ATTN_API attn_status_t attn_seq_describe(attn_cache_t *cache, attn_seq_t seq,
+                                         attn_seq_info_t *info);
+ATTN_API void attn_seq_info_free(attn_seq_info_t *info);
+
+/* ---- steps ---- */
+
+/**
+ * One sequence of a batch. The step appends n_new tokens at positions base to
+ * base + n_new - 1, and asks n_q queries, the last of which stands at position
+ * base + n_new - 1: causality is bottom-right aligned. So n_q = n_new is prefill
+ * or decode, n_q = 0 only appends, and n_new = 0 asks over the first base tokens.
+ */
+typedef struct attn_entry {
+    attn_seq_t seq;
+    uint64_t base; /**< must be the committed length if n_new > 0, at most that otherwise */
+    uint32_t n_q;
+    uint32_t n_new;
+    /** Block-sparse attention: only these pages are attended to, besides the
+     * step's own tokens, which always are. Page numbers of the sequence:
+     * chunk * ceil(chunk_size / page_size) + page within the chunk, ascending.
+     * sparse_indptr[n_lists + 1] cuts sparse_pages into lists; n_lists is 0
+     * (dense), 1 (one list for all heads) or kv_heads. */
+    uint32_t n_lists;
+    const uint32_t *sparse_indptr;
+    const uint32_t *sparse_pages;
+} attn_entry_t;
+
+typedef struct attn_batch {
+    size_t size; /**< sizeof(attn_batch_t) */
+    uint32_t n;  /**< 1 to 4,096 entries, no sequence twice */
+    const attn_entry_t *entries;
+    attn_dtype_t q_dtype; /**< of q in every run of the step */
+    attn_dtype_t o_dtype; /**< of o; ATTN_DTYPE_NONE: as q */
+    bool want_lse;        /**< runs may ask for the LSE */
+    uint32_t timeout_ms;  /**< begin to commit; 0: the client's step_timeout_ms */
+} attn_batch_t;
+
+/**
+ * Begin a step: reserve pages for all new tokens at all owners, or at none, and
+ * plan. Everything in `batch` is copied. The step's deadline counts from here,
+ * and this call ends by it, too.
+ *
+ * @return ATTN_ERR_INVALID    names the entry and the field
+ * @return ATTN_ERR_EXHAUSTED  a worker has too few free pages; nothing was changed
+ * @return ATTN_ERR_TOO_LARGE  too many rows, or, over gRPC, more than 60 MiB of q, k
+ *                             and v a layer for one worker: cut it into several steps
+ * @return ATTN_ERR_BUSY       a sequence has an open step
+ * @return ATTN_ERR_NOT_FOUND  a sequence was freed
+ * @return ATTN_ERR_LOST       a sequence lost tokens; the sentence names the ranges
+ * @return ATTN_ERR_STALE      another client changed the sequence: describe it and adapt base
+ */
+ATTN_API attn_status_t attn_step_begin(attn_cache_t *cache, const attn_batch_t *batch,
+                                       attn_step_t **step_p);
+
+/**
+ * One layer: store k, v of the new tokens with their owners, then attend.
+ * Tensors are packed over the batch in the order of its entries.
+ *
+ * @param layer  0 to layers - 1, in any order; again with the same k, v is allowed.
+ * @param q      [sum of n_q][q_heads][head_dim_k] of q_dtype; NULL if no entry asks
+ * @param k      [sum of n_new][kv_heads][head_dim_k] of kv_dtype; NULL if nothing is
+ *               new, or to ask again about a layer that was stored
+ * @param v      [sum of n_new][kv_heads][head_dim_v]; NULL as k
+ * @param o      [sum of n_q][q_heads][head_dim_v] of o_dtype, written; anything on failure
+ * @param lse    [sum of n_q][q_heads] natural log of the sum of exp of the logits,
+ *               sinks excluded, -inf where nothing was seen; NULL if not wanted; as o on failure
+ *
+ * Buffers belong to the caller and are not touched after the return.
+ *
+ * After the first six below the step is as it was, and the layer may be run again; after any
+ * other the step is over, and attn_step_abort() frees it.
+ *
+ * @return ATTN_ERR_INVALID     a tensor, the layer; the sentence names field and limit
+ * @return ATTN_ERR_BUSY        a submitted run of the step is outstanding
+ * @return ATTN_ERR_INCOMPLETE  k and v are NULL, and the layer is not stored
+ * @return ATTN_ERR_CONFLICT    k, v differ from those stored for the layer
+ * @return ATTN_ERR_NUMERIC     a NaN or out-of-range logit, with the worker's name
+ * @return ATTN_ERR_EXHAUSTED   a queue is full: retry
+ * @return ATTN_ERR_ABORTED     the step ended (deadline, lost worker)
+ * @return ATTN_ERR_DEADLINE, ATTN_ERR_UNAVAILABLE  a worker did not answer in time, or at all
+ */
+ATTN_API attn_status_t attn_step_run(attn_step_t *step, uint32_t layer, const attn_tensor_t *q,
+                                     const attn_tensor_t *k, const attn_tensor_t *v,
+                                     const attn_tensor_t *o, float *lse);
+
+/** Called exactly once per submitted run, on a thread of the library or inside
+ * attn_step_submit itself, with no lock held. error is the sentence of
+ * attn_last_error() (empty on ATTN_OK), valid during the call. It must not block:
+ * of this library it may call attn_step_submit, for the next run, and
+ * attn_step_abort, which then takes effect soon after. attn_step_begin, _run and
+ * _commit are refused there (ATTN_ERR_INVALID); other calls would wait in vain. */
+typedef void (*attn_done_fn)(void *arg, attn_status_t status, const char *error);
+
+/**
+ * attn_step_run() without waiting. Tensor structs are copied; the memory they
+ * point to stays untouched by the caller until `done` was called. One run of a
+ * step is outstanding at a time.
+ *
+ * @return ATTN_OK  `done` is or will be called; on failure it never is
+ */
+ATTN_API attn_status_t attn_step_submit(attn_step_t *step, uint32_t layer, const attn_tensor_t *q,
+                                        const attn_tensor_t *k, const attn_tensor_t *v,
+                                        const attn_tensor_t *o, float *lse, attn_done_fn done,
+                                        void *arg);
+
+/**
+ * Commit the first accepted[i] new tokens of every entry, and end the step: on ATTN_OK it
+ * is freed. NULL accepts all. After the first three failures below the step is as it was; after
+ * any other it is over, some owners may have committed (attn_seq_describe() tells the length that
+ * all have), and attn_step_abort() frees it.
+ *
+ * @return ATTN_ERR_INVALID     accepted[i] is above n_new of the entry
+ * @return ATTN_ERR_INCOMPLETE  a layer has no k, v; the sentence names layer and range
+ * @return ATTN_ERR_BUSY        a submitted run is outstanding
+ * @return ATTN_ERR_ABORTED, ATTN_ERR_DEADLINE, ATTN_ERR_UNAVAILABLE  a worker failed
+ */
+ATTN_API attn_status_t attn_step_commit(attn_step_t *step, const uint32_t *accepted);
+
+/** End and free the step, and return everything to where it was; ends within about 2 s. A
+ * submitted run completes first, if need be as ATTN_ERR_DEADLINE after 1 s. NULL is allowed. */
+ATTN_API void attn_step_abort(attn_step_t *step);
+
+/* ---- attention states, for callers with partials of their own ---- */
+
+/**
+ * Partial attention of `rows` query rows: sum exp(x) v = A * 2^e and
+ * sum exp(x) = l * 2^e. Empty is l = 0, e = INT32_MIN, A ignored (design: docs/numerics.md).
+ */
+typedef struct attn_state {
+    float *a;   /**< [rows][head_dim_v] */
+    float *l;   /**< [rows] */
+    int32_t *e; /**< [rows] */
+} attn_state_t;
+
+/** into = merge(into, from), row by row: one rounding per element, the same bits everywhere. */
+ATTN_API void attn_state_merge(attn_state_t into, attn_state_t from, uint64_t rows,
+                               uint32_t head_dim_v);
+
+/** o[rows][head_dim_v] = A / l (0 if empty), lse[rows] = (e + log2 l) * ln 2 (-inf if empty); lse
+ * may be NULL. */
+ATTN_API void attn_state_finish(attn_state_t state, uint64_t rows, uint32_t head_dim_v, float *o,
+                                float *lse);
+
+/** The state equivalent to (o, lse): A = o * l, with l in [1, 2). -inf gives empty. */
+ATTN_API void attn_state_from_o_lse(const float *o, const float *lse, uint64_t rows,
+                                    uint32_t head_dim_v, attn_state_t state);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

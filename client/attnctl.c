@@ -1,0 +1,233 @@
+/*
+ * attnctl.c: look at a cluster from a shell.
+ *
+ *     attnctl status                    workers, memory, sequences, rates
+ *     attnctl status --watch --json     a line of JSON every interval
+ *     attnctl seq 4294967297 --cache chat    where a sequence's chunks live
+ *
+ * Exit codes: 0 fine, 1 a problem of the cluster, 2 a mistake in the arguments.
+ */
+#include "client/attnctl.h"
+
+#include <errno.h>
+#include <getopt.h>
+#include <inttypes.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define INTERVAL_MS_MAX 3600000u
+
+volatile sig_atomic_t attnctl_stop;
+
+static const char usage[] =
+    "usage: attnctl [--target HOST:PORT] COMMAND\n"
+    "\n"
+    "  status [--json] [--watch] [--interval MS]\n"
+    "        Workers, memory, sequences, and rates measured over MS milliseconds (1000; 0: means\n"
+    "        since start). --watch repeats until it is interrupted.\n"
+    "  seq ID --cache NAME [--json]\n"
+    "        Where the chunks of a sequence live. NAME is a cache that is open.\n"
+    "\n"
+    "  --target HOST:PORT  the coordinator; default 127.0.0.1:7070\n"
+    "  --timeout MS        for an answer; default 5000\n"
+    "  --version, --help\n"
+    "\n"
+    "Exit codes: 0 fine; 1 the cluster does not answer, has no live worker, or lost tokens of the\n"
+    "sequence asked for; 2 wrong arguments.\n";
+
+static int
+mistake(const char *what, const char *argument)
+{
+    fprintf(stderr, "attnctl: %s%s%s (see attnctl --help)\n", what, argument != NULL ? ": " : "",
+            argument != NULL ? argument : "");
+    return ATTNCTL_USAGE;
+}
+
+int
+attnctl_failed(const attnctl_t *ctl, attn_status_t status)
+{
+    fprintf(stderr, "attnctl: %s: %s (%s)\n", ctl->target, attn_last_error(),
+            attn_strerror(status));
+    return ATTNCTL_PROBLEM;
+}
+
+void
+attnctl_json_u64(cJSON *object, const char *name, uint64_t value)
+{
+    char text[24];
+
+    snprintf(text, sizeof(text), "%" PRIu64, value);
+    cJSON_AddRawToObject(object, name, text);
+}
+
+void
+attnctl_json_print(cJSON *object)
+{
+    char *text = cJSON_PrintUnformatted(object);
+
+    puts(text != NULL ? text : "{}");
+    fflush(stdout);
+    cJSON_free(text);
+    cJSON_Delete(object);
+}
+
+const char *
+attnctl_bytes(uint64_t bytes, char text[16])
+{
+    static const char *const units[] = {"B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"};
+    double value                     = (double)bytes;
+    size_t unit                      = 0;
+
+    for (; value >= 1024 && unit < 6; unit++) {
+        value /= 1024;
+    }
+    snprintf(text, 16, unit == 0 ? "%.0f %s" : "%.1f %s", value, units[unit]);
+    return text;
+}
+
+static void
+on_signal(int number)
+{
+    (void)number;
+    attnctl_stop = 1;
+}
+
+/* Decimal, or hexadecimal behind 0x; all of the text. */
+static bool
+number_from_text(const char *text, uint64_t most, uint64_t *number)
+{
+    char *end;
+
+    errno   = 0;
+    *number = strtoull(text, &end, 0);
+    return errno == 0 && text[0] >= '0' && text[0] <= '9' && *end == '\0' && *number <= most;
+}
+
+typedef struct arguments {
+    const char *words[3]; /* that are no options: the command and what it is about */
+    int n_words;
+    uint64_t timeout_ms, interval_ms;
+    bool done; /* --help or --version was served */
+} arguments_t;
+
+/* Returns 0, or the code to exit with. */
+static int
+read_arguments(int argc, char **argv, attnctl_t *ctl, arguments_t *arguments)
+{
+    static const struct option options[] = {
+        {"target", required_argument, NULL, 't'},
+        {"timeout", required_argument, NULL, 'o'},
+        {"interval", required_argument, NULL, 'i'},
+        {"cache", required_argument, NULL, 'c'},
+        {"json", no_argument, NULL, 'j'},
+        {"watch", no_argument, NULL, 'w'},
+        {"help", no_argument, NULL, 'h'},
+        {"version", no_argument, NULL, 'v'},
+        {NULL, 0, NULL, 0},
+    };
+    int option;
+
+    while ((option = getopt_long(argc, argv, "-h", options, NULL)) != -1) {
+        switch (option) {
+        case 't':
+            ctl->target = optarg;
+            break;
+        case 'c':
+            ctl->cache = optarg;
+            break;
+        case 'j':
+            ctl->json = true;
+            break;
+        case 'w':
+            ctl->watch = true;
+            break;
+        case 'o':
+            if (!number_from_text(optarg, 60000, &arguments->timeout_ms)) {
+                return mistake("--timeout is 0 to 60000 ms", optarg);
+            }
+            break;
+        case 'i':
+            if (!number_from_text(optarg, INTERVAL_MS_MAX, &arguments->interval_ms)) {
+                return mistake("--interval is 0 to 3600000 ms", optarg);
+            }
+            break;
+        case 'h':
+            fputs(usage, stdout);
+            arguments->done = true;
+            return 0;
+        case 'v':
+            printf("attnctl %s\n", attn_version());
+            arguments->done = true;
+            return 0;
+        case 1:
+            if (arguments->n_words == 3) {
+                return mistake("one command is enough", optarg);
+            }
+            arguments->words[arguments->n_words++] = optarg;
+            break;
+        default:
+            return mistake("wrong option", NULL);
+        }
+    }
+    return 0;
+}
+
+/* Which command, and has it what it needs? NULL after a sentence. */
+static int (*pick_command(attnctl_t *ctl, const arguments_t *arguments))(const attnctl_t *)
+{
+    const char *command = arguments->n_words > 0 ? arguments->words[0] : NULL;
+
+    if (command == NULL) {
+        mistake("which command? status or seq", NULL);
+    } else if (strcmp(command, "status") == 0) {
+        if (arguments->n_words == 1) {
+            return attnctl_status;
+        }
+        mistake("status takes no argument", arguments->words[1]);
+    } else if (strcmp(command, "seq") == 0) {
+        if (arguments->n_words != 2 || ctl->cache == NULL) {
+            mistake("seq wants an ID and --cache NAME", NULL);
+        } else if (!number_from_text(arguments->words[1], UINT64_MAX, &ctl->seq) || ctl->seq == 0) {
+            mistake("a sequence's ID is a number above 0", arguments->words[1]);
+        } else {
+            return attnctl_seq;
+        }
+    } else {
+        mistake("there is no such command; there are status and seq", command);
+    }
+    return NULL;
+}
+
+int
+main(int argc, char **argv)
+{
+    attnctl_t ctl         = {.target = "127.0.0.1:7070"};
+    arguments_t arguments = {.timeout_ms = 5000, .interval_ms = 1000};
+    attn_client_options_t options;
+
+    int code = read_arguments(argc, argv, &ctl, &arguments);
+    if (code != 0 || arguments.done) {
+        return code;
+    }
+    int (*command)(const attnctl_t *) = pick_command(&ctl, &arguments);
+    if (command == NULL) {
+        return ATTNCTL_USAGE;
+    }
+    ctl.interval_ms = (uint32_t)arguments.interval_ms;
+    sigaction(SIGINT, &(struct sigaction){.sa_handler = on_signal}, NULL);
+    sigaction(SIGTERM, &(struct sigaction){.sa_handler = on_signal}, NULL);
+
+    attn_client_options_init(&options);
+    options.name         = "attnctl";
+    options.timeout_ms   = (uint32_t)arguments.timeout_ms;
+    options.spin_us      = 0;
+    attn_status_t status = attn_client_open(ctl.target, &options, &ctl.client);
+    if (status != ATTN_OK) {
+        attnctl_failed(&ctl, status);
+        return status == ATTN_ERR_INVALID ? ATTNCTL_USAGE : ATTNCTL_PROBLEM;
+    }
+    code = command(&ctl);
+    attn_client_close(ctl.client);
+    return code;
+}

@@ -1,0 +1,77 @@
+/*
+ * cluster.h: the control plane, over any links: the directory decides, the links act. The
+ * coordinator daemon puts it behind rpc; libattn has one of its own for inproc://.
+ *
+ * Threads: all functions may be called from any thread. The directory is under one lock,
+ * never held while a worker is asked. An operation that changes a sequence (fork, truncate,
+ * free) holds that sequence meanwhile: another one is refused with ATTN_ERR_BUSY.
+ */
+#ifndef ATTN_CLUSTER_H
+#define ATTN_CLUSTER_H
+
+#include "balancer/directory.h"
+#include "client/attn.h"
+#include "client/link.h"
+
+typedef struct cluster cluster_t;
+
+/** links is the caller's, outlives the cluster. */
+attn_status_t cluster_create(const directory_options_t *options, links_t *links,
+                             cluster_t **cluster_p);
+void cluster_destroy(cluster_t *cluster);
+
+/** Lose silent workers and clients, open caches on workers that joined, repeat what failed.
+ * Call every 100 ms or so from a thread that may block. */
+void cluster_tick(cluster_t *cluster);
+
+uint64_t cluster_epoch(cluster_t *cluster);
+uint32_t cluster_lease_ms(const cluster_t *cluster); /* of a client */
+
+/* Workers. As directory_worker_join / heartbeat / lose. */
+attn_status_t cluster_worker_join(cluster_t *cluster, const dir_worker_t *hello, uint32_t *id_p);
+attn_status_t cluster_worker_heartbeat(cluster_t *cluster, const dir_worker_t *figures);
+
+/* Clients. */
+attn_status_t cluster_client_open(cluster_t *cluster, const char *name, uint32_t *client_p);
+attn_status_t cluster_client_renew(cluster_t *cluster, uint32_t client);
+void cluster_client_close(cluster_t *cluster, uint32_t client);
+
+/** Open or join, with a region on every live worker; geometry NULL only joins. kind: of its
+ * arithmetic. */
+attn_status_t cluster_cache_open(cluster_t *cluster, uint32_t client, const char *name,
+                                 const attn_geometry_t *geometry, uint64_t *cache_p, char kind[64]);
+attn_status_t cluster_cache_close(cluster_t *cluster, uint32_t client, uint64_t cache);
+
+/** A complete copy of an open cache's geometry; its layer table is *table_p: free() it. */
+attn_status_t cluster_cache_geometry(cluster_t *cluster, uint64_t cache, attn_geometry_t *geometry,
+                                     void **table_p);
+
+/* Sequences: as in attn.h. */
+attn_status_t cluster_seq_create(cluster_t *cluster, uint64_t cache, uint32_t client,
+                                 uint64_t expected_tokens, attn_seq_t *seq_p);
+attn_status_t cluster_seq_fork(cluster_t *cluster, uint64_t cache, uint32_t client, attn_seq_t seq,
+                               uint64_t length, attn_seq_t *fork_p);
+attn_status_t cluster_seq_truncate(cluster_t *cluster, uint64_t cache, attn_seq_t seq,
+                                   uint64_t length);
+attn_status_t cluster_seq_free(cluster_t *cluster, uint64_t cache, attn_seq_t seq);
+
+/**
+ * Chunks and owners of n sequences with lengths and generations as the owners tell now;
+ * tokens (NULL: none) places chunks to hold so many tokens first. infos[n] are freed with
+ * attn_seq_info_free(). With tokens, a chunk in advance on a lost worker is placed anew, and
+ * what a half-done commit left behind the committed length is dropped (unless a step is open).
+ */
+attn_status_t cluster_layout(cluster_t *cluster, uint64_t cache, const attn_seq_t *seqs,
+                             const uint64_t *tokens, uint32_t n, attn_seq_info_t *infos,
+                             uint64_t *epoch_p);
+
+/** Committed length from the chunks: full ones (lost ones that another follows count as full)
+ * and what the first that is not full holds. Sets info->length. */
+void cluster_length(attn_seq_info_t *info, uint32_t chunk_size);
+
+/** All workers: address of one, and all of them with figures. */
+attn_status_t cluster_worker_address(cluster_t *cluster, uint32_t worker, char address[64],
+                                     bool *alive_p);
+attn_status_t cluster_describe(cluster_t *cluster, attn_cluster_info_t *info);
+
+#endif

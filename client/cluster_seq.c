@@ -1,0 +1,536 @@
+/* cluster_seq.c: sequences: the directory's lists, and what the owners say of their chunks. */
+#include "client/cluster_int.h"
+
+#include "base/checked.h"
+#include "base/status.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+/* ---- holding a sequence while an operation changes it ---- */
+
+static attn_status_t
+hold(cluster_t *cluster, uint64_t cache, attn_seq_t seq)
+{
+    held_seq_t *held;
+    attn_status_t status;
+
+    pthread_mutex_lock(&cluster->lock);
+    status = directory_seq_check(cluster->directory, cache, seq);
+    HASH_FIND(hh, cluster->held, &seq.id, sizeof(seq.id), held);
+    if (status == ATTN_OK && held != NULL) {
+        status = attn_fail(ATTN_ERR_BUSY, "sequence %llx is being changed by another call",
+                           (unsigned long long)seq.id);
+    }
+    held = status == ATTN_OK ? calloc(1, sizeof(*held)) : NULL;
+    if (held != NULL) {
+        held->id = seq.id;
+        HASH_ADD(hh, cluster->held, id, sizeof(held->id), held);
+    } else if (status == ATTN_OK) {
+        status = attn_fail(ATTN_ERR_NO_MEMORY, "no memory to change a sequence");
+    }
+    pthread_mutex_unlock(&cluster->lock);
+    return status;
+}
+
+static void
+let_go(cluster_t *cluster, attn_seq_t seq)
+{
+    held_seq_t *held;
+
+    pthread_mutex_lock(&cluster->lock);
+    HASH_FIND(hh, cluster->held, &seq.id, sizeof(seq.id), held);
+    if (held != NULL) {
+        HASH_DEL(cluster->held, held);
+        free(held);
+    }
+    pthread_mutex_unlock(&cluster->lock);
+}
+
+/* ---- what the owners say ---- */
+
+static int
+by_worker(const void *a, const void *b)
+{
+    const attn_chunk_info_t *x = *(attn_chunk_info_t *const *)a,
+                            *y = *(attn_chunk_info_t *const *)b;
+
+    return (x->worker > y->worker) - (x->worker < y->worker);
+}
+
+/* Ask one worker about the chunks list[0..n), all its own. */
+static attn_status_t
+ask_owner(cluster_t *cluster, uint64_t cache, attn_chunk_info_t **list, uint32_t n,
+          const attn_seq_t *seq, bool *in_step_p)
+{
+    uint64_t *ids          = malloc(n * sizeof(*ids));
+    kv_chunk_info_t *infos = malloc(n * sizeof(*infos));
+    bool in_step           = false;
+    link_t *link;
+    attn_status_t status =
+        ids != NULL && infos != NULL
+            ? cluster_link(cluster, list[0]->worker, &link)
+            : attn_fail(ATTN_ERR_NO_MEMORY, "no memory to describe %u chunks", n);
+
+    for (uint32_t i = 0; status == ATTN_OK && i < n; i++) {
+        ids[i] = list[i]->chunk;
+    }
+    if (status == ATTN_OK) {
+        status =
+            link->ops->chunks_describe(link, cache, ids, n, infos, seq != NULL ? &seq->id : NULL,
+                                       seq != NULL ? 1 : 0, &in_step, cluster_worker_deadline());
+    }
+    for (uint32_t i = 0; status == ATTN_OK && i < n; i++) {
+        list[i]->length     = infos[i].length;
+        list[i]->generation = infos[i].generation;
+    }
+    if (in_step_p != NULL) {
+        *in_step_p = *in_step_p || in_step;
+    }
+    free(ids);
+    free(infos);
+    return status;
+}
+
+attn_status_t
+cluster_ask_owners(cluster_t *cluster, uint64_t cache, attn_seq_info_t *infos, uint32_t n,
+                   const attn_seq_t *seq, bool *in_step_p)
+{
+    uint64_t total       = 0;
+    uint32_t live        = 0;
+    attn_status_t status = ATTN_OK;
+
+    for (uint32_t i = 0; i < n; i++) {
+        total += infos[i].n_chunks;
+    }
+    attn_chunk_info_t **list = malloc((total + 1) * sizeof(attn_chunk_info_t *));
+    if (list == NULL) {
+        return attn_fail(ATTN_ERR_NO_MEMORY, "no memory to describe %llu chunks",
+                         (unsigned long long)total);
+    }
+    for (uint32_t i = 0; i < n; i++) {
+        for (uint32_t c = 0; c < infos[i].n_chunks; c++) {
+            if (!infos[i].chunks[c].lost) {
+                list[live++] = &infos[i].chunks[c];
+            }
+        }
+    }
+    qsort(list, live, sizeof(attn_chunk_info_t *), by_worker);
+    for (uint32_t first = 0, next; first < live && status == ATTN_OK; first = next) {
+        for (next = first + 1; next < live && list[next]->worker == list[first]->worker; next++) {
+        }
+        status = ask_owner(cluster, cache, list + first, next - first, seq, in_step_p);
+    }
+    free(list);
+    return status;
+}
+
+/* The chunks as the directory has them, lengths unknown. Under the lock. */
+static attn_status_t
+snapshot(cluster_t *cluster, attn_seq_t seq, uint32_t chunk_size, attn_seq_info_t *info)
+{
+    seq_info_t known;
+    attn_status_t status = seq_describe(directory_sequences(cluster->directory), seq, &known);
+
+    if (status != ATTN_OK) {
+        return status;
+    }
+    *info = (attn_seq_info_t){.n_chunks = known.n_chunks,
+                              .chunks   = calloc(known.n_chunks + 1, sizeof(attn_chunk_info_t))};
+    if (info->chunks == NULL) {
+        return attn_fail(ATTN_ERR_NO_MEMORY, "no memory for a layout of %u chunks", known.n_chunks);
+    }
+    for (uint32_t c = 0; c < known.n_chunks; c++) {
+        const seq_chunk_t *chunk  = seq_chunk_at(directory_sequences(cluster->directory), seq, c);
+        const dir_worker_t *owner = directory_worker(cluster->directory, chunk->worker);
+        info->chunks[c]           = (attn_chunk_info_t){.chunk  = chunk->id,
+                                                        .first  = (uint64_t)c * chunk_size,
+                                                        .worker = chunk->worker,
+                                                        .lost   = owner == NULL || !owner->alive};
+    }
+    return ATTN_OK;
+}
+
+void
+cluster_length(attn_seq_info_t *info, uint32_t chunk_size)
+{
+    uint32_t c = 0;
+
+    /* A lost chunk that another one with tokens follows was full. */
+    uint32_t last = info->n_chunks;
+    while (last > 0 && (info->chunks[last - 1].lost || info->chunks[last - 1].length == 0)) {
+        last--;
+    }
+    while (c < last && (info->chunks[c].lost || info->chunks[c].length == chunk_size)) {
+        c++;
+    }
+    info->length = (uint64_t)c * chunk_size + (c < last ? info->chunks[c].length : 0);
+}
+
+static attn_status_t
+chunk_size_of(cluster_t *cluster, uint64_t cache, uint32_t *chunk_size_p)
+{
+    const dir_cache_t *known = directory_cache(cluster->directory, cache);
+
+    if (known == NULL) {
+        return attn_fail(ATTN_ERR_NOT_FOUND, "no cache %llu is open", (unsigned long long)cache);
+    }
+    *chunk_size_p = known->geometry.chunk_size;
+    return ATTN_OK;
+}
+
+static attn_status_t
+layout_one(cluster_t *cluster, uint64_t cache, attn_seq_t seq, attn_seq_info_t *info,
+           uint32_t *chunk_size_p, bool *in_step_p)
+{
+    pthread_mutex_lock(&cluster->lock);
+    attn_status_t status = chunk_size_of(cluster, cache, chunk_size_p);
+    if (status == ATTN_OK) {
+        status = snapshot(cluster, seq, *chunk_size_p, info);
+    }
+    pthread_mutex_unlock(&cluster->lock);
+    if (status != ATTN_OK) {
+        return status;
+    }
+    status = cluster_ask_owners(cluster, cache, info, 1, &seq, in_step_p);
+    if (status != ATTN_OK) {
+        attn_seq_info_free(info);
+        return status;
+    }
+    cluster_length(info, *chunk_size_p);
+    return ATTN_OK;
+}
+
+/* Chunks in advance whose owner was lost hold nothing if the chunk before them is not full:
+ * forget them, unless somebody changed the sequence since the owners were asked. Under the lock. */
+static void
+drop_lost_tail(cluster_t *cluster, attn_seq_t seq, const attn_seq_info_t *info, uint32_t chunk_size)
+{
+    uint32_t keep = info->n_chunks;
+    seq_info_t now;
+
+    while (keep > 0 && info->chunks[keep - 1].lost) {
+        keep--;
+    }
+    if (keep < info->n_chunks && keep > 0 && info->chunks[keep - 1].length < chunk_size &&
+        seq_describe(directory_sequences(cluster->directory), seq, &now) == ATTN_OK &&
+        now.n_chunks == info->n_chunks &&
+        seq_chunk_at(directory_sequences(cluster->directory), seq, keep)->id ==
+            info->chunks[keep].chunk) {
+        directory_seq_cut(cluster->directory, seq, keep);
+    }
+}
+
+/* Tokens behind the committed length: a step that some owners committed and others did not. */
+static bool
+has_remains(const attn_seq_info_t *info, uint32_t chunk_size)
+{
+    for (uint64_t c = info->length / chunk_size + 1; c < info->n_chunks; c++) {
+        if (!info->chunks[c].lost && info->chunks[c].length > 0) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* Cut them off, or nothing could be appended any more. Refused, and left, while a step is open:
+ * its commit may be on its way. */
+static bool
+drop_remains(cluster_t *cluster, uint64_t cache, const attn_seq_t *seqs, const uint64_t *tokens,
+             uint32_t n, const attn_seq_info_t *infos, uint32_t chunk_size)
+{
+    bool dropped = false;
+
+    for (uint32_t i = 0; i < n; i++) {
+        if (tokens[i] > 0 && has_remains(&infos[i], chunk_size) &&
+            cluster_seq_truncate(cluster, cache, seqs[i], infos[i].length) == ATTN_OK) {
+            dropped = true;
+        }
+    }
+    return dropped;
+}
+
+/* ---- layout ---- */
+
+static attn_status_t
+layout_snapshots(cluster_t *cluster, uint64_t cache, const attn_seq_t *seqs, const uint64_t *tokens,
+                 uint32_t n, uint32_t chunk_size, attn_seq_info_t *infos)
+{
+    attn_status_t status = ATTN_OK;
+
+    for (uint32_t i = 0; i < n && status == ATTN_OK; i++) {
+        status = directory_seq_check(cluster->directory, cache, seqs[i]);
+        if (status == ATTN_OK && tokens != NULL) {
+            status = directory_seq_reserve(cluster->directory, seqs[i], tokens[i]);
+        }
+        if (status == ATTN_OK) {
+            status = snapshot(cluster, seqs[i], chunk_size, &infos[i]);
+        }
+    }
+    return status;
+}
+
+static bool
+any_lost(const attn_seq_info_t *infos, uint32_t n)
+{
+    for (uint32_t i = 0; i < n; i++) {
+        for (uint32_t c = 0; c < infos[i].n_chunks; c++) {
+            if (infos[i].chunks[c].lost) {
+                return true;
+            }
+        }
+    }
+    return false;
+}
+
+static attn_status_t
+layout_once(cluster_t *cluster, uint64_t cache, const attn_seq_t *seqs, const uint64_t *tokens,
+            uint32_t n, attn_seq_info_t *infos, uint64_t *epoch_p, uint32_t *chunk_size_p)
+{
+    memset(infos, 0, n * sizeof(*infos));
+    pthread_mutex_lock(&cluster->lock);
+    attn_status_t status = chunk_size_of(cluster, cache, chunk_size_p);
+    if (status == ATTN_OK) {
+        status = layout_snapshots(cluster, cache, seqs, tokens, n, *chunk_size_p, infos);
+    }
+    *epoch_p = directory_epoch(cluster->directory);
+    pthread_mutex_unlock(&cluster->lock);
+    if (status == ATTN_OK) {
+        status = cluster_ask_owners(cluster, cache, infos, n, NULL, NULL);
+    }
+    for (uint32_t i = 0; i < n; i++) {
+        if (status == ATTN_OK) {
+            cluster_length(&infos[i], *chunk_size_p);
+        } else {
+            attn_seq_info_free(&infos[i]);
+        }
+    }
+    return status;
+}
+
+attn_status_t
+cluster_layout(cluster_t *cluster, uint64_t cache, const attn_seq_t *seqs, const uint64_t *tokens,
+               uint32_t n, attn_seq_info_t *infos, uint64_t *epoch_p)
+{
+    uint32_t chunk_size;
+    attn_status_t status =
+        layout_once(cluster, cache, seqs, tokens, n, infos, epoch_p, &chunk_size);
+
+    if (status != ATTN_OK || tokens == NULL) {
+        return status;
+    }
+    bool lost = any_lost(infos, n);
+    if (!drop_remains(cluster, cache, seqs, tokens, n, infos, chunk_size) && !lost) {
+        return status;
+    }
+    pthread_mutex_lock(&cluster->lock);
+    for (uint32_t i = 0; i < n; i++) {
+        drop_lost_tail(cluster, seqs[i], &infos[i], chunk_size);
+        attn_seq_info_free(&infos[i]);
+    }
+    pthread_mutex_unlock(&cluster->lock);
+    return layout_once(cluster, cache, seqs, tokens, n, infos, epoch_p, &chunk_size);
+}
+
+/* ---- create, fork, truncate, free ---- */
+
+attn_status_t
+cluster_seq_create(cluster_t *cluster, uint64_t cache, uint32_t client, uint64_t expected_tokens,
+                   attn_seq_t *seq_p)
+{
+    pthread_mutex_lock(&cluster->lock);
+    attn_status_t status =
+        directory_seq_create(cluster->directory, cache, client, expected_tokens, seq_p);
+    pthread_mutex_unlock(&cluster->lock);
+    return status;
+}
+
+/* Are the first `length` tokens all here and committed? */
+static attn_status_t
+check_prefix(cluster_t *cluster, attn_seq_t seq, const attn_seq_info_t *info, uint64_t length)
+{
+    char ranges[256];
+    attn_status_t status = ATTN_OK;
+
+    pthread_mutex_lock(&cluster->lock);
+    uint32_t lost = directory_seq_lost(cluster->directory, seq, length, ranges, sizeof(ranges));
+    pthread_mutex_unlock(&cluster->lock);
+    if (lost > 0) {
+        status =
+            attn_fail(ATTN_ERR_LOST, "sequence %llx lost %s", (unsigned long long)seq.id, ranges);
+    } else if (length > info->length) {
+        status =
+            attn_fail(ATTN_ERR_INVALID, "length is %llu: sequence %llx has %llu committed tokens",
+                      (unsigned long long)length, (unsigned long long)seq.id,
+                      (unsigned long long)info->length);
+    }
+    return status;
+}
+
+/* The tail of a fork: a chunk that shares the pages of the source's. */
+static attn_status_t
+fork_tail(cluster_t *cluster, uint64_t cache, const attn_chunk_info_t *source, uint32_t length,
+          uint64_t to)
+{
+    link_t *link;
+    attn_status_t status = cluster_link(cluster, source->worker, &link);
+
+    return status != ATTN_OK
+               ? status
+               : link->ops->chunk_fork(link, cluster_epoch(cluster), cache, source->chunk, length,
+                                       to, cluster_worker_deadline());
+}
+
+static attn_status_t
+fork_held(cluster_t *cluster, uint64_t cache, uint32_t client, attn_seq_t seq, uint64_t length,
+          const attn_seq_info_t *info, uint32_t chunk_size, attn_seq_t *fork_p)
+{
+    uint32_t n_shared = (uint32_t)(length / chunk_size), rest = (uint32_t)(length % chunk_size);
+    uint64_t tail = 0;
+
+    pthread_mutex_lock(&cluster->lock);
+    attn_status_t status =
+        directory_seq_fork(cluster->directory, seq, client, n_shared, rest > 0, fork_p, &tail);
+    pthread_mutex_unlock(&cluster->lock);
+    if (status != ATTN_OK || rest == 0) {
+        return status;
+    }
+    status = fork_tail(cluster, cache, &info->chunks[n_shared], rest, tail);
+    if (status != ATTN_OK) {
+        pthread_mutex_lock(&cluster->lock);
+        directory_seq_free(cluster->directory, *fork_p);
+        pthread_mutex_unlock(&cluster->lock);
+    }
+    return status;
+}
+
+attn_status_t
+cluster_seq_fork(cluster_t *cluster, uint64_t cache, uint32_t client, attn_seq_t seq,
+                 uint64_t length, attn_seq_t *fork_p)
+{
+    attn_seq_info_t info;
+    attn_seq_t fork;
+    uint32_t chunk_size;
+    attn_status_t status = hold(cluster, cache, seq);
+
+    if (status != ATTN_OK) {
+        return status;
+    }
+    status = layout_one(cluster, cache, seq, &info, &chunk_size, NULL);
+    if (status == ATTN_OK) {
+        status = check_prefix(cluster, seq, &info, length);
+        if (status == ATTN_OK) {
+            status = fork_held(cluster, cache, client, seq, length, &info, chunk_size, &fork);
+        }
+        attn_seq_info_free(&info);
+    }
+    let_go(cluster, seq);
+    if (status == ATTN_OK) {
+        *fork_p = fork;
+    }
+    return status;
+}
+
+/* Cut chunk i at `rest` tokens: in place if only this sequence lists it, else as a copy. */
+static attn_status_t
+cut_chunk(cluster_t *cluster, uint64_t cache, attn_seq_t seq, const attn_chunk_info_t *chunk,
+          uint32_t i, uint32_t rest)
+{
+    link_t *link;
+    uint64_t copy;
+    uint32_t generation;
+    attn_status_t status = cluster_link(cluster, chunk->worker, &link);
+
+    if (status != ATTN_OK || chunk->length == rest) {
+        return status;
+    }
+    pthread_mutex_lock(&cluster->lock);
+    bool shared = seq_chunk_at(directory_sequences(cluster->directory), seq, i)->references > 1;
+    copy        = directory_chunk_id(cluster->directory);
+    pthread_mutex_unlock(&cluster->lock);
+    if (!shared) {
+        return link->ops->chunk_truncate(link, cluster_epoch(cluster), cache, chunk->chunk,
+                                         chunk->generation, rest, &generation,
+                                         cluster_worker_deadline());
+    }
+    /* First the copy, then the list: a failure leaves the sequence as it was. */
+    status = fork_tail(cluster, cache, chunk, rest, copy);
+    if (status == ATTN_OK) {
+        pthread_mutex_lock(&cluster->lock);
+        status = directory_seq_replace(cluster->directory, seq, i, copy);
+        pthread_mutex_unlock(&cluster->lock);
+        if (status != ATTN_OK) {
+            link->ops->chunks_release(link, cluster_epoch(cluster), cache, &copy, 1,
+                                      cluster_worker_deadline());
+        }
+    }
+    return status;
+}
+
+static attn_status_t
+truncate_held(cluster_t *cluster, uint64_t cache, attn_seq_t seq, uint64_t length)
+{
+    attn_seq_info_t info;
+    uint32_t chunk_size;
+    bool in_step         = false;
+    attn_status_t status = layout_one(cluster, cache, seq, &info, &chunk_size, &in_step);
+
+    if (status != ATTN_OK) {
+        return status;
+    }
+    uint32_t keep = (uint32_t)(length / chunk_size), rest = (uint32_t)(length % chunk_size);
+    status = in_step ? attn_fail(ATTN_ERR_BUSY, "a step is open on sequence %llx: end it first",
+                                 (unsigned long long)seq.id)
+                     : check_prefix(cluster, seq, &info, length);
+    if (status == ATTN_OK && rest > 0) {
+        status = cut_chunk(cluster, cache, seq, &info.chunks[keep], keep, rest);
+    }
+    if (status == ATTN_OK) {
+        pthread_mutex_lock(&cluster->lock);
+        status = directory_seq_cut(cluster->directory, seq, keep + (rest > 0));
+        pthread_mutex_unlock(&cluster->lock);
+    }
+    attn_seq_info_free(&info);
+    return status;
+}
+
+attn_status_t
+cluster_seq_truncate(cluster_t *cluster, uint64_t cache, attn_seq_t seq, uint64_t length)
+{
+    attn_status_t status = hold(cluster, cache, seq);
+
+    if (status == ATTN_OK) {
+        status = truncate_held(cluster, cache, seq, length);
+        let_go(cluster, seq);
+        cluster_flush(cluster);
+    }
+    return status;
+}
+
+attn_status_t
+cluster_seq_free(cluster_t *cluster, uint64_t cache, attn_seq_t seq)
+{
+    attn_seq_info_t info;
+    uint32_t chunk_size;
+    bool in_step         = false;
+    attn_status_t status = hold(cluster, cache, seq);
+
+    if (status != ATTN_OK) {
+        return status;
+    }
+    /* An owner that cannot be asked does not keep a sequence alive. */
+    if (layout_one(cluster, cache, seq, &info, &chunk_size, &in_step) == ATTN_OK) {
+        attn_seq_info_free(&info);
+    }
+    if (in_step) {
+        status = attn_fail(ATTN_ERR_BUSY, "a step is open on sequence %llx: end it first",
+                           (unsigned long long)seq.id);
+    } else {
+        pthread_mutex_lock(&cluster->lock);
+        status = directory_seq_free(cluster->directory, seq);
+        pthread_mutex_unlock(&cluster->lock);
+    }
+    let_go(cluster, seq);
+    cluster_flush(cluster);
+    return status;
+}

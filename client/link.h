@@ -1,0 +1,99 @@
+/*
+ * link.h: the way to one worker: the transport table. A row for engines inside the process
+ * and one for gRPC; UCX and device-driven rows take their place beside them.
+ *
+ * Control calls block until their deadline. A step's calls are asynchronous: `done` is
+ * called exactly once, on a progress thread or inside the call itself, with no lock held.
+ */
+#ifndef ATTN_LINK_H
+#define ATTN_LINK_H
+
+#include "engine/engine.h"
+#include "rpc/rpc.h"
+
+typedef struct link link_t;
+typedef struct link_step link_step_t; /* one worker's part of one open step */
+
+typedef void (*link_done_fn)(void *arg, attn_status_t status, const char *sentence);
+
+/** Tensors of one run, as pieces: nothing of them is touched after done. */
+typedef struct link_run {
+    uint32_t layer;
+    const struct iovec *q, *k,
+        *v;                     /**< pieces that follow each other; together engine_sizes_t bytes */
+    uint32_t n_q, n_k, n_v;     /**< pieces; n_q = 0: no q; n_k = 0: no k, v */
+    const struct iovec *answer; /**< room for the answer, in the wire's order, as pieces */
+    uint32_t n_answer;
+} link_run_t;
+
+typedef struct link_ops {
+    const char *name;       /**< "engine", "grpc" */
+    uint64_t run_bytes_max; /**< of q, k and v of one run together; 0: no limit */
+    void (*close)(link_t *link);
+
+    attn_status_t (*ping)(link_t *link, uint64_t deadline_ns); /**< there and back, for its time */
+
+    attn_status_t (*cache_open)(link_t *link, uint64_t epoch, uint64_t cache, const char *name,
+                                const attn_geometry_t *geometry, uint64_t deadline_ns,
+                                kv_region_info_t *info);
+    attn_status_t (*cache_close)(link_t *link, uint64_t epoch, uint64_t cache,
+                                 uint64_t deadline_ns);
+    attn_status_t (*chunk_fork)(link_t *link, uint64_t epoch, uint64_t cache, uint64_t from,
+                                uint32_t length, uint64_t to, uint64_t deadline_ns);
+    attn_status_t (*chunk_truncate)(link_t *link, uint64_t epoch, uint64_t cache, uint64_t chunk,
+                                    uint32_t generation, uint32_t length, uint32_t *generation_p,
+                                    uint64_t deadline_ns);
+    attn_status_t (*chunks_release)(link_t *link, uint64_t epoch, uint64_t cache,
+                                    const uint64_t *chunks, uint32_t n, uint64_t deadline_ns);
+    attn_status_t (*chunks_describe)(link_t *link, uint64_t cache, const uint64_t *chunks,
+                                     uint32_t n, kv_chunk_info_t *infos, const uint64_t *seqs,
+                                     uint32_t n_seqs, bool *in_step, uint64_t deadline_ns);
+
+    /**
+     * Begin a step there. On ATTN_OK *step_p is set, and done tells, or has told, how begin
+     * went; step_free it in any case. The batch may go when the call returns.
+     */
+    attn_status_t (*begin)(link_t *link, const engine_batch_t *batch, link_done_fn done, void *arg,
+                           link_step_t **step_p);
+
+    /** One at a time. The pieces' arrays are the caller's until done. */
+    void (*run)(link_step_t *step, const link_run_t *run, link_done_fn done, void *arg);
+    void (*commit)(link_step_t *step, const uint32_t *accepted, uint32_t n, link_done_fn done,
+                   void *arg);
+
+    void (*abort)(link_step_t *step, link_done_fn done, void *arg);
+
+    /** Give up what is outstanding: its done is called soon, with ATTN_ERR_DEADLINE or what came
+     * first. */
+    void (*cancel)(link_step_t *step);
+
+    /** Free. Nothing may be outstanding. A step neither committed nor aborted is aborted by the
+     * worker when it notices. NULL is allowed. */
+    void (*step_free)(link_step_t *step);
+} link_ops_t;
+
+struct link {
+    const link_ops_t *ops; /* first member of every row's own struct */
+};
+
+/** The engine's link; the engine stays the caller's. */
+attn_status_t link_engine_open(engine_t *engine, link_t **link_p);
+
+/** A link over gRPC to a worker's address; connects when first used. */
+attn_status_t link_grpc_open(rpc_client_t *rpc, const char *address, link_t **link_p);
+
+/* ---- the links of a process, by the worker's address ---- */
+
+typedef struct links links_t;
+
+/** @param rpc  for gRPC links; the caller's, outlives links */
+attn_status_t links_create(rpc_client_t *rpc, links_t **links_p);
+void links_destroy(links_t *links);
+
+/** The worker at this address ("inproc:0") is the engine; takes the engine over. */
+attn_status_t links_add_engine(links_t *links, const char *address, engine_t *engine);
+
+/** The link to a worker, made when first asked for; lives as long as links. */
+attn_status_t links_get(links_t *links, const char *address, link_t **link_p);
+
+#endif

@@ -1,0 +1,318 @@
+/*
+ * link_grpc.c: the row over gRPC. Control calls are unary, on a connection of their own, so
+ * that small ones do not wait behind tensors; a step lives on a pipe (pipe.h).
+ */
+#include "client/pipe.h"
+
+#include "base/clock.h"
+#include "base/status.h"
+#include "client/rpc_call.h"
+#include "client/wire.h"
+
+#include <stdlib.h>
+
+/* A run is queued whole, and rpc.h breaks a stream on which more than 64 MiB wait. */
+#define RUN_BYTES_MAX (UINT64_C(60) << 20)
+
+typedef struct grpc_link {
+    link_t link;
+    rpc_channel_t *control;
+    pipes_t pipes;
+} grpc_link_t;
+
+struct link_step {
+    const link_ops_t *ops;
+    pipe_t *pipe;
+    uint64_t id;
+    link_done_fn begin_done;
+    void *begin_arg;
+    bool ended; /* nothing of the step is open on the stream: the pipe is clean */
+};
+
+static grpc_link_t *
+grpc_of(link_t *link)
+{
+    return (grpc_link_t *)(void *)link;
+}
+
+/* ---- steps ---- */
+
+static void
+begin_done(void *arg, attn_status_t status, const char *sentence)
+{
+    link_step_t *step = arg;
+
+    step->ended = status != ATTN_OK; /* refused: nothing is open there */
+    step->begin_done(step->begin_arg, status, sentence);
+}
+
+static attn_status_t
+grpc_link_begin(link_t *link, const engine_batch_t *batch, link_done_fn done, void *arg,
+                link_step_t **step_p)
+{
+    wire_block_t block            = {0};
+    Attn__V1__StepRequest request = ATTN__V1__STEP_REQUEST__INIT;
+    link_step_t *step             = calloc(1, sizeof(*step));
+
+    attn_status_t status =
+        step != NULL ? wire_worker_begin_encode(&block, batch, attn_now_ns(), &request.worker_begin)
+                     : attn_fail(ATTN_ERR_NO_MEMORY, "no memory for a step");
+    if (status == ATTN_OK) {
+        status = pipe_take(&grpc_of(link)->pipes, &step->pipe);
+    }
+    if (status != ATTN_OK) {
+        wire_free(&block);
+        free(step);
+        return status;
+    }
+    step->ops        = link->ops;
+    step->id         = batch->step_id;
+    step->begin_done = done;
+    step->begin_arg  = arg;
+    *step_p          = step;
+    request.op_case  = ATTN__V1__STEP_REQUEST__OP_WORKER_BEGIN;
+    pipe_call(step->pipe, PIPE_BEGIN, &request, begin_done, step);
+    wire_free(&block);
+    return ATTN_OK;
+}
+
+static void
+grpc_link_run(link_step_t *step, const link_run_t *run, link_done_fn done, void *arg)
+{
+    pipe_run(step->pipe, step->id, run, done, arg);
+}
+
+static void
+grpc_link_commit(link_step_t *step, const uint32_t *accepted, uint32_t n, link_done_fn done,
+                 void *arg)
+{
+    Attn__V1__StepRequest request  = ATTN__V1__STEP_REQUEST__INIT;
+    Attn__V1__CommitRequest commit = ATTN__V1__COMMIT_REQUEST__INIT;
+
+    commit.step_id    = step->id;
+    commit.accepted   = (uint32_t *)accepted;
+    commit.n_accepted = accepted != NULL ? n : 0;
+    request.op_case   = ATTN__V1__STEP_REQUEST__OP_COMMIT;
+    request.commit    = &commit;
+    step->ended       = true; /* whatever comes: a refused one is aborted next */
+    pipe_call(step->pipe, PIPE_COMMIT, &request, done, arg);
+}
+
+static void
+grpc_link_abort(link_step_t *step, link_done_fn done, void *arg)
+{
+    Attn__V1__StepRequest request = ATTN__V1__STEP_REQUEST__INIT;
+    Attn__V1__AbortRequest abort_ = ATTN__V1__ABORT_REQUEST__INIT;
+
+    abort_.step_id  = step->id;
+    request.op_case = ATTN__V1__STEP_REQUEST__OP_ABORT;
+    request.abort   = &abort_;
+    step->ended     = true;
+    pipe_call(step->pipe, PIPE_ABORT, &request, done, arg);
+}
+
+static void
+grpc_link_cancel(link_step_t *step)
+{
+    pipe_cancel(step->pipe);
+}
+
+static void
+grpc_link_step_free(link_step_t *step)
+{
+    if (step != NULL) {
+        pipe_give(step->pipe, step->ended);
+        free(step);
+    }
+}
+
+/* ---- control ---- */
+
+static rpc_channel_t *
+channel_of(link_t *link)
+{
+    return grpc_of(link)->control;
+}
+
+static attn_status_t
+grpc_link_ping(link_t *link, uint64_t deadline_ns)
+{
+    Attn__V1__Empty request = ATTN__V1__EMPTY__INIT;
+
+    return rpc_call_typed(channel_of(link), "/attn.v1.Worker/Status", &request, deadline_ns, NULL,
+                          NULL, NULL);
+}
+
+static attn_status_t
+grpc_link_cache_open(link_t *link, uint64_t epoch, uint64_t cache, const char *name,
+                     const attn_geometry_t *geometry, uint64_t deadline_ns, kv_region_info_t *info)
+{
+    wire_block_t block                       = {0};
+    Attn__V1__WorkerOpenCacheRequest request = ATTN__V1__WORKER_OPEN_CACHE_REQUEST__INIT;
+    Attn__V1__WorkerOpenCacheReply *reply;
+    rpc_message_t *message;
+
+    request.epoch        = epoch;
+    request.cache_id     = cache;
+    request.name         = (char *)name;
+    attn_status_t status = wire_geometry_encode(&block, geometry, &request.geometry);
+    if (status == ATTN_OK) {
+        status =
+            rpc_call_typed(channel_of(link), "/attn.v1.Worker/OpenCache", &request, deadline_ns,
+                           &attn__v1__worker_open_cache_reply__descriptor, &reply, &message);
+    }
+    if (status == ATTN_OK) {
+        *info = (kv_region_info_t){.n_pages = reply->n_pages, .bytes = reply->region_bytes};
+        rpc_message_free(message);
+    }
+    wire_free(&block);
+    return status;
+}
+
+static attn_status_t
+grpc_link_cache_close(link_t *link, uint64_t epoch, uint64_t cache, uint64_t deadline_ns)
+{
+    Attn__V1__WorkerCloseCacheRequest request = ATTN__V1__WORKER_CLOSE_CACHE_REQUEST__INIT;
+
+    request.epoch    = epoch;
+    request.cache_id = cache;
+    return rpc_call_typed(channel_of(link), "/attn.v1.Worker/CloseCache", &request, deadline_ns,
+                          NULL, NULL, NULL);
+}
+
+static attn_status_t
+grpc_link_chunk_fork(link_t *link, uint64_t epoch, uint64_t cache, uint64_t from, uint32_t length,
+                     uint64_t to, uint64_t deadline_ns)
+{
+    Attn__V1__ForkChunkRequest request = ATTN__V1__FORK_CHUNK_REQUEST__INIT;
+
+    request.epoch    = epoch;
+    request.cache_id = cache;
+    request.from     = from;
+    request.length   = length;
+    request.to       = to;
+    return rpc_call_typed(channel_of(link), "/attn.v1.Worker/ForkChunk", &request, deadline_ns,
+                          NULL, NULL, NULL);
+}
+
+static attn_status_t
+grpc_link_chunk_truncate(link_t *link, uint64_t epoch, uint64_t cache, uint64_t chunk,
+                         uint32_t generation, uint32_t length, uint32_t *generation_p,
+                         uint64_t deadline_ns)
+{
+    Attn__V1__TruncateChunkRequest request = ATTN__V1__TRUNCATE_CHUNK_REQUEST__INIT;
+    Attn__V1__WorkerChunk *reply;
+    rpc_message_t *message;
+
+    request.epoch      = epoch;
+    request.cache_id   = cache;
+    request.chunk      = chunk;
+    request.generation = generation;
+    request.length     = length;
+    attn_status_t status =
+        rpc_call_typed(channel_of(link), "/attn.v1.Worker/TruncateChunk", &request, deadline_ns,
+                       &attn__v1__worker_chunk__descriptor, &reply, &message);
+    if (status == ATTN_OK) {
+        *generation_p = reply->generation;
+        rpc_message_free(message);
+    }
+    return status;
+}
+
+static attn_status_t
+grpc_link_chunks_release(link_t *link, uint64_t epoch, uint64_t cache, const uint64_t *chunks,
+                         uint32_t n, uint64_t deadline_ns)
+{
+    Attn__V1__ReleaseChunksRequest request = ATTN__V1__RELEASE_CHUNKS_REQUEST__INIT;
+
+    request.epoch    = epoch;
+    request.cache_id = cache;
+    request.chunks   = (uint64_t *)chunks;
+    request.n_chunks = n;
+    return rpc_call_typed(channel_of(link), "/attn.v1.Worker/ReleaseChunks", &request, deadline_ns,
+                          NULL, NULL, NULL);
+}
+
+static attn_status_t
+grpc_link_chunks_describe(link_t *link, uint64_t cache, const uint64_t *chunks, uint32_t n,
+                          kv_chunk_info_t *infos, const uint64_t *seqs, uint32_t n_seqs,
+                          bool *in_step, uint64_t deadline_ns)
+{
+    Attn__V1__DescribeChunksRequest request = ATTN__V1__DESCRIBE_CHUNKS_REQUEST__INIT;
+    Attn__V1__DescribeChunksReply *reply;
+    rpc_message_t *message;
+
+    request.cache_id = cache;
+    request.chunks   = (uint64_t *)chunks;
+    request.n_chunks = n;
+    request.seqs     = (uint64_t *)seqs;
+    request.n_seqs   = n_seqs;
+    attn_status_t status =
+        rpc_call_typed(channel_of(link), "/attn.v1.Worker/DescribeChunks", &request, deadline_ns,
+                       &attn__v1__describe_chunks_reply__descriptor, &reply, &message);
+    if (status != ATTN_OK) {
+        return status;
+    }
+    if (reply->n_chunks != n || reply->n_seq_in_step != n_seqs) {
+        status = attn_fail(ATTN_ERR_INTERNAL, "worker %s described %zu chunks of %u",
+                           grpc_of(link)->pipes.address, reply->n_chunks, n);
+    }
+    for (uint32_t i = 0; status == ATTN_OK && i < n; i++) {
+        infos[i] = (kv_chunk_info_t){.generation = reply->chunks[i]->generation,
+                                     .length     = reply->chunks[i]->length,
+                                     .in_step    = reply->chunks[i]->in_step};
+    }
+    for (uint32_t i = 0; status == ATTN_OK && i < n_seqs; i++) {
+        in_step[i] = reply->seq_in_step[i];
+    }
+    rpc_message_free(message);
+    return status;
+}
+
+static void
+grpc_link_close(link_t *link)
+{
+    pipes_fini(&grpc_of(link)->pipes);
+    rpc_channel_close(grpc_of(link)->control);
+    free(link);
+}
+
+static const link_ops_t grpc_link_ops = {
+    .name            = "grpc",
+    .run_bytes_max   = RUN_BYTES_MAX,
+    .close           = grpc_link_close,
+    .ping            = grpc_link_ping,
+    .cache_open      = grpc_link_cache_open,
+    .cache_close     = grpc_link_cache_close,
+    .chunk_fork      = grpc_link_chunk_fork,
+    .chunk_truncate  = grpc_link_chunk_truncate,
+    .chunks_release  = grpc_link_chunks_release,
+    .chunks_describe = grpc_link_chunks_describe,
+    .begin           = grpc_link_begin,
+    .run             = grpc_link_run,
+    .commit          = grpc_link_commit,
+    .abort           = grpc_link_abort,
+    .cancel          = grpc_link_cancel,
+    .step_free       = grpc_link_step_free,
+};
+
+attn_status_t
+link_grpc_open(rpc_client_t *rpc, const char *address, link_t **link_p)
+{
+    grpc_link_t *link = calloc(1, sizeof(*link));
+
+    if (link == NULL) {
+        return attn_fail(ATTN_ERR_NO_MEMORY, "no memory for a link");
+    }
+    link->link.ops       = &grpc_link_ops;
+    attn_status_t status = rpc_channel_open(rpc, address, &link->control);
+    if (status == ATTN_OK && (status = pipes_init(&link->pipes, rpc, address)) != ATTN_OK) {
+        rpc_channel_close(link->control);
+    }
+    if (status != ATTN_OK) {
+        free(link);
+        return status;
+    }
+    *link_p = &link->link;
+    return ATTN_OK;
+}

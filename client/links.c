@@ -1,0 +1,110 @@
+/* links.c: the links of a process. By address and not by the worker's id: a coordinator that
+ * succeeds another gives ids anew. */
+#include "client/link.h"
+
+#include "base/status.h"
+
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <uthash.h>
+
+typedef struct links_entry {
+    char address[64]; /* key */
+    link_t *link;
+    engine_t *engine; /* owned; NULL for remote ones */
+    UT_hash_handle hh;
+} links_entry_t;
+
+struct links {
+    rpc_client_t *rpc;
+    pthread_mutex_t lock;
+    links_entry_t *by_address;
+};
+
+attn_status_t
+links_create(rpc_client_t *rpc, links_t **links_p)
+{
+    links_t *links = calloc(1, sizeof(*links));
+
+    if (links == NULL) {
+        return attn_fail(ATTN_ERR_NO_MEMORY, "no memory for links");
+    }
+    links->rpc = rpc;
+    pthread_mutex_init(&links->lock, NULL);
+    *links_p = links;
+    return ATTN_OK;
+}
+
+void
+links_destroy(links_t *links)
+{
+    links_entry_t *entry, *next;
+
+    if (links == NULL) {
+        return;
+    }
+    HASH_ITER(hh, links->by_address, entry, next)
+    {
+        HASH_DEL(links->by_address, entry);
+        entry->link->ops->close(entry->link);
+        engine_destroy(entry->engine);
+        free(entry);
+    }
+    pthread_mutex_destroy(&links->lock);
+    free(links);
+}
+
+/* Under the lock, or before links is shared. Takes link, and engine, over on ATTN_OK. */
+static attn_status_t
+add(links_t *links, const char *address, link_t *link, engine_t *engine)
+{
+    links_entry_t *entry = calloc(1, sizeof(*entry));
+
+    if (entry == NULL) {
+        return attn_fail(ATTN_ERR_NO_MEMORY, "no memory for a link");
+    }
+    snprintf(entry->address, sizeof(entry->address), "%s", address);
+    entry->link   = link;
+    entry->engine = engine;
+    HASH_ADD_STR(links->by_address, address, entry);
+    return ATTN_OK;
+}
+
+attn_status_t
+links_add_engine(links_t *links, const char *address, engine_t *engine)
+{
+    link_t *link;
+    attn_status_t status = link_engine_open(engine, &link);
+
+    if (status == ATTN_OK) {
+        pthread_mutex_lock(&links->lock);
+        status = add(links, address, link, engine);
+        pthread_mutex_unlock(&links->lock);
+        if (status != ATTN_OK) {
+            link->ops->close(link);
+        }
+    }
+    return status;
+}
+
+attn_status_t
+links_get(links_t *links, const char *address, link_t **link_p)
+{
+    links_entry_t *entry;
+    attn_status_t status = ATTN_OK;
+
+    pthread_mutex_lock(&links->lock);
+    HASH_FIND_STR(links->by_address, address, entry);
+    if (entry != NULL) {
+        *link_p = entry->link;
+    } else {
+        status = link_grpc_open(links->rpc, address, link_p);
+        if (status == ATTN_OK && (status = add(links, address, *link_p, NULL)) != ATTN_OK) {
+            (*link_p)->ops->close(*link_p);
+        }
+    }
+    pthread_mutex_unlock(&links->lock);
+    return status;
+}

@@ -1,0 +1,52 @@
+/*
+ * pipe.h: streams of a worker's Steps method. A step has a pipe for itself from begin to its
+ * end; then the pipe waits for the next step. If the stream breaks, the worker aborts the step.
+ * One operation is outstanding on a pipe, and its done is called exactly once.
+ */
+#ifndef ATTN_PIPE_H
+#define ATTN_PIPE_H
+
+#include "attn/v1/attn.pb-c.h"
+#include "client/link.h"
+
+#include <pthread.h>
+
+typedef struct pipe pipe_t;
+
+typedef enum pipe_op {
+    PIPE_NONE,
+    PIPE_BEGIN,
+    PIPE_RUN,
+    PIPE_COMMIT,
+    PIPE_ABORT,
+} pipe_op_t;
+
+/** The pipes to one worker. Their fields are pipe.c's. */
+typedef struct pipes {
+    char address[128];
+    rpc_channel_t *channel;
+    pthread_mutex_t lock;
+    pipe_t *idle; /* under the lock */
+} pipes_t;
+
+attn_status_t pipes_init(pipes_t *pipes, rpc_client_t *rpc, const char *address);
+void pipes_fini(pipes_t *pipes); /* no pipe is taken any more */
+
+/** An idle pipe that still stands, or a new one. */
+attn_status_t pipe_take(pipes_t *pipes, pipe_t **pipe_p);
+
+/** Give it up: to the idle list if its step ended in order (clean). Nothing is outstanding. */
+void pipe_give(pipe_t *pipe, bool clean);
+
+/** An operation of one message without tensors. */
+void pipe_call(pipe_t *pipe, pipe_op_t op, const Attn__V1__StepRequest *request, link_done_fn done,
+               void *arg);
+
+/** A run: its tensors out in parts, its answer into run->answer. Tensors are copied before it
+ * returns. */
+void pipe_run(pipe_t *pipe, uint64_t step_id, const link_run_t *run, link_done_fn done, void *arg);
+
+/** As link_ops_t.cancel. */
+void pipe_cancel(pipe_t *pipe);
+
+#endif

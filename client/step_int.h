@@ -1,0 +1,131 @@
+/* step_int.h: a step of libattn, and its shares: what each worker does of it. */
+#ifndef ATTN_STEP_INT_H
+#define ATTN_STEP_INT_H
+
+#include "client/client_int.h"
+
+/** A piece of a tensor, in bytes from its start. */
+typedef struct span {
+    uint64_t offset, bytes;
+} span_t;
+
+/** One worker's share of the step. */
+typedef struct share {
+    attn_step_t *step;
+    const split_share_t *split;
+    link_t *link;
+    link_step_t *remote; /* NULL until begun */
+    bool outstanding;    /* a call of ours is on its way; under step->lock */
+
+    span_t *q, *k, *v, *o, *lse; /* of the caller's packed tensors */
+    uint32_t n_q, n_k, n_v, n_o, n_lse;
+    struct iovec *pieces; /* the same as pointers, rebuilt each run */
+    uint64_t n_states;
+    uint8_t *states;    /* partials as they come: all e, all l, all A */
+    uint32_t *accepted; /* [parts] at commit */
+} share_t;
+
+/** One partial of an entry: a node of the merge tree, and where its states are. */
+typedef struct partial {
+    uint32_t key; /* first key below the node */
+    share_t *share;
+    uint64_t state; /* index of its first state in the share's */
+} partial_t;
+
+/** How one entry's answer comes together. */
+typedef struct gather {
+    uint32_t entry;
+    uint64_t row; /* its first query row in the batch */
+    uint32_t n_partials;
+    partial_t *partials; /* ascending in key */
+} gather_t;
+
+typedef struct step_entry {
+    attn_seq_t seq;
+    uint64_t base;
+    uint32_t n_q, n_new;
+    uint64_t q_row, new_row; /* first row in the batch */
+} step_entry_t;
+
+struct attn_step {
+    attn_cache_t *cache;
+    uint64_t id;
+    _Atomic uint64_t deadline_ns; /* the housekeeper looks at it */
+    attn_dtype_t q_dtype, o_dtype;
+    bool want_lse;
+
+    uint32_t n;
+    step_entry_t *entries;
+    uint64_t q_rows, new_rows;
+    split_t *split;
+    uint32_t n_shares;
+    share_t *shares;
+    uint32_t n_gathers;
+    gather_t *gathers; /* entries answered with partials */
+    uint8_t *stored;   /* [layers] */
+    bool dead;         /* a share failed for good */
+    atomic_bool aborting;
+    bool given_up;      /* the keeper is to abort it; under client->lock */
+    uint32_t looked_at; /* the housekeeper's round; under client->lock */
+
+    /* The call in progress: one share's done after the other, then finish. */
+    pthread_mutex_t lock;
+    uint32_t pending;
+    attn_status_t status; /* first failure */
+    char sentence[512];
+    atomic_bool idle;    /* nothing is pending */
+    atomic_uint calling; /* completions that have not returned */
+
+    /* The run in progress. */
+    uint32_t layer;
+    bool runs_kv;
+    attn_tensor_t o_to; /* where the caller wants o, if it is not packed; else data is NULL */
+    void *o;
+    float *lse;
+    uint8_t *packed[4]; /* q, k, v, o of strided tensors */
+    uint64_t packed_bytes[4];
+    float *lse_unwanted; /* want_lse, but this run does not */
+    attn_done_fn done;
+    void *done_arg;
+
+    uint32_t references; /* under client->lock */
+    attn_step_t *next, **link;
+};
+
+/* ---- one call to all shares: start, a share_start for each with step_share_done as its done, then
+ * started; the call is over when all are done ---- */
+
+void step_call_start(attn_step_t *step);
+void step_share_start(share_t *share);
+void step_share_done(void *share, attn_status_t status, const char *sentence); /* a link_done_fn */
+void step_call_started(attn_step_t *step);
+
+/** Wait for the end of the call; overdue parts are cancelled. Sets the sentence. */
+attn_status_t step_call_wait(attn_step_t *step, uint64_t deadline_ns);
+
+/** Call done; step->calling counts it already. The step may be gone afterwards. */
+void step_complete(attn_step_t *step, attn_done_fn done, void *arg, attn_status_t status,
+                   const char *sentence);
+
+/** @return ATTN_ERR_INVALID  `call` waits, and this is a completion: nobody else would make
+ * progress */
+attn_status_t step_may_wait(const char *call);
+
+/** The end of a run without a waiter: completes it and calls its done. */
+void step_run_finish(attn_step_t *step);
+
+/** Abort at every worker that began, and wait a while for it. */
+void step_abort_shares(attn_step_t *step);
+
+/** Into the client's list of open steps, and out of it: freed when nobody looks at it any more. */
+void step_publish(attn_step_t *step);
+void step_retire(attn_step_t *step);
+void step_free(attn_step_t *step); /* one that was never published */
+
+/** The step's part of begin that needs no network: spans, gathers, buffers. */
+attn_status_t step_layout(attn_step_t *step);
+
+/** Merge and finish the entries that came as partials. */
+void step_gather(attn_step_t *step);
+
+#endif

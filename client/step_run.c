@@ -1,0 +1,290 @@
+/* step_run.c: one layer: the caller's tensors out to the owners, the answers in and merged. */
+#include "client/step_int.h"
+
+#include "base/status.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+static attn_status_t
+tensor_check(const attn_tensor_t *tensor, const char *name, attn_dtype_t dtype, uint32_t heads,
+             uint32_t dim, attn_tensor_t *complete)
+{
+    *complete = *tensor;
+    if (tensor->data == NULL) {
+        return attn_fail(ATTN_ERR_INVALID, "%s.data is NULL", name);
+    }
+    if (tensor->dtype != dtype) {
+        return attn_fail(ATTN_ERR_INVALID, "%s.dtype is %d: the step has %d (1 f32, 2 f16, 3 bf16)",
+                         name, (int)tensor->dtype, (int)dtype);
+    }
+    complete->head_stride = tensor->head_stride != 0 ? tensor->head_stride : dim;
+    complete->token_stride =
+        tensor->token_stride != 0 ? tensor->token_stride : heads * complete->head_stride;
+    if (complete->head_stride < dim || complete->token_stride < dim) {
+        return attn_fail(ATTN_ERR_INVALID,
+                         "%s has strides %llu (token) and %llu (head): at least %u", name,
+                         (unsigned long long)complete->token_stride,
+                         (unsigned long long)complete->head_stride, dim);
+    }
+    return ATTN_OK;
+}
+
+/* Copy between a strided tensor and packed rows. */
+static void
+rows_copy(const attn_tensor_t *t, uint8_t *packed, uint64_t rows, uint32_t heads, uint32_t dim,
+          bool pack)
+{
+    uint64_t size = attn_dtype_size(t->dtype), head = dim * size;
+
+    for (uint64_t r = 0; r < rows; r++) {
+        for (uint32_t h = 0; h < heads; h++) {
+            uint8_t *strided =
+                (uint8_t *)t->data + (r * t->token_stride + h * t->head_stride) * size;
+            uint8_t *at = packed + (r * heads + h) * head;
+            memcpy(pack ? at : strided, pack ? strided : at, head);
+        }
+    }
+}
+
+/* The tensor's rows, packed: where they are if they are packed already, else in the step's own
+ * buffer `which`, filled if `fill`. NULL when out of memory. */
+static void *
+packed_rows(attn_step_t *step, uint32_t which, const attn_tensor_t *t, uint64_t rows,
+            uint32_t heads, uint32_t dim, bool fill)
+{
+    uint64_t bytes = rows * heads * dim * attn_dtype_size(t->dtype);
+
+    if (rows <= 1 ? t->head_stride == dim
+                  : t->head_stride == dim && t->token_stride == (uint64_t)heads * dim) {
+        return t->data;
+    }
+    if (step->packed_bytes[which] < bytes) {
+        free(step->packed[which]);
+        step->packed[which]       = malloc(bytes);
+        step->packed_bytes[which] = step->packed[which] != NULL ? bytes : 0;
+    }
+    if (step->packed[which] != NULL && fill) {
+        rows_copy(t, step->packed[which], rows, heads, dim, true);
+    }
+    return step->packed[which];
+}
+
+static void *
+take(attn_step_t *step, uint32_t which, const attn_tensor_t *tensor, const char *name,
+     attn_dtype_t dtype, uint64_t rows, uint32_t heads, uint32_t dim, attn_status_t *status)
+{
+    attn_tensor_t complete;
+
+    if (*status != ATTN_OK || tensor == NULL || rows == 0) {
+        return NULL;
+    }
+    *status = tensor_check(tensor, name, dtype, heads, dim, &complete);
+    if (*status != ATTN_OK) {
+        return NULL;
+    }
+    void *data = packed_rows(step, which, &complete, rows, heads, dim, which != 3);
+    if (data == NULL) {
+        *status = attn_fail(ATTN_ERR_NO_MEMORY, "no memory to pack %s", name);
+    }
+    if (which == 3 && data != complete.data) {
+        step->o_to = complete;
+    }
+    return data;
+}
+
+static attn_status_t
+run_check(const attn_step_t *step, uint32_t layer, const attn_tensor_t *q, const attn_tensor_t *k,
+          const attn_tensor_t *v, const attn_tensor_t *o, const float *lse)
+{
+    if (!atomic_load(&step->idle)) {
+        return attn_fail(ATTN_ERR_BUSY,
+                         "a run of the step is outstanding: wait for its completion");
+    }
+    if (atomic_load(&step->aborting)) {
+        return attn_fail(ATTN_ERR_ABORTED, "the step is being aborted");
+    }
+    if (step->dead) {
+        return attn_fail(ATTN_ERR_ABORTED, "the step was aborted: %s", step->sentence);
+    }
+    if (layer >= step->cache->geometry.layers) {
+        return attn_fail(ATTN_ERR_INVALID, "layer is %u: the cache has %u", layer,
+                         step->cache->geometry.layers);
+    }
+    if (step->q_rows > 0 && q != NULL && o == NULL) {
+        return attn_fail(ATTN_ERR_INVALID, "q is given, but o is NULL");
+    }
+    if ((k == NULL) != (v == NULL)) {
+        return attn_fail(ATTN_ERR_INVALID, "%s is NULL, but the other is not",
+                         k == NULL ? "k" : "v");
+    }
+    if (k == NULL && step->new_rows > 0 && !step->stored[layer]) {
+        return attn_fail(ATTN_ERR_INCOMPLETE, "layer %u has no k, v yet: send them with this run",
+                         layer);
+    }
+    if (lse != NULL && !step->want_lse) {
+        return attn_fail(ATTN_ERR_INVALID, "lse is given, but the batch has want_lse = false");
+    }
+    return ATTN_OK;
+}
+
+/* Spans of a tensor as pointers. */
+static struct iovec *
+pieces_put(struct iovec *at, const span_t *spans, uint32_t n, void *base)
+{
+    for (uint32_t i = 0; i < n; i++) {
+        *at++ = (struct iovec){.iov_base = (uint8_t *)base + spans[i].offset,
+                               .iov_len  = spans[i].bytes};
+    }
+    return at;
+}
+
+static void
+share_run(share_t *share, void *q, void *k, void *v)
+{
+    attn_step_t *step = share->step;
+    link_run_t run    = {.layer = step->layer, .q = share->pieces};
+
+    run.n_q    = q != NULL ? share->n_q : 0;
+    run.k      = pieces_put(share->pieces, share->q, run.n_q, q);
+    run.n_k    = k != NULL ? share->n_k : 0;
+    run.v      = pieces_put((struct iovec *)run.k, share->k, run.n_k, k);
+    run.n_v    = k != NULL ? share->n_v : 0;
+    run.answer = pieces_put((struct iovec *)run.v, share->v, run.n_v, v);
+    struct iovec *end =
+        pieces_put((struct iovec *)run.answer, share->o, run.n_q > 0 ? share->n_o : 0, step->o);
+    end = pieces_put(end, share->lse, run.n_q > 0 ? share->n_lse : 0, step->lse);
+    if (run.n_q > 0 && share->n_states > 0) {
+        uint64_t bytes = share->n_states * (8 + 4 * (uint64_t)step->cache->geometry.head_dim_v);
+        *end++         = (struct iovec){.iov_base = share->states, .iov_len = bytes};
+    }
+    run.n_answer = (uint32_t)(end - run.answer);
+    if (run.n_q + run.n_k == 0) {
+        return; /* nothing of this layer is this worker's */
+    }
+    step_share_start(share);
+    share->link->ops->run(share->remote, &run, step_share_done, share);
+}
+
+/* Every share answered: merge, unpack, and hand over. */
+static attn_status_t
+run_complete(attn_step_t *step)
+{
+    attn_status_t status = step->status;
+
+    if (status == ATTN_OK) {
+        step->stored[step->layer] |= step->runs_kv;
+        if (step->o != NULL) {
+            step_gather(step);
+        }
+        if (step->o_to.data != NULL) {
+            rows_copy(&step->o_to, step->o, step->q_rows, step->cache->geometry.q_heads,
+                      step->cache->geometry.head_dim_v, false);
+        }
+        return ATTN_OK;
+    }
+    /* Wrong arguments leave the step as it was; anything else ended it at some worker. */
+    step->dead = !(status == ATTN_ERR_INVALID || status == ATTN_ERR_CONFLICT ||
+                   status == ATTN_ERR_INCOMPLETE || status == ATTN_ERR_NUMERIC ||
+                   status == ATTN_ERR_TOO_LARGE || status == ATTN_ERR_EXHAUSTED);
+    return status;
+}
+
+void
+step_run_finish(attn_step_t *step)
+{
+    attn_done_fn done    = step->done;
+    void *arg            = step->done_arg;
+    attn_status_t status = run_complete(step);
+    char sentence[512];
+
+    snprintf(sentence, sizeof(sentence), "%s", step->sentence);
+    step->done = NULL;
+    atomic_fetch_add(&step->calling, 1);
+    atomic_store(&step->idle, true); /* before done: it may start the next run */
+    step_complete(step, done, arg, status, sentence);
+}
+
+/* Everything but waiting. done NULL: the caller waits. */
+static attn_status_t
+run_start(attn_step_t *step, uint32_t layer, const attn_tensor_t *q, const attn_tensor_t *k,
+          const attn_tensor_t *v, const attn_tensor_t *o, float *lse, attn_done_fn done, void *arg)
+{
+    const attn_geometry_t *g = &step->cache->geometry;
+    attn_status_t status     = run_check(step, layer, q, k, v, o, lse);
+
+    step->o_to.data = status == ATTN_OK ? NULL : step->o_to.data;
+    void *q_rows =
+        take(step, 0, q, "q", step->q_dtype, step->q_rows, g->q_heads, g->head_dim_k, &status);
+    void *k_rows =
+        take(step, 1, k, "k", g->kv_dtype, step->new_rows, g->kv_heads, g->head_dim_k, &status);
+    void *v_rows =
+        take(step, 2, v, "v", g->kv_dtype, step->new_rows, g->kv_heads, g->head_dim_v, &status);
+    void *o_rows = take(step, 3, q != NULL ? o : NULL, "o", step->o_dtype, step->q_rows, g->q_heads,
+                        g->head_dim_v, &status);
+    if (status == ATTN_OK && step->want_lse && lse == NULL && q_rows != NULL) {
+        if (step->lse_unwanted == NULL) {
+            step->lse_unwanted = malloc(step->q_rows * g->q_heads * sizeof(float));
+        }
+        lse    = step->lse_unwanted;
+        status = lse != NULL ? ATTN_OK : attn_fail(ATTN_ERR_NO_MEMORY, "no memory for the LSE");
+    }
+    if (status != ATTN_OK) {
+        return status;
+    }
+    step->layer    = layer;
+    step->runs_kv  = k_rows != NULL;
+    step->o        = o_rows;
+    step->lse      = lse;
+    step->done     = done;
+    step->done_arg = arg;
+    step_call_start(step);
+    for (uint32_t s = 0; s < step->n_shares; s++) {
+        share_run(&step->shares[s], q_rows, k_rows, v_rows);
+    }
+    step_call_started(step);
+    return ATTN_OK;
+}
+
+attn_status_t
+attn_step_run(attn_step_t *step, uint32_t layer, const attn_tensor_t *q, const attn_tensor_t *k,
+              const attn_tensor_t *v, const attn_tensor_t *o, float *lse)
+{
+    attn_status_t status = step_may_wait("attn_step_run");
+
+    if (status == ATTN_OK) {
+        status = run_start(step, layer, q, k, v, o, lse, NULL, NULL);
+    }
+    if (status != ATTN_OK) {
+        return status;
+    }
+    step_call_wait(step, step->deadline_ns);
+    status = run_complete(step);
+    return status == ATTN_OK ? ATTN_OK : attn_fail(status, "%s", step->sentence);
+}
+
+attn_status_t
+attn_step_submit(attn_step_t *step, uint32_t layer, const attn_tensor_t *q, const attn_tensor_t *k,
+                 const attn_tensor_t *v, const attn_tensor_t *o, float *lse, attn_done_fn done,
+                 void *arg)
+{
+    if (done == NULL) {
+        return attn_fail(ATTN_ERR_INVALID, "done is NULL: attn_step_run() waits");
+    }
+    return run_start(step, layer, q, k, v, o, lse, done, arg);
+}
+
+void
+client_step_sizes(const attn_step_t *step, uint64_t *q, uint64_t *k, uint64_t *v, uint64_t *o,
+                  uint64_t *lse)
+{
+    const attn_geometry_t *g = &step->cache->geometry;
+    uint64_t element         = attn_dtype_size(g->kv_dtype);
+
+    *q   = step->q_rows * g->q_heads * g->head_dim_k * attn_dtype_size(step->q_dtype);
+    *k   = step->new_rows * g->kv_heads * g->head_dim_k * element;
+    *v   = step->new_rows * g->kv_heads * g->head_dim_v * element;
+    *o   = step->q_rows * g->q_heads * g->head_dim_v * attn_dtype_size(step->o_dtype);
+    *lse = step->want_lse ? step->q_rows * g->q_heads * sizeof(float) : 0;
+}
