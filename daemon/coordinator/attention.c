@@ -1,0 +1,353 @@
+/* attention.c: attn.v1.Attention without its steps (thin.c): clients, caches, sequences, status. */
+#include "daemon/coordinator/coordinator_int.h"
+
+#include "base/status.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+/* ---- clients ---- */
+
+static attn_status_t
+serve_open_client(void *service, const ProtobufCMessage *request, wire_block_t *block,
+                  ProtobufCMessage **reply_p)
+{
+    const Attn__V1__OpenClientRequest *r = (const Attn__V1__OpenClientRequest *)request;
+    coordinator_t *c                     = service;
+    char name[64];
+    Attn__V1__OpenClientReply *reply =
+        unary_reply(block, &attn__v1__open_client_reply__descriptor, reply_p);
+
+    if (reply == NULL) {
+        return ATTN_ERR_NO_MEMORY;
+    }
+    attn_status_t status = coordinator_take_text("name", r->name, name, sizeof(name));
+    if (status == ATTN_OK) {
+        status = cluster_client_open(c->cluster, name, &reply->client_id);
+    }
+    reply->lease_ms = (uint32_t)c->options.lease_ms;
+    return status;
+}
+
+static attn_status_t
+serve_keep_alive(void *service, const ProtobufCMessage *request, wire_block_t *block,
+                 ProtobufCMessage **reply_p)
+{
+    const Attn__V1__ClientRequest *r = (const Attn__V1__ClientRequest *)request;
+    coordinator_t *c                 = service;
+
+    return unary_reply(block, &attn__v1__empty__descriptor, reply_p) != NULL
+               ? cluster_client_renew(c->cluster, r->client_id)
+               : ATTN_ERR_NO_MEMORY;
+}
+
+static attn_status_t
+serve_close_client(void *service, const ProtobufCMessage *request, wire_block_t *block,
+                   ProtobufCMessage **reply_p)
+{
+    const Attn__V1__ClientRequest *r = (const Attn__V1__ClientRequest *)request;
+    coordinator_t *c                 = service;
+
+    if (unary_reply(block, &attn__v1__empty__descriptor, reply_p) == NULL) {
+        return ATTN_ERR_NO_MEMORY;
+    }
+    cluster_client_close(c->cluster, r->client_id);
+    return ATTN_OK;
+}
+
+/* ---- caches ---- */
+
+static void *
+keep(wire_block_t *block, const void *from, uint64_t n, uint64_t size)
+{
+    void *copy = wire_alloc(block, n, size);
+
+    if (copy != NULL) {
+        memcpy(copy, from, n * size);
+    }
+    return copy;
+}
+
+/* Encode a geometry whose layer table will go before the message does. */
+static attn_status_t
+encode_geometry(wire_block_t *block, const attn_geometry_t *geometry,
+                Attn__V1__Geometry **message_p)
+{
+    attn_geometry_t copy = *geometry;
+    uint64_t heads       = geometry->q_heads;
+    attn_layer_t *table  = keep(block, geometry->layer_table, geometry->layers, sizeof(*table));
+
+    for (uint32_t l = 0; table != NULL && l < geometry->layers; l++) {
+        if (table[l].slopes != NULL &&
+            (table[l].slopes = keep(block, table[l].slopes, heads, sizeof(float))) == NULL) {
+            return ATTN_ERR_NO_MEMORY;
+        }
+        if (table[l].sinks != NULL &&
+            (table[l].sinks = keep(block, table[l].sinks, heads, sizeof(float))) == NULL) {
+            return ATTN_ERR_NO_MEMORY;
+        }
+    }
+    copy.layer_table = table;
+    return table != NULL ? wire_geometry_encode(block, &copy, message_p) : ATTN_ERR_NO_MEMORY;
+}
+
+static attn_status_t
+serve_open_cache(void *service, const ProtobufCMessage *request, wire_block_t *block,
+                 ProtobufCMessage **reply_p)
+{
+    const Attn__V1__OpenCacheRequest *r = (const Attn__V1__OpenCacheRequest *)request;
+    coordinator_t *c                    = service;
+    attn_geometry_t geometry, complete;
+    void *table;
+    uint64_t cache;
+    Attn__V1__OpenCacheReply *reply =
+        unary_reply(block, &attn__v1__open_cache_reply__descriptor, reply_p);
+    char *kind = wire_alloc(block, 64, 1);
+
+    if (reply == NULL || kind == NULL) {
+        return ATTN_ERR_NO_MEMORY;
+    }
+    attn_status_t status = ATTN_OK;
+    if (r->geometry != NULL) {
+        status = wire_geometry_decode(block, r->geometry, &geometry);
+    }
+    if (status == ATTN_OK) {
+        status = cluster_cache_open(c->cluster, r->client_id, r->name,
+                                    r->geometry != NULL ? &geometry : NULL, &cache, kind);
+    }
+    if (status != ATTN_OK) {
+        return status;
+    }
+    status = cluster_cache_geometry(c->cluster, cache, &complete, &table);
+    if (status == ATTN_OK) {
+        status = encode_geometry(block, &complete, &reply->geometry);
+        free(table);
+    }
+    reply->cache_id = cache;
+    reply->epoch    = cluster_epoch(c->cluster);
+    reply->kind     = kind;
+    return status;
+}
+
+static attn_status_t
+serve_close_cache(void *service, const ProtobufCMessage *request, wire_block_t *block,
+                  ProtobufCMessage **reply_p)
+{
+    const Attn__V1__CloseCacheRequest *r = (const Attn__V1__CloseCacheRequest *)request;
+    coordinator_t *c                     = service;
+
+    if (unary_reply(block, &attn__v1__empty__descriptor, reply_p) == NULL) {
+        return ATTN_ERR_NO_MEMORY;
+    }
+    thin_forget_cache(c->thin, r->cache_id);
+    return cluster_cache_close(c->cluster, r->client_id, r->cache_id);
+}
+
+/* ---- sequences ---- */
+
+static attn_status_t
+serve_create(void *service, const ProtobufCMessage *request, wire_block_t *block,
+             ProtobufCMessage **reply_p)
+{
+    const Attn__V1__CreateSequenceRequest *r = (const Attn__V1__CreateSequenceRequest *)request;
+    coordinator_t *c                         = service;
+    attn_seq_t seq;
+    Attn__V1__SequenceReply *reply =
+        unary_reply(block, &attn__v1__sequence_reply__descriptor, reply_p);
+
+    if (reply == NULL) {
+        return ATTN_ERR_NO_MEMORY;
+    }
+    attn_status_t status =
+        cluster_seq_create(c->cluster, r->cache_id, r->client_id, r->expected_tokens, &seq);
+    reply->seq = status == ATTN_OK ? seq.id : 0;
+    return status;
+}
+
+static attn_status_t
+serve_fork(void *service, const ProtobufCMessage *request, wire_block_t *block,
+           ProtobufCMessage **reply_p)
+{
+    const Attn__V1__ForkSequenceRequest *r = (const Attn__V1__ForkSequenceRequest *)request;
+    coordinator_t *c                       = service;
+    attn_seq_t fork;
+    Attn__V1__SequenceReply *reply =
+        unary_reply(block, &attn__v1__sequence_reply__descriptor, reply_p);
+
+    if (reply == NULL) {
+        return ATTN_ERR_NO_MEMORY;
+    }
+    attn_status_t status = cluster_seq_fork(c->cluster, r->cache_id, r->client_id,
+                                            (attn_seq_t){r->seq}, r->length, &fork);
+    reply->seq           = status == ATTN_OK ? fork.id : 0;
+    return status;
+}
+
+static attn_status_t
+serve_truncate(void *service, const ProtobufCMessage *request, wire_block_t *block,
+               ProtobufCMessage **reply_p)
+{
+    const Attn__V1__TruncateSequenceRequest *r = (const Attn__V1__TruncateSequenceRequest *)request;
+    coordinator_t *c                           = service;
+
+    return unary_reply(block, &attn__v1__empty__descriptor, reply_p) != NULL
+               ? thin_seq_truncate(c->thin, r->cache_id, (attn_seq_t){r->seq}, r->length)
+               : ATTN_ERR_NO_MEMORY;
+}
+
+static attn_status_t
+serve_free(void *service, const ProtobufCMessage *request, wire_block_t *block,
+           ProtobufCMessage **reply_p)
+{
+    const Attn__V1__SequenceRequest *r = (const Attn__V1__SequenceRequest *)request;
+    coordinator_t *c                   = service;
+
+    return unary_reply(block, &attn__v1__empty__descriptor, reply_p) != NULL
+               ? thin_seq_free(c->thin, r->cache_id, (attn_seq_t){r->seq})
+               : ATTN_ERR_NO_MEMORY;
+}
+
+static attn_status_t
+serve_describe(void *service, const ProtobufCMessage *request, wire_block_t *block,
+               ProtobufCMessage **reply_p)
+{
+    const Attn__V1__SequenceRequest *r = (const Attn__V1__SequenceRequest *)request;
+    coordinator_t *c                   = service;
+    attn_seq_t seq                     = {r->seq};
+    attn_seq_info_t info;
+    uint64_t epoch;
+    Attn__V1__DescribeSequenceReply *reply =
+        unary_reply(block, &attn__v1__describe_sequence_reply__descriptor, reply_p);
+
+    if (reply == NULL) {
+        return ATTN_ERR_NO_MEMORY;
+    }
+    attn_status_t status = cluster_layout(c->cluster, r->cache_id, &seq, NULL, 1, &info, &epoch);
+    if (status != ATTN_OK) {
+        return status;
+    }
+    reply->length   = info.length;
+    reply->n_chunks = info.n_chunks;
+    status          = wire_chunks_encode(block, &info, &reply->chunks);
+    attn_seq_info_free(&info);
+    return status;
+}
+
+/* ---- status ---- */
+
+static attn_status_t
+encode_workers(wire_block_t *block, const attn_cluster_info_t *info,
+               Attn__V1__ClusterStatusReply *reply)
+{
+    attn_worker_info_t *from       = keep(block, info->workers, info->n_workers, sizeof(*from));
+    Attn__V1__WorkerInfo *messages = wire_alloc(block, info->n_workers, sizeof(*messages));
+    reply->workers                 = wire_alloc(block, info->n_workers, sizeof(*reply->workers));
+
+    if (from == NULL || messages == NULL || reply->workers == NULL) {
+        return ATTN_ERR_NO_MEMORY;
+    }
+    for (uint32_t i = 0; i < info->n_workers; i++) {
+        Attn__V1__WorkerInfo *m = &messages[i];
+        attn__v1__worker_info__init(m);
+        m->id             = from[i].id;
+        m->alive          = from[i].alive;
+        m->address        = from[i].address;
+        m->kind           = from[i].kind;
+        m->slab_bytes     = from[i].slab_bytes;
+        m->region_bytes   = from[i].region_bytes;
+        m->used_bytes     = from[i].used_bytes;
+        m->chunks         = from[i].chunks;
+        m->open_steps     = from[i].open_steps;
+        m->runs           = from[i].runs;
+        m->kv_bytes       = from[i].kv_bytes;
+        reply->workers[i] = m;
+    }
+    reply->n_workers = info->n_workers;
+    return ATTN_OK;
+}
+
+static attn_status_t
+serve_status(void *service, const ProtobufCMessage *request, wire_block_t *block,
+             ProtobufCMessage **reply_p)
+{
+    coordinator_t *c = service;
+    attn_cluster_info_t info;
+    Attn__V1__ClusterStatusReply *reply =
+        unary_reply(block, &attn__v1__cluster_status_reply__descriptor, reply_p);
+
+    (void)request;
+    if (reply == NULL) {
+        return ATTN_ERR_NO_MEMORY;
+    }
+    attn_status_t status = cluster_describe(c->cluster, &info);
+    if (status != ATTN_OK) {
+        return status;
+    }
+    reply->epoch     = info.epoch;
+    reply->sequences = info.sequences;
+    reply->clients   = info.clients;
+    reply->caches    = info.caches;
+    reply->uptime_ms = info.uptime_ms;
+    status           = encode_workers(block, &info, reply);
+    attn_cluster_info_free(&info);
+    return status;
+}
+
+/* ---- the service ---- */
+
+/* Whatever may ask a worker blocks. */
+static const unary_method_t methods[] = {
+    {.path    = "/attn.v1.Attention/OpenClient",
+     .serve   = serve_open_client,
+     .request = &attn__v1__open_client_request__descriptor},
+    {.path    = "/attn.v1.Attention/KeepAlive",
+     .serve   = serve_keep_alive,
+     .request = &attn__v1__client_request__descriptor},
+    {.path    = "/attn.v1.Attention/CloseClient",
+     .serve   = serve_close_client,
+     .blocks  = true,
+     .request = &attn__v1__client_request__descriptor},
+    {.path    = "/attn.v1.Attention/OpenCache",
+     .serve   = serve_open_cache,
+     .blocks  = true,
+     .request = &attn__v1__open_cache_request__descriptor},
+    {.path    = "/attn.v1.Attention/CloseCache",
+     .serve   = serve_close_cache,
+     .blocks  = true,
+     .request = &attn__v1__close_cache_request__descriptor},
+    {.path    = "/attn.v1.Attention/CreateSequence",
+     .serve   = serve_create,
+     .request = &attn__v1__create_sequence_request__descriptor},
+    {.path    = "/attn.v1.Attention/ForkSequence",
+     .serve   = serve_fork,
+     .blocks  = true,
+     .request = &attn__v1__fork_sequence_request__descriptor},
+    {.path    = "/attn.v1.Attention/TruncateSequence",
+     .serve   = serve_truncate,
+     .blocks  = true,
+     .request = &attn__v1__truncate_sequence_request__descriptor},
+    {.path    = "/attn.v1.Attention/FreeSequence",
+     .serve   = serve_free,
+     .blocks  = true,
+     .request = &attn__v1__sequence_request__descriptor},
+    {.path    = "/attn.v1.Attention/DescribeSequence",
+     .serve   = serve_describe,
+     .blocks  = true,
+     .request = &attn__v1__sequence_request__descriptor},
+    {.path    = "/attn.v1.Attention/ClusterStatus",
+     .serve   = serve_status,
+     .request = &attn__v1__empty__descriptor},
+};
+
+attn_status_t
+coordinator_serve_attention(coordinator_t *c)
+{
+    attn_status_t status = unary_add(c->server, c->jobs, methods,
+                                     sizeof(methods) / sizeof(methods[0]), c, &c->attention);
+
+    if (status == ATTN_OK) {
+        status =
+            steps_create(c->server, "/attn.v1.Attention", &thin_ops, c->thin, c->jobs, &c->steps);
+    }
+    return status;
+}

@@ -1,0 +1,248 @@
+#include "daemon/coordinator/coordinator.h"
+
+#include "daemon/coordinator/coordinator_int.h"
+
+#include "base/clock.h"
+#include "base/log.h"
+#include "base/status.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <time.h>
+
+#define TICK_MS 100u
+#define LOOK_MS 10u       /* how often a draining coordinator looks for open steps */
+#define DRAIN_MS 5000u    /* for open steps of thin clients to end */
+#define GRACE_MS 500u     /* for replies that are on their way at the end */
+#define SPARE_MS 1000u    /* to put things away after that */
+#define SERVER_THREADS 4u /* they never block: what may block is a job */
+#define SPIN_US 50u
+
+/* ---- the ticker ---- */
+
+/* Log who joined and who was lost since. alive: of the workers by number, as last seen. */
+static void
+log_members(coordinator_t *c, bool alive[DIR_WORKERS_MAX])
+{
+    attn_cluster_info_t info;
+
+    if (cluster_describe(c->cluster, &info) != ATTN_OK) {
+        return;
+    }
+    for (uint32_t i = 0; i < info.n_workers && i < DIR_WORKERS_MAX; i++) {
+        const attn_worker_info_t *w = &info.workers[i];
+        if (w->alive && !alive[i]) {
+            attn_log(ATTN_LOG_INFO, "member.joined",
+                     "worker=%u address=%s kind=%s slab=%llu epoch=%llu", w->id, w->address,
+                     w->kind, (unsigned long long)w->slab_bytes, (unsigned long long)info.epoch);
+        } else if (!w->alive && alive[i]) {
+            attn_log(ATTN_LOG_WARN, "member.lost", "worker=%u address=%s epoch=%llu", w->id,
+                     w->address, (unsigned long long)info.epoch);
+        }
+        alive[i] = w->alive;
+    }
+    attn_cluster_info_free(&info);
+}
+
+/*
+ * A coordinator that did not run for a while (stopped, suspended, starved) heard no heartbeat
+ * either, which is nobody else's fault: it listens for as long as it allows others to be silent
+ * before it judges.
+ */
+static void
+forgive_own_pause(coordinator_t *c, uint64_t *last_ns)
+{
+    uint64_t now    = attn_now_ns();
+    uint64_t paused = *last_ns != 0 ? now - *last_ns : 0;
+
+    if (paused > (c->options.lost_ms / 2) * ATTN_NS_PER_MS) {
+        attn_log(ATTN_LOG_WARN, "coordinator.was_paused", "ms=%llu",
+                 (unsigned long long)(paused / ATTN_NS_PER_MS));
+        uint64_t until = now + c->options.lost_ms * ATTN_NS_PER_MS;
+        while (attn_now_ns() < until && !atomic_load(&c->stop_ticking)) {
+            nanosleep(&(struct timespec){.tv_nsec = LOOK_MS * 1000000}, NULL);
+        }
+    }
+}
+
+static void *
+ticker_thread(void *arg)
+{
+    static bool alive[DIR_WORKERS_MAX];
+    coordinator_t *c = arg;
+    uint64_t epoch   = 0;
+    uint64_t slept   = 0; /* when we went to sleep */
+
+    while (!atomic_load(&c->stop_ticking)) {
+        forgive_own_pause(c, &slept);
+        cluster_tick(c->cluster);
+        thin_tick(c->thin, attn_now_ns());
+        if (cluster_epoch(c->cluster) != epoch) {
+            epoch = cluster_epoch(c->cluster);
+            log_members(c, alive);
+        }
+        slept = attn_now_ns();
+        nanosleep(&(struct timespec){.tv_nsec = TICK_MS * 1000000}, NULL);
+    }
+    return NULL;
+}
+
+/* ---- start ---- */
+
+/* Larger than any epoch of a former coordinator, unless that one changed its layout more than
+ * a thousand times a second: the time in milliseconds. */
+static uint64_t
+first_epoch(void)
+{
+    struct timespec now;
+
+    clock_gettime(CLOCK_REALTIME, &now);
+    return (uint64_t)now.tv_sec * 1000 + (uint64_t)now.tv_nsec / 1000000;
+}
+
+/* The cluster, and libattn over it. */
+static attn_status_t
+start_cluster(coordinator_t *c)
+{
+    directory_options_t directory;
+    attn_client_options_t client;
+
+    directory_options_init(&directory);
+    directory.lost_ns           = c->options.lost_ms * ATTN_NS_PER_MS;
+    directory.lease_ns          = c->options.lease_ms * ATTN_NS_PER_MS;
+    directory.break_even_tokens = c->options.break_even_tokens;
+    directory.first_epoch       = first_epoch();
+    directory.id_seed           = c->instance;
+    attn_client_options_init(&client);
+    client.name = "front door";
+
+    attn_status_t status = rpc_client_create(SPIN_US, &c->rpc);
+    if (status == ATTN_OK) {
+        status = links_create(c->rpc, &c->links);
+    }
+    if (status == ATTN_OK) {
+        status = cluster_create(&directory, c->links, &c->cluster);
+    }
+    if (status == ATTN_OK) {
+        status = client_open_on(c->rpc, c->cluster, c->links, &client, &c->door);
+    }
+    if (status == ATTN_OK) {
+        status = thin_create(c->door, &c->thin);
+    }
+    return status;
+}
+
+static attn_status_t
+start(coordinator_t *c)
+{
+    attn_status_t status = rpc_server_create(&(rpc_server_options_t){.address = c->options.listen,
+                                                                     .threads = SERVER_THREADS,
+                                                                     .spin_us = SPIN_US},
+                                             &c->server);
+
+    if (status == ATTN_OK) {
+        status = process_address(c->options.listen, rpc_server_port(c->server), c->address);
+    }
+    if (status == ATTN_OK) {
+        status = start_cluster(c);
+    }
+    if (status == ATTN_OK) {
+        status = jobs_create((uint32_t)c->options.handler_threads, &c->jobs);
+    }
+    if (status == ATTN_OK) {
+        status = coordinator_serve_attention(c);
+    }
+    if (status == ATTN_OK) {
+        status = coordinator_serve_members(c);
+    }
+    if (status == ATTN_OK && pthread_create(&c->ticker, NULL, ticker_thread, c) != 0) {
+        status = attn_fail(ATTN_ERR_EXHAUSTED, "no thread for the ticker");
+    }
+    if (status != ATTN_OK) {
+        return status;
+    }
+    c->ticking = true;
+    status     = rpc_server_start(c->server);
+    if (status == ATTN_OK) {
+        rpc_server_set_serving(c->server, true);
+        attn_log(ATTN_LOG_INFO, "coordinator.serving", "address=%s instance=%016llx epoch=%llu",
+                 c->address, (unsigned long long)c->instance,
+                 (unsigned long long)cluster_epoch(c->cluster));
+        process_ready(c->address);
+    }
+    return status;
+}
+
+/* ---- the end ---- */
+
+/* Let open steps of thin clients end, take no new ones. */
+static void
+drain(coordinator_t *c)
+{
+    uint64_t end = attn_now_ns() + DRAIN_MS * ATTN_NS_PER_MS;
+
+    attn_log(ATTN_LOG_INFO, "coordinator.draining", "open_steps=%u", thin_open_steps(c->thin));
+    rpc_server_set_serving(c->server, false);
+    steps_drain(c->steps);
+    while (thin_open_steps(c->thin) > 0 && attn_now_ns() < end) {
+        nanosleep(&(struct timespec){.tv_nsec = LOOK_MS * 1000000}, NULL);
+    }
+    process_end_within(GRACE_MS + SPARE_MS);
+    steps_end_streams(c->steps);
+    rpc_server_stop(c->server, GRACE_MS);
+}
+
+static void
+destroy(coordinator_t *c)
+{
+    atomic_store(&c->stop_ticking, true);
+    if (c->ticking) {
+        pthread_join(c->ticker, NULL);
+    }
+    if (c->server != NULL) {
+        rpc_server_stop(c->server, 0);
+    }
+    jobs_destroy(c->jobs);
+    rpc_server_destroy(c->server);
+    steps_destroy(c->steps);
+    unary_destroy(c->attention);
+    unary_destroy(c->members);
+    thin_destroy(c->thin);
+    attn_client_close(c->door);
+    cluster_destroy(c->cluster);
+    links_destroy(c->links);
+    rpc_client_destroy(c->rpc);
+}
+
+int
+coordinator_main(int argc, char **argv)
+{
+    static coordinator_t c;
+
+    int code = options_start(&coordinator_option_set, &c.options, argc, argv);
+    if (code >= 0) {
+        return code;
+    }
+    attn_log_set_level((attn_log_level_t)c.options.log_level);
+    attn_log_set_who("role=coordinator");
+    attn_status_t status = process_start();
+    rpc_init();
+    c.instance = process_random();
+    if (status == ATTN_OK) {
+        status = start(&c);
+    }
+    if (status == ATTN_OK) {
+        while (!process_stopping(TICK_MS)) {
+        }
+        drain(&c);
+    } else {
+        attn_log(ATTN_LOG_ERROR, "coordinator.failed", "status=%s reason=\"%s\"",
+                 attn_strerror(status), attn_last_error());
+    }
+    destroy(&c);
+    rpc_shutdown();
+    if (status == ATTN_OK) {
+        attn_log(ATTN_LOG_INFO, "coordinator.ended", "address=%s", c.address);
+    }
+    return status == ATTN_OK ? 0 : 1;
+}

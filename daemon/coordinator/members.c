@@ -1,0 +1,239 @@
+/* members.c: attn.v1.Coordinator: layouts for direct clients, membership of workers. */
+#include "daemon/coordinator/coordinator_int.h"
+
+#include "base/log.h"
+#include "base/status.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+attn_status_t
+coordinator_take_text(const char *field, const char *text, char *into, size_t room)
+{
+    size_t size = strlen(text);
+
+    if (size >= room) {
+        return attn_fail(ATTN_ERR_INVALID, "%s has %zu bytes: at most %zu", field, size, room - 1);
+    }
+    memcpy(into, text, size + 1);
+    return ATTN_OK;
+}
+
+/* ---- layouts ---- */
+
+static int
+compare_ids(const void *a, const void *b)
+{
+    const uint32_t *x = a, *y = b;
+
+    return (*x > *y) - (*x < *y);
+}
+
+/* Every worker that a chunk names, once. */
+static attn_status_t
+encode_owners(coordinator_t *c, wire_block_t *block, const attn_seq_info_t *infos, uint32_t n,
+              Attn__V1__LayoutReply *reply)
+{
+    uint64_t total = 0;
+    uint32_t ids   = 0;
+
+    for (uint32_t i = 0; i < n; i++) {
+        total += infos[i].n_chunks;
+    }
+    uint32_t *owners = wire_alloc(block, total + 1, sizeof(*owners));
+    if (owners == NULL) {
+        return ATTN_ERR_NO_MEMORY;
+    }
+    for (uint32_t i = 0; i < n; i++) {
+        for (uint32_t k = 0; k < infos[i].n_chunks; k++) {
+            owners[ids++] = infos[i].chunks[k].worker;
+        }
+    }
+    qsort(owners, ids, sizeof(*owners), compare_ids);
+    uint32_t unique = 0;
+    for (uint32_t i = 0; i < ids; i++) {
+        if (i == 0 || owners[i] != owners[i - 1]) {
+            owners[unique++] = owners[i];
+        }
+    }
+    reply->workers = wire_alloc(block, unique + 1, sizeof(*reply->workers));
+    for (uint32_t i = 0; reply->workers != NULL && i < unique; i++) {
+        Attn__V1__WorkerInfo *info = wire_alloc(block, 1, sizeof(*info));
+        char *address              = wire_alloc(block, PROCESS_ADDRESS_MAX, 1);
+        bool alive                 = false;
+        if (info == NULL || address == NULL) {
+            return ATTN_ERR_NO_MEMORY;
+        }
+        attn_status_t status = cluster_worker_address(c->cluster, owners[i], address, &alive);
+        if (status != ATTN_OK) {
+            return status;
+        }
+        attn__v1__worker_info__init(info);
+        info->id          = owners[i];
+        info->alive       = alive;
+        info->address     = address;
+        reply->workers[i] = info;
+    }
+    reply->n_workers = unique;
+    return reply->workers != NULL ? ATTN_OK : ATTN_ERR_NO_MEMORY;
+}
+
+static attn_status_t
+encode_layouts(wire_block_t *block, const Attn__V1__LayoutRequest *r, const attn_seq_info_t *infos,
+               Attn__V1__LayoutReply *reply)
+{
+    Attn__V1__SequenceLayout *layouts = wire_alloc(block, r->n_seqs, sizeof(*layouts));
+    reply->layouts                    = wire_alloc(block, r->n_seqs, sizeof(*reply->layouts));
+    attn_status_t status = layouts != NULL && reply->layouts != NULL ? ATTN_OK : ATTN_ERR_NO_MEMORY;
+
+    for (size_t i = 0; status == ATTN_OK && i < r->n_seqs; i++) {
+        attn__v1__sequence_layout__init(&layouts[i]);
+        layouts[i].seq      = r->seqs[i];
+        layouts[i].n_chunks = infos[i].n_chunks;
+        status              = wire_chunks_encode(block, &infos[i], &layouts[i].chunks);
+        reply->layouts[i]   = &layouts[i];
+    }
+    reply->n_layouts = r->n_seqs;
+    return status;
+}
+
+static attn_status_t
+serve_layout(void *service, const ProtobufCMessage *request, wire_block_t *block,
+             ProtobufCMessage **reply_p)
+{
+    const Attn__V1__LayoutRequest *r = (const Attn__V1__LayoutRequest *)request;
+    coordinator_t *c                 = service;
+    Attn__V1__LayoutReply *reply = unary_reply(block, &attn__v1__layout_reply__descriptor, reply_p);
+
+    if (r->n_seqs < 1 || r->n_seqs > WIRE_SEQS_MAX) {
+        return attn_fail(ATTN_ERR_INVALID, "seqs has %zu elements: 1 to %u", r->n_seqs,
+                         WIRE_SEQS_MAX);
+    }
+    if (r->n_tokens != 0 && r->n_tokens != r->n_seqs) {
+        return attn_fail(ATTN_ERR_INVALID, "tokens has %zu elements: none, or one per seq (%zu)",
+                         r->n_tokens, r->n_seqs);
+    }
+    uint32_t n             = (uint32_t)r->n_seqs;
+    attn_seq_t *seqs       = wire_alloc(block, n, sizeof(*seqs));
+    attn_seq_info_t *infos = wire_alloc(block, n, sizeof(*infos));
+    if (reply == NULL || seqs == NULL || infos == NULL) {
+        return ATTN_ERR_NO_MEMORY;
+    }
+    for (uint32_t i = 0; i < n; i++) {
+        seqs[i].id = r->seqs[i];
+    }
+    attn_status_t status = cluster_layout(
+        c->cluster, r->cache_id, seqs, r->n_tokens > 0 ? r->tokens : NULL, n, infos, &reply->epoch);
+    if (status != ATTN_OK) {
+        return status;
+    }
+    status = encode_layouts(block, r, infos, reply);
+    if (status == ATTN_OK) {
+        status = encode_owners(c, block, infos, n, reply);
+    }
+    for (uint32_t i = 0; i < n; i++) {
+        attn_seq_info_free(&infos[i]);
+    }
+    return status;
+}
+
+/* ---- workers ---- */
+
+static attn_status_t
+take_worker(const Attn__V1__WorkerInfo *info, dir_worker_t *worker)
+{
+    if (info == NULL) {
+        return attn_fail(ATTN_ERR_INVALID, "worker is missing");
+    }
+    *worker = (dir_worker_t){.id           = info->id,
+                             .incarnation  = info->incarnation,
+                             .slab_bytes   = info->slab_bytes,
+                             .region_bytes = info->region_bytes,
+                             .used_bytes   = info->used_bytes,
+                             .chunks       = info->chunks,
+                             .open_steps   = info->open_steps,
+                             .runs         = info->runs,
+                             .kv_bytes     = info->kv_bytes};
+    attn_status_t status =
+        coordinator_take_text("address", info->address, worker->address, sizeof(worker->address));
+    return status == ATTN_OK
+               ? coordinator_take_text("kind", info->kind, worker->kind, sizeof(worker->kind))
+               : status;
+}
+
+static attn_status_t
+serve_join(void *service, const ProtobufCMessage *request, wire_block_t *block,
+           ProtobufCMessage **reply_p)
+{
+    const Attn__V1__JoinRequest *r = (const Attn__V1__JoinRequest *)request;
+    coordinator_t *c               = service;
+    dir_worker_t hello;
+    Attn__V1__JoinReply *reply = unary_reply(block, &attn__v1__join_reply__descriptor, reply_p);
+
+    if (reply == NULL) {
+        return ATTN_ERR_NO_MEMORY;
+    }
+    attn_status_t status = take_worker(r->worker, &hello);
+    if (status == ATTN_OK && !(isfinite(r->read_bandwidth) && r->read_bandwidth >= 0)) {
+        status = attn_fail(ATTN_ERR_INVALID, "read_bandwidth is %g: finite, at least 0",
+                           r->read_bandwidth);
+    }
+    if (status == ATTN_OK) {
+        hello.read_bandwidth = r->read_bandwidth;
+        status               = cluster_worker_join(c->cluster, &hello, &reply->worker_id);
+    }
+    if (status != ATTN_OK) {
+        attn_log(ATTN_LOG_WARN, "member.refused", "address=\"%s\" reason=\"%s\"",
+                 r->worker != NULL ? r->worker->address : "", attn_last_error());
+        return status;
+    }
+    reply->epoch        = cluster_epoch(c->cluster);
+    reply->instance     = c->instance;
+    reply->heartbeat_ms = (uint32_t)c->options.heartbeat_ms;
+    return ATTN_OK;
+}
+
+static attn_status_t
+serve_heartbeat(void *service, const ProtobufCMessage *request, wire_block_t *block,
+                ProtobufCMessage **reply_p)
+{
+    const Attn__V1__HeartbeatRequest *r = (const Attn__V1__HeartbeatRequest *)request;
+    coordinator_t *c                    = service;
+    dir_worker_t figures;
+    Attn__V1__HeartbeatReply *reply =
+        unary_reply(block, &attn__v1__heartbeat_reply__descriptor, reply_p);
+
+    if (reply == NULL) {
+        return ATTN_ERR_NO_MEMORY;
+    }
+    attn_status_t status = take_worker(r->worker, &figures);
+    if (status == ATTN_OK) {
+        status = cluster_worker_heartbeat(c->cluster, &figures);
+    }
+    reply->epoch = cluster_epoch(c->cluster);
+    return status;
+}
+
+/* ---- the service ---- */
+
+/* Membership never waits for anybody: the server's own threads serve it. */
+static const unary_method_t methods[] = {
+    {.path    = "/attn.v1.Coordinator/Layout",
+     .serve   = serve_layout,
+     .blocks  = true,
+     .request = &attn__v1__layout_request__descriptor},
+    {.path    = "/attn.v1.Coordinator/Join",
+     .serve   = serve_join,
+     .request = &attn__v1__join_request__descriptor},
+    {.path    = "/attn.v1.Coordinator/Heartbeat",
+     .serve   = serve_heartbeat,
+     .request = &attn__v1__heartbeat_request__descriptor},
+};
+
+attn_status_t
+coordinator_serve_members(coordinator_t *c)
+{
+    return unary_add(c->server, c->jobs, methods, sizeof(methods) / sizeof(methods[0]), c,
+                     &c->members);
+}

@@ -1,0 +1,256 @@
+#include "daemon/options_tables.h"
+
+#include "base/status.h"
+
+#define TIB (UINT64_C(1) << 40)
+
+const char *const options_backends[] = {"cpu", NULL};
+
+/* In the order of attn_log_level_t. */
+static const char *const log_levels[] = {"debug", "info", "warn", "error", NULL};
+
+static const char *const sections[] = {"coordinator", "worker", "dev", NULL};
+
+/* Nothing on the wire is encrypted or authenticated, so leaving the machine takes a word. */
+static attn_status_t
+check_listen(const char *listen, bool insecure_any_address)
+{
+    if (insecure_any_address || options_address_is_loopback(listen)) {
+        return ATTN_OK;
+    }
+    return attn_fail(ATTN_ERR_INVALID,
+                     "--listen %s reaches beyond this machine, and attnd neither encrypts nor "
+                     "authenticates; listen on 127.0.0.1, or say --insecure-any-address",
+                     listen);
+}
+
+#define LOG_LEVEL_ROW(type)                                                                        \
+    {                                                                                              \
+        .name = "log-level", .kind = OPTION_CHOICE, OPTION_FIELD(type, log_level),                 \
+        .initial = "info", .choices = log_levels, .value_name = "LEVEL",                           \
+        .help = "Events below this level are not logged. Logs go to stderr, one line an event, "   \
+                "as key=value pairs.",                                                             \
+    }
+
+#define INSECURE_ROW(type)                                                                         \
+    {                                                                                              \
+        .name = "insecure-any-address", .kind              = OPTION_SWITCH,                        \
+        OPTION_FIELD(type, insecure_any_address), .initial = "no",                                 \
+        .help = "Allow --listen on an address that other machines reach. There is no encryption "  \
+                "and no authentication: whoever reaches the port can read and change everything.", \
+    }
+
+/* ---- worker ---- */
+
+static attn_status_t
+worker_check(const void *values)
+{
+    const worker_options_t *options = values;
+
+    return check_listen(options->listen, options->insecure_any_address);
+}
+
+static const option_t worker_table[] = {
+    {.name = "listen",
+     .kind = OPTION_ADDRESS,
+     OPTION_FIELD(worker_options_t, listen),
+     .initial = "127.0.0.1:0",
+     .help = "Where to serve the Worker service. Port 0 takes a free port, which the worker tells "
+             "the coordinator."},
+    {.name = "coordinator",
+     .kind = OPTION_ADDRESS,
+     OPTION_FIELD(worker_options_t, coordinator),
+     .initial = "127.0.0.1:7070",
+     .help    = "The coordinator to join. The worker waits for it, and joins again when it comes "
+                "back."},
+    {.name = "advertise",
+     .kind = OPTION_ADDRESS,
+     OPTION_FIELD(worker_options_t, advertise),
+     .initial = "",
+     .help    = "The address that clients are told to reach this worker at. Empty: the one that it "
+                "listens on."},
+    {.name = "name",
+     .kind = OPTION_TEXT,
+     OPTION_FIELD(worker_options_t, name),
+     .initial = "",
+     .help    = "What the worker calls itself in logs and errors. Empty: its address."},
+    {.name = "backend",
+     .kind = OPTION_CHOICE,
+     OPTION_FIELD(worker_options_t, backend),
+     .initial = "cpu",
+     .choices = options_backends,
+     .help    = "The device that holds the KV and computes attention."},
+    {.name = "threads",
+     .kind = OPTION_COUNT,
+     OPTION_FIELD(worker_options_t, threads),
+     .initial = "0",
+     .most    = 1024,
+     .help = "Threads that compute attention. 0: one per core. The answer's bits do not depend on "
+             "it."},
+    {.name = "slab",
+     .kind = OPTION_BYTES,
+     OPTION_FIELD(worker_options_t, slab),
+     .initial = "1GiB",
+     .least   = 1 << 20,
+     .most    = 64 * TIB,
+     .help    = "Memory for KV. Caches take their regions from it; it is never exceeded."},
+    {.name = "spin-us",
+     .kind = OPTION_US,
+     OPTION_FIELD(worker_options_t, spin_us),
+     .initial = "50",
+     .most    = 1000000,
+     .help    = "Busy-wait so long for the next message before sleeping. More is faster when cores "
+                "are idle, and slower when they are not. 0: never."},
+    {.name = "drain-ms",
+     .kind = OPTION_MS,
+     OPTION_FIELD(worker_options_t, drain_ms),
+     .initial = "5000",
+     .most    = 600000,
+     .help    = "After SIGTERM, running calls get so long to end before they are cancelled."},
+    LOG_LEVEL_ROW(worker_options_t),
+    INSECURE_ROW(worker_options_t),
+};
+
+const option_set_t worker_option_set = {
+    .program  = "attnd worker",
+    .section  = "worker",
+    .summary  = "holds KV on one device and computes attention there",
+    .sections = sections,
+    .table    = worker_table,
+    .n        = sizeof(worker_table) / sizeof(worker_table[0]),
+    .check    = worker_check,
+};
+
+/* ---- coordinator ---- */
+
+static attn_status_t
+coordinator_check(const void *values)
+{
+    const coordinator_options_t *options = values;
+
+    if (options->lost_ms < 2 * options->heartbeat_ms) {
+        return attn_fail(ATTN_ERR_INVALID,
+                         "--lost-ms %llu is below twice --heartbeat-ms %llu; one late heartbeat "
+                         "would lose a worker",
+                         (unsigned long long)options->lost_ms,
+                         (unsigned long long)options->heartbeat_ms);
+    }
+    return check_listen(options->listen, options->insecure_any_address);
+}
+
+static const option_t coordinator_table[] = {
+    {.name = "listen",
+     .kind = OPTION_ADDRESS,
+     OPTION_FIELD(coordinator_options_t, listen),
+     .initial = "127.0.0.1:7070",
+     .help    = "Where to serve clients (Attention) and workers (Coordinator). Port 0 takes a free "
+                "port."},
+    {.name = "lost-ms",
+     .kind = OPTION_MS,
+     OPTION_FIELD(coordinator_options_t, lost_ms),
+     .initial = "2000",
+     .least   = 100,
+     .most    = 600000,
+     .help    = "A worker that was silent for so long is lost, and the KV on it: its sequences "
+                "answer with an error that names the token ranges. At least twice heartbeat-ms."},
+    {.name = "lease-ms",
+     .kind = OPTION_MS,
+     OPTION_FIELD(coordinator_options_t, lease_ms),
+     .initial = "30000",
+     .least   = 1000,
+     .most    = 3600000,
+     .help    = "A client that was silent for so long is gone: its sequences are freed and its "
+                "caches left."},
+    {.name = "heartbeat-ms",
+     .kind = OPTION_MS,
+     OPTION_FIELD(coordinator_options_t, heartbeat_ms),
+     .initial = "500",
+     .least   = 10,
+     .most    = 60000,
+     .help    = "How often workers are told to report."},
+    {.name = "break-even-tokens",
+     .kind = OPTION_COUNT,
+     OPTION_FIELD(coordinator_options_t, break_even_tokens),
+     .initial = "0",
+     .most    = TIB,
+     .help    = "Sequences up to this length stay whole on one worker where a cache leaves the "
+                "choice to the service; longer ones are spread. 0: from the cost model, with "
+                "constants measured at start."},
+    {.name = "handler-threads",
+     .kind = OPTION_COUNT,
+     OPTION_FIELD(coordinator_options_t, handler_threads),
+     .initial = "16",
+     .least   = 1,
+     .most    = 1024,
+     .help    = "Calls that are worked on at once; further ones wait."},
+    LOG_LEVEL_ROW(coordinator_options_t),
+    INSECURE_ROW(coordinator_options_t),
+};
+
+const option_set_t coordinator_option_set = {
+    .program  = "attnd coordinator",
+    .section  = "coordinator",
+    .summary  = "knows the workers, places chunks, and serves thin clients",
+    .sections = sections,
+    .table    = coordinator_table,
+    .n        = sizeof(coordinator_table) / sizeof(coordinator_table[0]),
+    .check    = coordinator_check,
+};
+
+/* ---- dev ---- */
+
+static attn_status_t
+dev_check(const void *values)
+{
+    const dev_options_t *options = values;
+
+    return check_listen(options->listen, options->insecure_any_address);
+}
+
+static const option_t dev_table[] = {
+    {.name = "workers",
+     .kind = OPTION_COUNT,
+     OPTION_FIELD(dev_options_t, workers),
+     .initial = "4",
+     .least   = 1,
+     .most    = 64,
+     .help    = "Worker processes to start, beside one coordinator."},
+    {.name = "listen",
+     .kind = OPTION_ADDRESS,
+     OPTION_FIELD(dev_options_t, listen),
+     .initial = "127.0.0.1:7070",
+     .help = "Where the coordinator serves. Port 0 takes a free port. Workers take free ports of "
+             "127.0.0.1."},
+    {.name = "slab",
+     .kind = OPTION_BYTES,
+     OPTION_FIELD(dev_options_t, slab),
+     .initial = "1GiB",
+     .least   = 1 << 20,
+     .most    = 64 * TIB,
+     .help    = "Memory for KV of each worker."},
+    {.name = "threads",
+     .kind = OPTION_COUNT,
+     OPTION_FIELD(dev_options_t, threads),
+     .initial = "0",
+     .most    = 1024,
+     .help    = "Threads of each worker. 0: the machine's cores shared evenly, at least one each."},
+    {.name = "ready-file",
+     .kind = OPTION_TEXT,
+     OPTION_FIELD(dev_options_t, ready_file),
+     .initial    = "",
+     .value_name = "FILE",
+     .help       = "Write the coordinator's HOST:PORT into this file once every worker has joined. "
+                   "Empty: no file."},
+    LOG_LEVEL_ROW(dev_options_t),
+    INSECURE_ROW(dev_options_t),
+};
+
+const option_set_t dev_option_set = {
+    .program  = "attnd dev",
+    .section  = "dev",
+    .summary  = "runs a cluster on this machine: one coordinator and some workers, as processes",
+    .sections = sections,
+    .table    = dev_table,
+    .n        = sizeof(dev_table) / sizeof(dev_table[0]),
+    .check    = dev_check,
+};

@@ -1,0 +1,52 @@
+/* options_tables.h: the options of attnd's commands, as structs of values. */
+#ifndef ATTN_DAEMON_OPTIONS_TABLES_H
+#define ATTN_DAEMON_OPTIONS_TABLES_H
+
+#include "daemon/options.h"
+
+/** `attnd worker` */
+typedef struct worker_options {
+    char listen[OPTIONS_TEXT_MAX];
+    char coordinator[OPTIONS_TEXT_MAX];
+    char advertise[OPTIONS_TEXT_MAX]; /**< empty: the address it listens on */
+    char name[OPTIONS_TEXT_MAX];      /**< empty: its address */
+    uint32_t backend;                 /**< index into options_backends */
+    uint64_t threads;                 /**< 0: one per core */
+    uint64_t slab;                    /**< bytes */
+    uint64_t spin_us;
+    uint64_t drain_ms;
+    uint32_t log_level; /**< attn_log_level_t */
+    bool insecure_any_address;
+} worker_options_t;
+
+/** `attnd coordinator` */
+typedef struct coordinator_options {
+    char listen[OPTIONS_TEXT_MAX];
+    uint64_t lost_ms;
+    uint64_t lease_ms;
+    uint64_t heartbeat_ms;
+    uint64_t break_even_tokens; /**< 0: from the cost model */
+    uint64_t handler_threads;
+    uint32_t log_level;
+    bool insecure_any_address;
+} coordinator_options_t;
+
+/** `attnd dev` */
+typedef struct dev_options {
+    uint64_t workers;
+    char listen[OPTIONS_TEXT_MAX];
+    uint64_t slab;    /**< bytes, of each worker */
+    uint64_t threads; /**< of each worker; 0: cores / workers, at least 1 */
+    char ready_file[OPTIONS_TEXT_MAX];
+    uint32_t log_level;
+    bool insecure_any_address;
+} dev_options_t;
+
+extern const option_set_t worker_option_set;
+extern const option_set_t coordinator_option_set;
+extern const option_set_t dev_option_set;
+
+/** Names for worker_options_t.backend, NULL at the end. */
+extern const char *const options_backends[];
+
+#endif

@@ -1,0 +1,195 @@
+#include "daemon/process.h"
+
+#include "base/log.h"
+#include "base/status.h"
+
+#include <errno.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/random.h>
+#include <sys/resource.h>
+#include <time.h>
+#include <unistd.h>
+
+/* ---- signals ---- */
+
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+static pthread_cond_t came; /* on the monotonic clock */
+static bool stopping;
+
+static void *
+signals_thread(void *arg)
+{
+    sigset_t set;
+    int signo;
+
+    (void)arg;
+    sigemptyset(&set);
+    sigaddset(&set, SIGTERM);
+    sigaddset(&set, SIGINT);
+    for (;;) {
+        if (sigwait(&set, &signo) != 0) {
+            continue;
+        }
+        pthread_mutex_lock(&lock);
+        bool second = stopping;
+        stopping    = true;
+        pthread_cond_broadcast(&came);
+        pthread_mutex_unlock(&lock);
+        if (second) {
+            _exit(128 + signo);
+        }
+    }
+    return NULL;
+}
+
+/*
+ * As many descriptors as the system lets us have. C core stops listening for good when accept()
+ * finds none left, and the usual limit of 1,024 is few: a peer could take them all.
+ */
+static void
+raise_descriptors(void)
+{
+    struct rlimit limit;
+
+    if (getrlimit(RLIMIT_NOFILE, &limit) == 0 && limit.rlim_cur < limit.rlim_max) {
+        limit.rlim_cur = limit.rlim_max;
+        setrlimit(RLIMIT_NOFILE, &limit); /* as it was, if that is refused */
+    }
+}
+
+attn_status_t
+process_start(void)
+{
+    pthread_condattr_t monotonic;
+    pthread_t thread;
+    sigset_t set;
+
+    raise_descriptors();
+    pthread_condattr_init(&monotonic);
+    pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
+    pthread_cond_init(&came, &monotonic);
+    pthread_condattr_destroy(&monotonic);
+
+    signal(SIGPIPE, SIG_IGN);
+    sigemptyset(&set);
+    sigaddset(&set, SIGTERM);
+    sigaddset(&set, SIGINT);
+    pthread_sigmask(SIG_BLOCK, &set, NULL);
+    if (pthread_create(&thread, NULL, signals_thread, NULL) != 0) {
+        return attn_fail(ATTN_ERR_EXHAUSTED, "no thread for signals");
+    }
+    pthread_detach(thread);
+    return ATTN_OK;
+}
+
+bool
+process_stopping(uint32_t ms)
+{
+    struct timespec until;
+
+    clock_gettime(CLOCK_MONOTONIC, &until);
+    until.tv_sec += ms / 1000;
+    until.tv_nsec += (long)(ms % 1000) * 1000000;
+    if (until.tv_nsec >= 1000000000) {
+        until.tv_nsec -= 1000000000;
+        until.tv_sec++;
+    }
+    pthread_mutex_lock(&lock);
+    while (!stopping && pthread_cond_timedwait(&came, &lock, &until) == 0) {
+    }
+    bool stop = stopping;
+    pthread_mutex_unlock(&lock);
+    return stop;
+}
+
+static void *
+end_thread(void *arg)
+{
+    uint32_t ms = *(uint32_t *)arg;
+
+    nanosleep(&(struct timespec){.tv_sec = ms / 1000, .tv_nsec = (long)(ms % 1000) * 1000000},
+              NULL);
+    attn_log(ATTN_LOG_WARN, "process.cut_short",
+             "reason=\"a peer holds a call or connection open\"");
+    _exit(0);
+}
+
+void
+process_end_within(uint32_t ms)
+{
+    static uint32_t limit;
+    pthread_t thread;
+
+    limit = ms;
+    if (pthread_create(&thread, NULL, end_thread, &limit) == 0) {
+        pthread_detach(thread);
+    }
+}
+
+/* ---- addresses ---- */
+
+attn_status_t
+process_address(const char *listen, uint16_t port, char address[PROCESS_ADDRESS_MAX])
+{
+    const char *colon = strrchr(listen, ':');
+    int host          = colon != NULL ? (int)(colon - listen) : (int)strlen(listen);
+
+    if (snprintf(address, PROCESS_ADDRESS_MAX, "%.*s:%u", host, listen, port) >=
+        PROCESS_ADDRESS_MAX) {
+        return attn_fail(ATTN_ERR_INVALID, "address %s is longer than %d bytes", listen,
+                         PROCESS_ADDRESS_MAX - 1);
+    }
+    return ATTN_OK;
+}
+
+bool
+process_address_is_wildcard(const char *address)
+{
+    static const char *const hosts[] = {"0.0.0.0:", "[::]:", "*:"};
+
+    for (size_t i = 0; i < sizeof(hosts) / sizeof(hosts[0]); i++) {
+        if (strncmp(address, hosts[i], strlen(hosts[i])) == 0) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* ---- the rest ---- */
+
+uint64_t
+process_random(void)
+{
+    uint64_t bits = 0;
+
+    while (bits == 0) {
+        if (getrandom(&bits, sizeof(bits), 0) != (ssize_t)sizeof(bits)) {
+            bits = 0; /* interrupted */
+        }
+    }
+    return bits;
+}
+
+void
+process_ready(const char *line)
+{
+    const char *text = getenv(PROCESS_READY_FD);
+    char out[PROCESS_ADDRESS_MAX + 2];
+
+    if (text == NULL) {
+        return;
+    }
+    int fd = atoi(text);
+    int n  = snprintf(out, sizeof(out), "%.*s\n", PROCESS_ADDRESS_MAX, line);
+    if (fd > STDERR_FILENO) {
+        /* Whoever started us may be gone; that is for its death signal to tell. */
+        ssize_t written = write(fd, out, (size_t)n);
+        (void)written;
+        close(fd);
+    }
+    unsetenv(PROCESS_READY_FD);
+}

@@ -1,0 +1,38 @@
+/* process.h: what the daemons share as processes: signals, addresses, random numbers, readiness. */
+#ifndef ATTN_DAEMON_PROCESS_H
+#define ATTN_DAEMON_PROCESS_H
+
+#include "base/attn_types.h"
+
+#define PROCESS_ADDRESS_MAX 64 /* bytes of HOST:PORT with its end, as layouts carry it */
+
+/** In the environment of a child of `attnd dev`: the descriptor to write a line to when ready. */
+#define PROCESS_READY_FD "ATTND_READY_FD"
+
+/**
+ * Take SIGTERM and SIGINT by a thread of their own, ignore SIGPIPE, and allow as many descriptors
+ * as the system lets us have. Call before any other thread exists. The first signal is told by
+ * process_stopping(); the second one ends the process at once, as the signal would have.
+ */
+attn_status_t process_start(void);
+
+/** Wait up to ms for the first signal. @return true once it came */
+bool process_stopping(uint32_t ms);
+
+/** Have the process end with exit code 0 after ms at the latest, whatever its peers keep it waiting
+ * for: called when all that was promised is done. */
+void process_end_within(uint32_t ms);
+
+/** HOST of listen with this port. @return ATTN_ERR_INVALID if it does not fit */
+attn_status_t process_address(const char *listen, uint16_t port, char address[PROCESS_ADDRESS_MAX]);
+
+/** Does HOST of HOST:PORT mean every address of the machine, so that nobody can connect to it? */
+bool process_address_is_wildcard(const char *address);
+
+/** 64 random bits, not 0. */
+uint64_t process_random(void);
+
+/** Tell `attnd dev`, if it started us, that we are ready; once. */
+void process_ready(const char *line);
+
+#endif

@@ -1,0 +1,301 @@
+#include "daemon/steps_int.h"
+
+#include "base/status.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define PATH_ROOM 64
+#define HEAD_ROOM 256 /* bytes of a reply beside its data, at most */
+
+/* ---- runs, of either kind of call ---- */
+
+attn_status_t
+steps_begin(steps_t *steps, const ProtobufCMessage *request, steps_begun_t *begun)
+{
+    if (atomic_load(&steps->draining)) {
+        return attn_fail(ATTN_ERR_CANCELLED,
+                         "draining: this daemon is going down; begin the step elsewhere");
+    }
+    return steps->ops->begin(steps->service, request, begun);
+}
+
+attn_status_t
+steps_run_open(steps_t *steps, const Attn__V1__RunRequest *head, uint64_t total, steps_run_t *run)
+{
+    attn_status_t status;
+
+    memset(run, 0, sizeof(*run));
+    if (head->no_q && head->no_kv) {
+        return attn_fail(ATTN_ERR_INVALID, "no_q and no_kv are both set: such a run has no data");
+    }
+    if ((status = steps->ops->sizes(steps->service, head->step_id, &run->sizes)) != ATTN_OK) {
+        return status;
+    }
+    run->step_id = head->step_id;
+    run->layer   = head->layer;
+    run->no_kv   = head->no_kv;
+    run->no_q    = head->no_q;
+    run->total   = total;
+    uint64_t q   = run->no_q ? 0 : run->sizes.q;
+    uint64_t kv  = run->no_kv ? 0 : run->sizes.k + run->sizes.v;
+    if (total != q + kv) {
+        return attn_fail(ATTN_ERR_INVALID,
+                         "data has %llu bytes in total: this run of step %016llx takes %llu (q "
+                         "%llu, k and v %llu)",
+                         (unsigned long long)total, (unsigned long long)head->step_id,
+                         (unsigned long long)(q + kv), (unsigned long long)q,
+                         (unsigned long long)kv);
+    }
+    return tensor_take(steps->tensors, total, &run->data);
+}
+
+attn_status_t
+steps_run_do(steps_t *steps, const steps_run_t *run, tensor_t **answer_p)
+{
+    const steps_sizes_t *s = &run->sizes;
+    bool q                 = !run->no_q && s->q > 0;
+    bool kv                = !run->no_kv && s->k > 0;
+    const uint8_t *k       = run->data->data + (q ? s->q : 0);
+    tensor_t *answer       = NULL;
+    attn_status_t status   = ATTN_OK;
+
+    if (q && s->answer > 0) {
+        status = tensor_take(steps->tensors, s->answer, &answer);
+    }
+    if (status == ATTN_OK) {
+        status = steps->ops->run(steps->service, &(steps_layer_t){
+                                                     .step_id = run->step_id,
+                                                     .layer   = run->layer,
+                                                     .q       = q ? run->data->data : NULL,
+                                                     .k       = kv ? k : NULL,
+                                                     .v       = kv ? k + s->k : NULL,
+                                                     .answer = answer != NULL ? answer->data : NULL,
+                                                     .sizes  = s,
+                                                 });
+    }
+    if (status != ATTN_OK) {
+        tensor_unref(answer);
+        return status;
+    }
+    *answer_p = answer;
+    return ATTN_OK;
+}
+
+void
+steps_run_close(steps_run_t *run)
+{
+    tensor_unref(run->data);
+    run->data = NULL;
+}
+
+/* ---- unary calls ---- */
+
+static attn_status_t
+serve_begin(void *service, const ProtobufCMessage *request, wire_block_t *block,
+            ProtobufCMessage **reply_p)
+{
+    steps_begun_t *begun = wire_alloc(block, 1, sizeof(*begun));
+
+    if (begun == NULL) {
+        return ATTN_ERR_NO_MEMORY;
+    }
+    *reply_p = &begun->reply.base;
+    return steps_begin(service, request, begun);
+}
+
+static attn_status_t
+serve_commit(void *service, const ProtobufCMessage *request, wire_block_t *block,
+             ProtobufCMessage **reply_p)
+{
+    const Attn__V1__CommitRequest *r = (const Attn__V1__CommitRequest *)request;
+    steps_t *steps                   = service;
+
+    if (unary_reply(block, &attn__v1__empty__descriptor, reply_p) == NULL) {
+        return ATTN_ERR_NO_MEMORY;
+    }
+    return steps->ops->commit(steps->service, r->step_id, r->n_accepted > 0 ? r->accepted : NULL,
+                              (uint32_t)r->n_accepted);
+}
+
+static attn_status_t
+serve_abort(void *service, const ProtobufCMessage *request, wire_block_t *block,
+            ProtobufCMessage **reply_p)
+{
+    const Attn__V1__AbortRequest *r = (const Attn__V1__AbortRequest *)request;
+    steps_t *steps                  = service;
+
+    if (unary_reply(block, &attn__v1__empty__descriptor, reply_p) == NULL) {
+        return ATTN_ERR_NO_MEMORY;
+    }
+    return steps->ops->abort(steps->service, r->step_id, "its client aborted it");
+}
+
+static attn_status_t
+unary_run(steps_t *steps, const Attn__V1__RunRequest *head, rpc_message_t *message,
+          tensor_t **answer_p)
+{
+    uint64_t size = rpc_message_data_size(message);
+    steps_run_t run;
+
+    if (head->offset != 0 || (head->total != 0 && head->total != size)) {
+        return attn_fail(
+            ATTN_ERR_INVALID,
+            "offset is %llu and total %llu: a unary run carries its %llu bytes of data whole; "
+            "send parts on a stream",
+            (unsigned long long)head->offset, (unsigned long long)head->total,
+            (unsigned long long)size);
+    }
+    attn_status_t status = steps_run_open(steps, head, size, &run);
+    if (status != ATTN_OK) {
+        return status;
+    }
+    if (!run.no_q && run.sizes.answer > RPC_MESSAGE_MAX - HEAD_ROOM) {
+        status =
+            attn_fail(ATTN_ERR_TOO_LARGE,
+                      "the answer has %llu bytes, more than a message of %u: run it on a stream",
+                      (unsigned long long)run.sizes.answer, RPC_MESSAGE_MAX);
+    } else {
+        rpc_message_data_copy(message, 0, run.data->data, size);
+        status = steps_run_do(steps, &run, answer_p);
+    }
+    steps_run_close(&run);
+    return status;
+}
+
+static void
+serve_run(steps_t *steps, rpc_call_t *call, rpc_message_t *message)
+{
+    ProtobufCMessage *request;
+    tensor_t *answer         = NULL;
+    Attn__V1__RunReply reply = ATTN__V1__RUN_REPLY__INIT;
+
+    if (unary_unpack(call, message, &attn__v1__run_request__descriptor, &request)) {
+        const Attn__V1__RunRequest *head = (const Attn__V1__RunRequest *)request;
+        attn_status_t status             = unary_run(steps, head, message, &answer);
+        if (status != ATTN_OK) {
+            unary_fail(call, status);
+        } else {
+            struct iovec data = {.iov_base = answer != NULL ? answer->data : NULL,
+                                 .iov_len  = answer != NULL ? answer->size : 0};
+            reply.step_id     = head->step_id;
+            reply.layer       = head->layer;
+            reply.total       = data.iov_len;
+            rpc_call_reply(call, &(rpc_outgoing_t){.head   = &reply.base,
+                                                   .data   = &data,
+                                                   .n_data = answer != NULL,
+                                                   .sent   = answer != NULL ? tensor_unref : NULL,
+                                                   .arg    = answer});
+        }
+    }
+    rpc_message_free(message);
+}
+
+/* A unary Run on its way to a thread. */
+typedef struct run_errand {
+    job_t job;
+    steps_t *steps;
+    rpc_call_t *call;
+    rpc_message_t *message;
+} run_errand_t;
+
+static void
+run_errand(job_t *job)
+{
+    run_errand_t *errand = JOB_OF(run_errand_t, job, job);
+
+    serve_run(errand->steps, errand->call, errand->message);
+    free(errand);
+}
+
+static void
+handle_run(void *service, rpc_call_t *call, rpc_message_t *message)
+{
+    steps_t *steps       = service;
+    run_errand_t *errand = malloc(sizeof(*errand));
+
+    if (errand == NULL) {
+        unary_fail(call, attn_fail(ATTN_ERR_NO_MEMORY, "no memory for a call of Run"));
+        rpc_message_free(message);
+        return;
+    }
+    *errand = (run_errand_t){
+        .job = {.run = run_errand}, .steps = steps, .call = call, .message = message};
+    jobs_add(steps->jobs, &errand->job);
+}
+
+/* ---- life ---- */
+
+static attn_status_t
+add_methods(steps_t *steps, rpc_server_t *server, const char *prefix)
+{
+    static const char *const names[] = {"Begin", "Commit", "Abort", "Run", "Steps"};
+    char(*paths)[PATH_ROOM]          = calloc(5, PATH_ROOM);
+
+    if (paths == NULL) {
+        return attn_fail(ATTN_ERR_NO_MEMORY, "no memory for the methods of %s", prefix);
+    }
+    steps->paths = paths[0];
+    for (int i = 0; i < 5; i++) {
+        snprintf(paths[i], PATH_ROOM, "%s/%s", prefix, names[i]);
+    }
+    unary_method_t unary[] = {
+        {.path    = paths[0],
+         .serve   = serve_begin,
+         .blocks  = true,
+         .request = steps->ops->worker ? &attn__v1__worker_begin_request__descriptor
+                                       : &attn__v1__begin_step_request__descriptor},
+        {.path    = paths[1],
+         .request = &attn__v1__commit_request__descriptor,
+         .serve   = serve_commit,
+         .blocks  = true},
+        {.path    = paths[2],
+         .request = &attn__v1__abort_request__descriptor,
+         .serve   = serve_abort,
+         .blocks  = true},
+    };
+    rpc_method_t raw[] = {
+        {.path = paths[3], .handle = handle_run},
+        {.path = paths[4], .streaming = true, .handle = stream_handle, .closed = stream_closed},
+    };
+    attn_status_t status = unary_add(server, steps->jobs, unary, 3, steps, &steps->unary);
+    return status == ATTN_OK ? rpc_server_add(server, raw, 2, steps) : status;
+}
+
+attn_status_t
+steps_create(rpc_server_t *server, const char *prefix, const steps_ops_t *ops, void *service,
+             jobs_t *jobs, steps_t **steps_p)
+{
+    steps_t *steps = calloc(1, sizeof(*steps));
+
+    if (steps == NULL) {
+        return attn_fail(ATTN_ERR_NO_MEMORY, "no memory for the methods of %s", prefix);
+    }
+    steps->ops     = ops;
+    steps->service = service;
+    steps->jobs    = jobs;
+    pthread_mutex_init(&steps->lock, NULL);
+    *steps_p = steps; /* also when it fails: the server may know of it, so destroy it after */
+    attn_status_t status = tensors_create(&steps->tensors);
+    return status == ATTN_OK ? add_methods(steps, server, prefix) : status;
+}
+
+void
+steps_drain(steps_t *steps)
+{
+    atomic_store(&steps->draining, true);
+}
+
+void
+steps_destroy(steps_t *steps)
+{
+    if (steps == NULL) {
+        return;
+    }
+    unary_destroy(steps->unary);
+    tensors_destroy(steps->tensors);
+    pthread_mutex_destroy(&steps->lock);
+    free(steps->paths);
+    free(steps);
+}

@@ -1,0 +1,69 @@
+/*
+ * steps.h: steps as calls: Begin, Run, Commit and Abort, one at a time or on a stream. The same
+ * on a worker and at the coordinator's front door, but for what a step is: a table says that.
+ *
+ * Tensors come in once, from the message into a buffer that the run reads, and go out without
+ * a copy, from the buffer that the run wrote. What a peer says of sizes is compared with the
+ * step's own before anything is allocated.
+ *
+ *     unary   Run -----------------------------------> sizes, run --> reply
+ *     stream  run part, part, ... (offset, total) ---> sizes, run --> part, part, ...
+ */
+#ifndef ATTN_DAEMON_STEPS_H
+#define ATTN_DAEMON_STEPS_H
+
+#include "daemon/jobs.h"
+#include "daemon/tensors.h"
+#include "daemon/unary.h"
+
+/** Bytes of one run of a step. */
+typedef struct steps_sizes {
+    uint64_t q, k, v, answer;
+} steps_sizes_t;
+
+/** What begin replies, in either of its forms. */
+typedef struct steps_begun {
+    uint64_t step_id;
+    union {
+        ProtobufCMessage base;
+        Attn__V1__BeginStepReply thin;
+        Attn__V1__WorkerBeginReply worker;
+    } reply;
+} steps_begun_t;
+
+/** One layer, with its tensors in place; q, or k and v, and answer may be NULL. */
+typedef struct steps_layer {
+    uint64_t step_id;
+    uint32_t layer;
+    const void *q, *k, *v;
+    void *answer;
+    const steps_sizes_t
+        *sizes; /**< what the tensors were made for: while data came in, the step may have
+                     ended and its id, a client's choice, become another step's */
+} steps_layer_t;
+
+/** What a step is. Functions may block, and are called from many threads. */
+typedef struct steps_ops {
+    bool worker; /**< its begin is WorkerBeginRequest; otherwise BeginStepRequest */
+    attn_status_t (*begin)(void *service, const ProtobufCMessage *request, steps_begun_t *begun);
+    attn_status_t (*sizes)(void *service, uint64_t step_id, steps_sizes_t *sizes);
+    attn_status_t (*run)(void *service, const steps_layer_t *layer);
+    attn_status_t (*commit)(void *service, uint64_t step_id, const uint32_t *accepted, uint32_t n);
+    attn_status_t (*abort)(void *service, uint64_t step_id, const char *reason);
+} steps_ops_t;
+
+typedef struct steps steps_t;
+
+/** Add the five methods of `prefix` ("/attn.v1.Worker") to the server. jobs may be NULL. */
+attn_status_t steps_create(rpc_server_t *server, const char *prefix, const steps_ops_t *ops,
+                           void *service, jobs_t *jobs, steps_t **steps_p);
+
+/** From now on begin is refused, and so are new streams. */
+void steps_drain(steps_t *steps);
+
+/** End every stream that is open, as cancelled: after steps_drain(), when its steps have ended. */
+void steps_end_streams(steps_t *steps);
+
+void steps_destroy(steps_t *steps); /* after the server; NULL is allowed */
+
+#endif

@@ -1,0 +1,291 @@
+/* stream_ops.c: what a message on a stream asks for: begin, a part of a run, commit, abort. */
+#include "daemon/stream_int.h"
+
+#include "base/checked.h"
+#include "base/clock.h"
+#include "base/status.h"
+
+#include <stdlib.h>
+
+#define STREAM_STEPS_MAX 4096u
+#define PARTS_OUT 4u                                /* parts of an answer on their way at once */
+#define STALL_NS (UINT64_C(10000) * ATTN_NS_PER_MS) /* for a peer to read one of them */
+
+/* ---- the steps begun here ---- */
+
+static void
+ids_drop(stream_t *stream, uint64_t id)
+{
+    for (uint32_t i = 0; i < stream->n_ids; i++) {
+        if (stream->ids[i] == id) {
+            stream->ids[i] = stream->ids[--stream->n_ids];
+            return;
+        }
+    }
+}
+
+/* Forget the steps that ended without a word on this stream: by their deadline, say. */
+static void
+ids_prune(stream_t *stream)
+{
+    steps_t *steps = stream->steps;
+    steps_sizes_t sizes;
+    uint32_t kept = 0;
+
+    for (uint32_t i = 0; i < stream->n_ids; i++) {
+        if (steps->ops->sizes(steps->service, stream->ids[i], &sizes) == ATTN_OK) {
+            stream->ids[kept++] = stream->ids[i];
+        }
+    }
+    stream->n_ids = kept;
+}
+
+/* Room for one id more. */
+static attn_status_t
+ids_reserve(stream_t *stream)
+{
+    if (stream->n_ids < stream->room) {
+        return ATTN_OK;
+    }
+    ids_prune(stream);
+    if (stream->n_ids >= STREAM_STEPS_MAX) {
+        return attn_fail(ATTN_ERR_EXHAUSTED,
+                         "%u steps are open on this stream, and %u is the limit: end some",
+                         stream->n_ids, STREAM_STEPS_MAX);
+    }
+    if (stream->n_ids < stream->room / 2) {
+        return ATTN_OK;
+    }
+    uint32_t room = stream->room > 0 ? 2 * stream->room : 16;
+    uint64_t *ids = realloc(stream->ids, room * sizeof(*ids));
+    if (ids == NULL) {
+        return attn_fail(ATTN_ERR_NO_MEMORY, "no memory for %u open steps", room);
+    }
+    stream->ids  = ids;
+    stream->room = room;
+    return ATTN_OK;
+}
+
+static void
+ids_add(stream_t *stream, uint64_t id)
+{
+    ids_drop(stream, id); /* begin may be repeated */
+    stream->ids[stream->n_ids++] = id;
+}
+
+/* ---- operations ---- */
+
+static void
+do_begin(stream_t *stream, const ProtobufCMessage *request, bool worker)
+{
+    steps_t *steps            = stream->steps;
+    Attn__V1__StepReply reply = ATTN__V1__STEP_REPLY__INIT;
+    steps_begun_t begun;
+    attn_status_t status;
+
+    if (worker != steps->ops->worker) {
+        status =
+            attn_fail(ATTN_ERR_INVALID, worker ? "op is worker_begin: the coordinator takes begin"
+                                               : "op is begin: a worker takes worker_begin");
+    } else if ((status = ids_reserve(stream)) == ATTN_OK) {
+        status = steps_begin(steps, request, &begun);
+    }
+    if (status != ATTN_OK) {
+        stream_refuse(stream, status);
+        return;
+    }
+    ids_add(stream, begun.step_id);
+    if (worker) {
+        reply.op_case      = ATTN__V1__STEP_REPLY__OP_WORKER_BEGIN;
+        reply.worker_begin = &begun.reply.worker;
+    } else {
+        reply.op_case = ATTN__V1__STEP_REPLY__OP_BEGIN;
+        reply.begin   = &begun.reply.thin;
+    }
+    stream_send(stream, &reply, NULL, NULL);
+}
+
+/* Commit or abort ended, or the step was found to have ended before. */
+static void
+do_end(stream_t *stream, uint64_t id, attn_status_t status, Attn__V1__StepReply__OpCase op)
+{
+    Attn__V1__Empty empty     = ATTN__V1__EMPTY__INIT;
+    Attn__V1__StepReply reply = ATTN__V1__STEP_REPLY__INIT;
+
+    if (status == ATTN_OK || status == ATTN_ERR_ABORTED || status == ATTN_ERR_NOT_FOUND) {
+        ids_drop(stream, id);
+    }
+    if (status != ATTN_OK) {
+        stream_refuse(stream, status);
+        return;
+    }
+    reply.op_case = op;
+    reply.commit  = &empty; /* abort is the same member of the union */
+    stream_send(stream, &reply, NULL, NULL);
+}
+
+/* Send an answer in parts, a few at a time: a peer that does not read holds little of us. */
+static void
+send_answer(stream_t *stream, const steps_run_t *run, tensor_t *answer)
+{
+    Attn__V1__RunReply head   = ATTN__V1__RUN_REPLY__INIT;
+    Attn__V1__StepReply reply = ATTN__V1__STEP_REPLY__INIT;
+    attn_status_t status      = ATTN_OK;
+
+    head.step_id  = run->step_id;
+    head.layer    = run->layer;
+    head.total    = answer != NULL ? answer->size : 0;
+    reply.op_case = ATTN__V1__STEP_REPLY__OP_RUN;
+    reply.run     = &head;
+    do {
+        uint64_t size     = attn_min(head.total - head.offset, RPC_DATA_PART_MAX);
+        struct iovec data = {.iov_base = answer != NULL ? answer->data + head.offset : NULL,
+                             .iov_len  = size};
+        if (answer != NULL && !tensor_wait(answer, PARTS_OUT, attn_now_ns() + STALL_NS)) {
+            stream_end(stream, ATTN_ERR_EXHAUSTED,
+                       "the answer is not being read: ended after 10 s");
+            break;
+        }
+        status = stream_send(stream, &reply, &data, answer);
+        head.offset += size;
+    } while (status == ATTN_OK && head.offset < head.total);
+}
+
+/* All data is there. */
+static void
+do_run(stream_t *stream)
+{
+    tensor_t *answer     = NULL;
+    attn_status_t status = steps_run_do(stream->steps, &stream->run, &answer);
+
+    steps_run_close(&stream->run);
+    if (status == ATTN_OK) {
+        send_answer(stream, &stream->run, answer);
+        tensor_unref(answer);
+    } else {
+        stream_refuse(stream, status);
+    }
+}
+
+/* Does this message's data follow what came? */
+static attn_status_t
+check_part(const steps_run_t *run, const Attn__V1__RunRequest *head, uint64_t size)
+{
+    if (head->step_id != run->step_id || head->layer != run->layer) {
+        return attn_fail(ATTN_ERR_INVALID,
+                         "part of step %016llx, layer %u, at offset %llu, between those of step "
+                         "%016llx, layer %u",
+                         (unsigned long long)head->step_id, head->layer,
+                         (unsigned long long)head->offset, (unsigned long long)run->step_id,
+                         run->layer);
+    }
+    if (head->offset != run->got ||
+        (head->total != run->total && (head->total != 0 || size != run->total))) {
+        return attn_fail(ATTN_ERR_INVALID,
+                         "offset is %llu of total %llu: data at %llu of %llu is next",
+                         (unsigned long long)head->offset, (unsigned long long)head->total,
+                         (unsigned long long)run->got, (unsigned long long)run->total);
+    }
+    if (size > run->total - run->got) {
+        return attn_fail(ATTN_ERR_INVALID,
+                         "data of %llu bytes at offset %llu goes beyond total, %llu",
+                         (unsigned long long)size, (unsigned long long)head->offset,
+                         (unsigned long long)run->total);
+    }
+    return ATTN_OK;
+}
+
+static attn_status_t
+take_part(stream_t *stream, const Attn__V1__RunRequest *head, uint64_t size)
+{
+    steps_run_t *run     = &stream->run;
+    attn_status_t status = ATTN_OK;
+
+    if (head->data.len > 0) {
+        return attn_fail(ATTN_ERR_INVALID,
+                         "run.data is set: on a stream, data goes into StepRequest.data");
+    }
+    if (run->data == NULL && head->offset != 0) {
+        return attn_fail(ATTN_ERR_INVALID, "offset is %llu: no run of step %016llx is under way",
+                         (unsigned long long)head->offset, (unsigned long long)head->step_id);
+    }
+    if (run->data == NULL) {
+        status = steps_run_open(stream->steps, head, head->total != 0 ? head->total : size, run);
+    }
+    if (status == ATTN_OK) {
+        status = check_part(run, head, size);
+    }
+    if (status == ATTN_OK) {
+        rpc_message_data_copy(stream->message, 0, run->data->data + run->got, size);
+        run->got += size;
+    }
+    return status;
+}
+
+static void
+do_part(stream_t *stream, const Attn__V1__RunRequest *head)
+{
+    uint64_t size = rpc_message_data_size(stream->message), end;
+    bool more     = attn_add(head->offset, size, &end) && end < head->total;
+
+    if (stream->skipping && head->offset > 0) {
+        stream->skipping = more;
+        return;
+    }
+    stream->skipping     = false;
+    attn_status_t status = take_part(stream, head, size);
+    if (status != ATTN_OK) {
+        steps_run_close(&stream->run);
+        stream_refuse(stream, status);
+        stream->skipping = more;
+    } else if (stream->run.got == stream->run.total) {
+        do_run(stream);
+    }
+}
+
+/* Another operation came before a run had all its parts: that run is answered first. */
+static void
+do_cut_off_run(stream_t *stream)
+{
+    steps_run_close(&stream->run);
+    stream_refuse(stream,
+                  attn_fail(ATTN_ERR_INVALID,
+                            "data of layer %u of step %016llx broke off after %llu of %llu bytes",
+                            stream->run.layer, (unsigned long long)stream->run.step_id,
+                            (unsigned long long)stream->run.got,
+                            (unsigned long long)stream->run.total));
+}
+
+void
+stream_operate(stream_t *stream, const Attn__V1__StepRequest *request)
+{
+    steps_t *steps = stream->steps;
+    bool is_part   = request->op_case == ATTN__V1__STEP_REQUEST__OP_RUN;
+
+    if (stream->run.data != NULL && (!is_part || request->run->offset == 0)) {
+        do_cut_off_run(stream);
+    }
+    if (is_part) {
+        do_part(stream, request->run);
+        return;
+    }
+    stream->skipping = false;
+    if (request->op_case == ATTN__V1__STEP_REQUEST__OP_BEGIN) {
+        do_begin(stream, &request->begin->base, false);
+    } else if (request->op_case == ATTN__V1__STEP_REQUEST__OP_WORKER_BEGIN) {
+        do_begin(stream, &request->worker_begin->base, true);
+    } else if (request->op_case == ATTN__V1__STEP_REQUEST__OP_COMMIT) {
+        const Attn__V1__CommitRequest *r = request->commit;
+        do_end(stream, r->step_id,
+               steps->ops->commit(steps->service, r->step_id,
+                                  r->n_accepted > 0 ? r->accepted : NULL, (uint32_t)r->n_accepted),
+               ATTN__V1__STEP_REPLY__OP_COMMIT);
+    } else if (request->op_case == ATTN__V1__STEP_REQUEST__OP_ABORT) {
+        do_end(stream, request->abort->step_id,
+               steps->ops->abort(steps->service, request->abort->step_id, "its client aborted it"),
+               ATTN__V1__STEP_REPLY__OP_ABORT);
+    } else {
+        stream_refuse(stream,
+                      attn_fail(ATTN_ERR_INVALID, "op is not set, or none that is known here"));
+    }
+}

@@ -1,0 +1,42 @@
+/*
+ * tensors.h: memory for the tensors of runs, on their way in and out. A buffer is taken for a
+ * run, given back when its last bytes have left, and kept for the next run of its size, since
+ * a fresh mapping costs more than copying into it. What is out at once is capped: beyond it,
+ * runs are refused.
+ */
+#ifndef ATTN_DAEMON_TENSORS_H
+#define ATTN_DAEMON_TENSORS_H
+
+#include "base/attn_types.h"
+
+#define TENSORS_OUT_MAX (UINT64_C(4) << 30)    /* bytes of buffers in use by all runs of a daemon */
+#define TENSORS_KEPT_MAX (UINT64_C(256) << 20) /* bytes of buffers kept for later */
+
+typedef struct tensors tensors_t;
+
+/** A buffer, counted by reference. */
+typedef struct tensor {
+    uint8_t *data; /**< 64-byte aligned */
+    uint64_t size; /**< bytes asked for */
+} tensor_t;
+
+attn_status_t tensors_create(tensors_t **tensors_p);
+
+/** Buffers that are still out stay valid, and go when they are given back. NULL is allowed. */
+void tensors_destroy(tensors_t *tensors);
+
+/**
+ * Take a buffer, with one reference.
+ * @return ATTN_ERR_TOO_LARGE, ATTN_ERR_EXHAUSTED over TENSORS_OUT_MAX, ATTN_ERR_NO_MEMORY
+ */
+attn_status_t tensor_take(tensors_t *tensors, uint64_t size, tensor_t **tensor_p);
+
+void tensor_ref(tensor_t *tensor);
+
+/** Give a reference back. A rpc_outgoing_t's `sent`, hence void. NULL is allowed. */
+void tensor_unref(void *tensor);
+
+/** Wait until at most n references are left. @return false: still more at deadline_ns */
+bool tensor_wait(tensor_t *tensor, uint32_t n, uint64_t deadline_ns);
+
+#endif

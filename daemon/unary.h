@@ -1,0 +1,43 @@
+/*
+ * unary.h: unary methods as plain functions. A row names path, request and function; decoding,
+ * the reply, failures and the thread that runs it are the same for all.
+ */
+#ifndef ATTN_DAEMON_UNARY_H
+#define ATTN_DAEMON_UNARY_H
+
+#include "client/wire.h"
+#include "daemon/jobs.h"
+#include "rpc/rpc.h"
+
+typedef struct unary_method {
+    const char *path; /**< "/attn.v1.Worker/Status" */
+    const ProtobufCMessageDescriptor *request;
+    /**
+     * Serve it. The reply is made with unary_reply() in block, which lives until it was packed.
+     * A failure ends the call with its status and attn_last_error().
+     */
+    attn_status_t (*serve)(void *service, const ProtobufCMessage *request, wire_block_t *block,
+                           ProtobufCMessage **reply_p);
+    bool blocks; /**< it may wait for others: run as a job, if there are jobs */
+} unary_method_t;
+
+typedef struct unary unary_t; /* the methods as added to one server */
+
+/** Add methods (copied). jobs may be NULL: the server's threads run all. Destroy after the server.
+ */
+attn_status_t unary_add(rpc_server_t *server, jobs_t *jobs, const unary_method_t *methods,
+                        uint32_t n, void *service, unary_t **unary_p);
+void unary_destroy(unary_t *unary); /* NULL is allowed */
+
+/** An initialised message of that type in block, also set as the reply; NULL when out of memory. */
+void *unary_reply(wire_block_t *block, const ProtobufCMessageDescriptor *type,
+                  ProtobufCMessage **reply_p);
+
+/** Unpack a call's request. On failure the call is ended; message stays the caller's. */
+bool unary_unpack(rpc_call_t *call, rpc_message_t *message, const ProtobufCMessageDescriptor *type,
+                  ProtobufCMessage **head_p);
+
+/** End a call with a failure of this thread. */
+void unary_fail(rpc_call_t *call, attn_status_t status);
+
+#endif

@@ -1,0 +1,360 @@
+/*
+ * service.c: attn.v1.Worker, the engine's functions as calls. What a message may hold is checked
+ * by client/wire.h and here; what it means, by the engine.
+ */
+#include "daemon/worker/worker_int.h"
+
+#include "balancer/directory.h"
+#include "base/clock.h"
+#include "base/status.h"
+
+#include <stdlib.h>
+
+/* ---- steps ---- */
+
+static attn_status_t
+step_begin(void *service, const ProtobufCMessage *request, steps_begun_t *begun)
+{
+    worker_t *worker   = service;
+    wire_block_t block = {0};
+    engine_batch_t batch;
+    engine_sizes_t sizes;
+
+    attn_status_t status = wire_worker_begin_decode(
+        &block, (const Attn__V1__WorkerBeginRequest *)request, attn_now_ns(), &batch);
+    if (status == ATTN_OK) {
+        status = engine_step_begin(worker->engine, &batch, &sizes);
+    }
+    if (status == ATTN_OK) {
+        attn__v1__worker_begin_reply__init(&begun->reply.worker);
+        begun->step_id                = batch.step_id;
+        begun->reply.worker.o_bytes   = sizes.o;
+        begun->reply.worker.lse_bytes = sizes.lse;
+        begun->reply.worker.states    = sizes.states;
+    }
+    wire_free(&block);
+    return status;
+}
+
+static attn_status_t
+step_sizes(void *service, uint64_t step_id, steps_sizes_t *sizes)
+{
+    worker_t *worker = service;
+    engine_sizes_t all;
+    attn_status_t status = engine_step_sizes(worker->engine, step_id, &all);
+
+    if (status == ATTN_OK) {
+        *sizes = (steps_sizes_t){.q = all.q, .k = all.k, .v = all.v, .answer = all.answer};
+    }
+    return status;
+}
+
+static attn_status_t
+step_run(void *service, const steps_layer_t *l)
+{
+    worker_t *worker = service;
+
+    engine_sizes_t made_for = {
+        .q = l->sizes->q, .k = l->sizes->k, .v = l->sizes->v, .answer = l->sizes->answer};
+
+    return engine_step_run(worker->engine, l->step_id, l->layer, l->q, l->k, l->v, l->answer,
+                           &made_for);
+}
+
+static attn_status_t
+step_commit(void *service, uint64_t step_id, const uint32_t *accepted, uint32_t n)
+{
+    worker_t *worker = service;
+
+    return engine_step_commit(worker->engine, step_id, accepted, n);
+}
+
+static attn_status_t
+step_abort(void *service, uint64_t step_id, const char *reason)
+{
+    worker_t *worker = service;
+
+    return engine_step_abort(worker->engine, step_id, reason);
+}
+
+static const steps_ops_t step_ops = {
+    .worker = true,
+    .begin  = step_begin,
+    .sizes  = step_sizes,
+    .run    = step_run,
+    .commit = step_commit,
+    .abort  = step_abort,
+};
+
+/* ---- caches ---- */
+
+static attn_status_t
+serve_open_cache(void *service, const ProtobufCMessage *request, wire_block_t *block,
+                 ProtobufCMessage **reply_p)
+{
+    const Attn__V1__WorkerOpenCacheRequest *r = (const Attn__V1__WorkerOpenCacheRequest *)request;
+    worker_t *worker                          = service;
+    attn_geometry_t geometry;
+    kv_region_info_t region;
+
+    Attn__V1__WorkerOpenCacheReply *reply =
+        unary_reply(block, &attn__v1__worker_open_cache_reply__descriptor, reply_p);
+    if (reply == NULL) {
+        return ATTN_ERR_NO_MEMORY;
+    }
+    if (r->cache_id == 0 || r->geometry == NULL) {
+        return attn_fail(ATTN_ERR_INVALID, "%s is missing",
+                         r->cache_id == 0 ? "cache_id" : "geometry");
+    }
+    attn_status_t status = engine_check_epoch(worker->engine, r->epoch);
+    if (status == ATTN_OK) {
+        status = wire_geometry_decode(block, r->geometry, &geometry);
+    }
+    if (status == ATTN_OK) {
+        status = directory_geometry_check(&geometry);
+    }
+    if (status == ATTN_OK) {
+        status = engine_cache_open(worker->engine, r->cache_id, &geometry, &region);
+    }
+    if (status == ATTN_OK) {
+        reply->n_pages      = region.n_pages;
+        reply->region_bytes = region.bytes;
+    }
+    return status;
+}
+
+static attn_status_t
+serve_close_cache(void *service, const ProtobufCMessage *request, wire_block_t *block,
+                  ProtobufCMessage **reply_p)
+{
+    const Attn__V1__WorkerCloseCacheRequest *r = (const Attn__V1__WorkerCloseCacheRequest *)request;
+    worker_t *worker                           = service;
+
+    if (unary_reply(block, &attn__v1__empty__descriptor, reply_p) == NULL) {
+        return ATTN_ERR_NO_MEMORY;
+    }
+    attn_status_t status = engine_check_epoch(worker->engine, r->epoch);
+    return status == ATTN_OK ? engine_cache_close(worker->engine, r->cache_id) : status;
+}
+
+/* ---- chunks ---- */
+
+/* A chunk as it is now. */
+static attn_status_t
+reply_chunk(worker_t *worker, uint64_t cache, uint64_t chunk, Attn__V1__WorkerChunk *reply)
+{
+    kv_chunk_info_t info;
+    attn_status_t status =
+        engine_chunks_describe(worker->engine, cache, &chunk, 1, &info, NULL, 0, NULL);
+
+    if (status == ATTN_OK) {
+        reply->chunk      = chunk;
+        reply->generation = info.generation;
+        reply->length     = info.length;
+        reply->in_step    = info.in_step;
+    }
+    return status;
+}
+
+static attn_status_t
+serve_fork_chunk(void *service, const ProtobufCMessage *request, wire_block_t *block,
+                 ProtobufCMessage **reply_p)
+{
+    const Attn__V1__ForkChunkRequest *r = (const Attn__V1__ForkChunkRequest *)request;
+    worker_t *worker                    = service;
+    Attn__V1__WorkerChunk *reply = unary_reply(block, &attn__v1__worker_chunk__descriptor, reply_p);
+
+    if (reply == NULL) {
+        return ATTN_ERR_NO_MEMORY;
+    }
+    attn_status_t status = engine_check_epoch(worker->engine, r->epoch);
+    if (status == ATTN_OK) {
+        status = engine_chunk_fork(worker->engine, r->cache_id, r->from, r->length, r->to);
+    }
+    return status == ATTN_OK ? reply_chunk(worker, r->cache_id, r->to, reply) : status;
+}
+
+static attn_status_t
+serve_truncate_chunk(void *service, const ProtobufCMessage *request, wire_block_t *block,
+                     ProtobufCMessage **reply_p)
+{
+    const Attn__V1__TruncateChunkRequest *r = (const Attn__V1__TruncateChunkRequest *)request;
+    worker_t *worker                        = service;
+    uint32_t generation;
+    Attn__V1__WorkerChunk *reply = unary_reply(block, &attn__v1__worker_chunk__descriptor, reply_p);
+
+    if (reply == NULL) {
+        return ATTN_ERR_NO_MEMORY;
+    }
+    attn_status_t status = engine_check_epoch(worker->engine, r->epoch);
+    if (status == ATTN_OK) {
+        status = engine_chunk_truncate(worker->engine, r->cache_id, r->chunk, r->generation,
+                                       r->length, &generation);
+    }
+    if (status == ATTN_OK) {
+        reply->chunk      = r->chunk;
+        reply->generation = generation;
+        reply->length     = r->length;
+    }
+    return status;
+}
+
+static attn_status_t
+check_count(const char *field, size_t n, uint32_t most)
+{
+    return n <= most
+               ? ATTN_OK
+               : attn_fail(ATTN_ERR_TOO_LARGE, "%s has %zu elements: at most %u", field, n, most);
+}
+
+static attn_status_t
+serve_release_chunks(void *service, const ProtobufCMessage *request, wire_block_t *block,
+                     ProtobufCMessage **reply_p)
+{
+    const Attn__V1__ReleaseChunksRequest *r = (const Attn__V1__ReleaseChunksRequest *)request;
+    worker_t *worker                        = service;
+
+    if (unary_reply(block, &attn__v1__empty__descriptor, reply_p) == NULL) {
+        return ATTN_ERR_NO_MEMORY;
+    }
+    attn_status_t status = check_count("chunks", r->n_chunks, WIRE_CHUNKS_MAX);
+    if (status == ATTN_OK) {
+        status = engine_check_epoch(worker->engine, r->epoch);
+    }
+    if (status == ATTN_OK) {
+        status =
+            engine_chunks_release(worker->engine, r->cache_id, r->chunks, (uint32_t)r->n_chunks);
+    }
+    return status;
+}
+
+/* Fill the reply with what the engine told. */
+static attn_status_t
+encode_chunks(wire_block_t *block, const Attn__V1__DescribeChunksRequest *r,
+              const kv_chunk_info_t *infos, const bool *in_step,
+              Attn__V1__DescribeChunksReply *reply)
+{
+    Attn__V1__WorkerChunk *chunks = wire_alloc(block, r->n_chunks + 1, sizeof(*chunks));
+    reply->chunks                 = wire_alloc(block, r->n_chunks + 1, sizeof(*reply->chunks));
+    reply->seq_in_step            = wire_alloc(block, r->n_seqs + 1, sizeof(*reply->seq_in_step));
+
+    if (chunks == NULL || reply->chunks == NULL || reply->seq_in_step == NULL) {
+        return ATTN_ERR_NO_MEMORY;
+    }
+    for (size_t i = 0; i < r->n_chunks; i++) {
+        attn__v1__worker_chunk__init(&chunks[i]);
+        chunks[i].chunk      = r->chunks[i];
+        chunks[i].generation = infos[i].generation;
+        chunks[i].length     = infos[i].length;
+        chunks[i].in_step    = infos[i].in_step;
+        reply->chunks[i]     = &chunks[i];
+    }
+    for (size_t i = 0; i < r->n_seqs; i++) {
+        reply->seq_in_step[i] = in_step[i];
+    }
+    reply->n_chunks      = r->n_chunks;
+    reply->n_seq_in_step = r->n_seqs;
+    return ATTN_OK;
+}
+
+static attn_status_t
+serve_describe_chunks(void *service, const ProtobufCMessage *request, wire_block_t *block,
+                      ProtobufCMessage **reply_p)
+{
+    const Attn__V1__DescribeChunksRequest *r = (const Attn__V1__DescribeChunksRequest *)request;
+    worker_t *worker                         = service;
+    Attn__V1__DescribeChunksReply *reply =
+        unary_reply(block, &attn__v1__describe_chunks_reply__descriptor, reply_p);
+
+    attn_status_t status = check_count("chunks", r->n_chunks, WIRE_CHUNKS_MAX);
+    if (status == ATTN_OK) {
+        status = check_count("seqs", r->n_seqs, WIRE_CHUNKS_MAX);
+    }
+    if (status != ATTN_OK) {
+        return status;
+    }
+    kv_chunk_info_t *infos = wire_alloc(block, r->n_chunks + 1, sizeof(*infos));
+    bool *in_step          = wire_alloc(block, r->n_seqs + 1, sizeof(*in_step));
+    if (reply == NULL || infos == NULL || in_step == NULL) {
+        return ATTN_ERR_NO_MEMORY;
+    }
+    status = engine_chunks_describe(worker->engine, r->cache_id, r->chunks, (uint32_t)r->n_chunks,
+                                    infos, r->seqs, (uint32_t)r->n_seqs, in_step);
+    return status == ATTN_OK ? encode_chunks(block, r, infos, in_step, reply) : status;
+}
+
+/* ---- status ---- */
+
+void
+worker_describe(worker_t *worker, Attn__V1__WorkerInfo *info)
+{
+    engine_info_t engine;
+
+    engine_describe(worker->engine, &engine);
+    attn__v1__worker_info__init(info);
+    info->id           = atomic_load(&worker->id);
+    info->incarnation  = atomic_load(&worker->incarnation);
+    info->alive        = true;
+    info->address      = worker->address;
+    info->kind         = (char *)engine.kind;
+    info->slab_bytes   = engine.slab_bytes;
+    info->region_bytes = engine.region_bytes;
+    info->used_bytes   = engine.used_bytes;
+    info->chunks       = engine.chunks;
+    info->open_steps   = engine.open_steps;
+    info->runs         = engine.runs;
+    info->kv_bytes     = engine.kv_bytes;
+}
+
+static attn_status_t
+serve_status(void *service, const ProtobufCMessage *request, wire_block_t *block,
+             ProtobufCMessage **reply_p)
+{
+    Attn__V1__WorkerInfo *reply = unary_reply(block, &attn__v1__worker_info__descriptor, reply_p);
+
+    (void)request;
+    if (reply == NULL) {
+        return ATTN_ERR_NO_MEMORY;
+    }
+    worker_describe(service, reply);
+    return ATTN_OK;
+}
+
+/* ---- the service ---- */
+
+static const unary_method_t methods[] = {
+    {.path    = "/attn.v1.Worker/OpenCache",
+     .serve   = serve_open_cache,
+     .request = &attn__v1__worker_open_cache_request__descriptor},
+    {.path    = "/attn.v1.Worker/CloseCache",
+     .serve   = serve_close_cache,
+     .request = &attn__v1__worker_close_cache_request__descriptor},
+    {.path    = "/attn.v1.Worker/ForkChunk",
+     .serve   = serve_fork_chunk,
+     .request = &attn__v1__fork_chunk_request__descriptor},
+    {.path    = "/attn.v1.Worker/TruncateChunk",
+     .serve   = serve_truncate_chunk,
+     .request = &attn__v1__truncate_chunk_request__descriptor},
+    {.path    = "/attn.v1.Worker/ReleaseChunks",
+     .serve   = serve_release_chunks,
+     .request = &attn__v1__release_chunks_request__descriptor},
+    {.path    = "/attn.v1.Worker/DescribeChunks",
+     .serve   = serve_describe_chunks,
+     .request = &attn__v1__describe_chunks_request__descriptor},
+    {.path    = "/attn.v1.Worker/Status",
+     .serve   = serve_status,
+     .request = &attn__v1__empty__descriptor},
+};
+
+attn_status_t
+worker_serve(worker_t *worker)
+{
+    attn_status_t status = unary_add(worker->server, NULL, methods,
+                                     sizeof(methods) / sizeof(methods[0]), worker, &worker->unary);
+
+    if (status == ATTN_OK) {
+        status = steps_create(worker->server, "/attn.v1.Worker", &step_ops, worker, NULL,
+                              &worker->steps);
+    }
+    return status;
+}

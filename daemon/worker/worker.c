@@ -1,0 +1,155 @@
+#include "daemon/worker/worker.h"
+
+#include "daemon/worker/worker_int.h"
+
+#include "base/clock.h"
+#include "base/log.h"
+#include "base/status.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define TICK_MS 100u
+#define DRAIN_LOOK_MS 10u /* how often a draining worker looks for open steps */
+#define GRACE_MS 500u     /* for replies that are on their way at the end */
+#define SPARE_MS 500u     /* to put things away after that */
+
+/* The address that clients are told: --advertise, or the one that we listen on; with our port in
+ * place of 0. */
+static attn_status_t
+settle_address(worker_t *worker)
+{
+    const worker_options_t *o = &worker->options;
+    const char *said          = o->advertise[0] != '\0' ? o->advertise : o->listen;
+    const char *colon         = strrchr(said, ':');
+    unsigned long port        = colon != NULL ? strtoul(colon + 1, NULL, 10) : 0;
+
+    attn_status_t status = process_address(
+        said, port != 0 ? (uint16_t)port : rpc_server_port(worker->server), worker->address);
+    if (status == ATTN_OK && process_address_is_wildcard(worker->address)) {
+        status = attn_fail(
+            ATTN_ERR_INVALID,
+            "%s is no address that clients could connect to: say --advertise HOST:PORT", said);
+    }
+    snprintf(worker->name, sizeof(worker->name), "%s",
+             o->name[0] != '\0' ? o->name : worker->address);
+    return status;
+}
+
+static attn_status_t
+start(worker_t *worker)
+{
+    const worker_options_t *o = &worker->options;
+    char who[64];
+
+    attn_status_t status = rpc_server_create(
+        &(rpc_server_options_t){.address = o->listen, .spin_us = (uint32_t)o->spin_us},
+        &worker->server);
+    if (status == ATTN_OK) {
+        status = settle_address(worker);
+    }
+    if (status != ATTN_OK) {
+        return status;
+    }
+    snprintf(who, sizeof(who), "name=%.50s", worker->name);
+    attn_log_set_who(who);
+
+    status = engine_create(&(engine_options_t){.backend    = options_backends[o->backend],
+                                               .threads    = (uint32_t)o->threads,
+                                               .slab_bytes = o->slab,
+                                               .name       = worker->name},
+                           &worker->engine);
+    if (status == ATTN_OK) {
+        status = worker_serve(worker);
+    }
+    if (status == ATTN_OK) {
+        status = rpc_server_start(worker->server);
+    }
+    if (status != ATTN_OK) {
+        return status;
+    }
+    rpc_server_set_serving(worker->server, true);
+    engine_info_t info;
+    engine_describe(worker->engine, &info);
+    attn_log(ATTN_LOG_INFO, "worker.serving", "address=%s kind=%s slab=%llu read_bandwidth=%.3g",
+             worker->address, info.kind, (unsigned long long)info.slab_bytes, info.read_bandwidth);
+    return registrar_start(worker, &worker->registrar);
+}
+
+static uint64_t
+open_steps(worker_t *worker)
+{
+    engine_info_t info;
+
+    engine_describe(worker->engine, &info);
+    return info.open_steps;
+}
+
+/* Let open steps end, take no new ones. Heartbeats go on meanwhile. */
+static void
+drain(worker_t *worker)
+{
+    uint64_t end = attn_now_ns() + worker->options.drain_ms * ATTN_NS_PER_MS;
+
+    attn_log(ATTN_LOG_INFO, "worker.draining", "open_steps=%llu drain_ms=%llu",
+             (unsigned long long)open_steps(worker), (unsigned long long)worker->options.drain_ms);
+    rpc_server_set_serving(worker->server, false);
+    steps_drain(worker->steps);
+    while (open_steps(worker) > 0 && attn_now_ns() < end) {
+        engine_tick(worker->engine, attn_now_ns());
+        nanosleep(&(struct timespec){.tv_nsec = DRAIN_LOOK_MS * 1000000}, NULL);
+    }
+    uint64_t left = open_steps(worker);
+    if (left > 0) {
+        attn_log(ATTN_LOG_WARN, "worker.drain_over", "aborted_steps=%llu",
+                 (unsigned long long)left);
+    }
+    process_end_within(GRACE_MS + SPARE_MS);
+    steps_end_streams(worker->steps);
+    rpc_server_stop(worker->server, GRACE_MS);
+}
+
+static void
+destroy(worker_t *worker)
+{
+    registrar_stop(worker->registrar);
+    rpc_server_destroy(worker->server);
+    unary_destroy(worker->unary);
+    steps_destroy(worker->steps);
+    engine_destroy(worker->engine);
+}
+
+int
+worker_main(int argc, char **argv)
+{
+    static worker_t worker;
+
+    int code = options_start(&worker_option_set, &worker.options, argc, argv);
+    if (code >= 0) {
+        return code;
+    }
+    attn_log_set_level((attn_log_level_t)worker.options.log_level);
+    attn_log_set_who("role=worker");
+    attn_status_t status = process_start();
+    rpc_init();
+    atomic_store(&worker.incarnation, process_random());
+    if (status == ATTN_OK) {
+        status = start(&worker);
+    }
+    if (status == ATTN_OK) {
+        while (!process_stopping(TICK_MS)) {
+            engine_tick(worker.engine, attn_now_ns());
+        }
+        drain(&worker);
+    } else {
+        attn_log(ATTN_LOG_ERROR, "worker.failed", "status=%s reason=\"%s\"", attn_strerror(status),
+                 attn_last_error());
+    }
+    destroy(&worker);
+    rpc_shutdown();
+    if (status == ATTN_OK) {
+        attn_log(ATTN_LOG_INFO, "worker.ended", "address=%s", worker.address);
+    }
+    return status == ATTN_OK ? 0 : 1;
+}

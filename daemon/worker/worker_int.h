@@ -1,0 +1,41 @@
+/* worker_int.h: what the files of this folder share. */
+#ifndef ATTN_DAEMON_WORKER_INT_H
+#define ATTN_DAEMON_WORKER_INT_H
+
+#include "daemon/options_tables.h"
+#include "daemon/process.h"
+#include "daemon/steps.h"
+#include "engine/engine.h"
+
+#include <stdatomic.h>
+
+typedef struct registrar registrar_t;
+
+typedef struct worker {
+    worker_options_t options;
+    char name[OPTIONS_TEXT_MAX];       /* in logs and error sentences */
+    char address[PROCESS_ADDRESS_MAX]; /* that clients are told */
+    engine_t *engine;
+    rpc_server_t *server;
+    unary_t *unary;
+    steps_t *steps;
+    registrar_t *registrar;
+    atomic_uint id; /* as the coordinator knows us; 0: not joined yet */
+    _Atomic uint64_t incarnation;
+} worker_t;
+
+/* ---- service.c ---- */
+
+/** Add attn.v1.Worker to the server. */
+attn_status_t worker_serve(worker_t *worker);
+
+/** What the worker says of itself; strings are the worker's. */
+void worker_describe(worker_t *worker, Attn__V1__WorkerInfo *info);
+
+/* ---- registrar.c ---- */
+
+/** Join the coordinator and send heartbeats, on a thread of its own. */
+attn_status_t registrar_start(worker_t *worker, registrar_t **registrar_p);
+void registrar_stop(registrar_t *registrar); /* NULL is allowed */
+
+#endif
