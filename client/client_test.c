@@ -442,6 +442,30 @@ test_overdue_steps_abort(void **state)
     close_fixture(&f);
 }
 
+/* The housekeeper may still look at a step that was committed when the caller closes the cache. */
+static void
+test_a_step_outlives_its_cache(void **state)
+{
+    fixture_t f;
+    attn_seq_t seq;
+    attn_step_t *step;
+
+    (void)state;
+    open_fixture(&f, "inproc://cpu?workers=1&threads=1&slab=64MiB");
+    assert_int_equal(attn_seq_create(f.cache, NULL, &seq), ATTN_OK);
+    attn_entry_t entry = {.seq = seq, .base = 0, .n_q = 0, .n_new = 0};
+    assert_int_equal(begin_one(&f, entry, &step), ATTN_OK);
+    pthread_mutex_lock(&f.client->lock);
+    step_reference(step);
+    pthread_mutex_unlock(&f.client->lock);
+    assert_int_equal(attn_step_commit(step, NULL), ATTN_OK);
+    attn_cache_close(f.cache);
+    f.cache = NULL;
+    assert_null(f.client->steps);
+    step_unreference(step);
+    close_fixture(&f);
+}
+
 static void
 note_done(void *arg, attn_status_t status, const char *error)
 {
@@ -516,6 +540,7 @@ main(void)
         cmocka_unit_test(test_wrong_calls_get_typed_errors),
         cmocka_unit_test(test_a_full_pool_changes_nothing),
         cmocka_unit_test(test_overdue_steps_abort),
+        cmocka_unit_test(test_a_step_outlives_its_cache),
         cmocka_unit_test(test_submit_and_strides),
         cmocka_unit_test(test_states_convert_and_merge),
     };

@@ -116,8 +116,7 @@ is_idle(void *arg)
 attn_status_t
 step_call_wait(attn_step_t *step, uint64_t deadline_ns)
 {
-    while (!is_idle(step) &&
-           !rpc_client_wait(step->cache->client->rpc, is_idle, step, deadline_ns)) {
+    while (!is_idle(step) && !rpc_client_wait(step->client->rpc, is_idle, step, deadline_ns)) {
         step_cancel_overdue(step, UINT64_MAX);
         deadline_ns = attn_now_ns() + 50 * ATTN_NS_PER_MS;
     }
@@ -207,7 +206,7 @@ step_reference(attn_step_t *step)
 void
 step_unreference(attn_step_t *step)
 {
-    attn_client_t *client = step->cache->client;
+    attn_client_t *client = step->client;
 
     pthread_mutex_lock(&client->lock);
     bool last = --step->references == 0;
@@ -220,7 +219,7 @@ step_unreference(attn_step_t *step)
 void
 step_publish(attn_step_t *step)
 {
-    attn_client_t *client = step->cache->client;
+    attn_client_t *client = step->client;
 
     pthread_mutex_lock(&client->lock);
     step->references = 1;
@@ -238,7 +237,7 @@ step_publish(attn_step_t *step)
 void
 step_retire(attn_step_t *step)
 {
-    attn_client_t *client = step->cache->client;
+    attn_client_t *client = step->client;
 
     while (atomic_load(&step->calling) > 0) {
         sched_yield();
@@ -375,7 +374,7 @@ attn_step_commit(attn_step_t *step, const uint32_t *accepted)
 static void
 abort_later(attn_step_t *step)
 {
-    attn_client_t *client = step->cache->client;
+    attn_client_t *client = step->client;
 
     pthread_mutex_lock(&client->lock);
     step->given_up = true;

@@ -118,6 +118,7 @@ step_new(attn_cache_t *cache, const attn_batch_t *batch, uint64_t deadline_ns, a
     }
     pthread_mutex_init(&step->lock, NULL);
     step->cache       = cache;
+    step->client      = cache->client;
     step->deadline_ns = deadline_ns;
     step->q_dtype     = batch->q_dtype;
     step->o_dtype     = batch->o_dtype != ATTN_DTYPE_NONE ? batch->o_dtype : batch->q_dtype;
@@ -239,7 +240,7 @@ spans_bytes(const span_t *spans, uint32_t n)
 static attn_status_t
 share_link(share_t *share)
 {
-    attn_client_t *client = share->step->cache->client;
+    attn_client_t *client = share->step->client;
     char address[64];
     bool alive;
     attn_status_t status =

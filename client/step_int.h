@@ -49,6 +49,7 @@ typedef struct step_entry {
 
 struct attn_step {
     attn_cache_t *cache;
+    attn_client_t *client; /* the cache may be closed while the housekeeper still holds the step */
     uint64_t id;
     _Atomic uint64_t deadline_ns; /* the housekeeper looks at it */
     attn_dtype_t q_dtype, o_dtype;
