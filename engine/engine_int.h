@@ -100,14 +100,11 @@ engine_cache_t *engine_cache_find(engine_t *engine,
 void engine_kv_view(const engine_t *engine, const engine_cache_t *cache, uint32_t layer,
                     attn_kv_t *kv);
 
-/** Check the batch and copy it into step: entries, problem, slots, sizes. Under the engine's lock,
- * after kv_step_begin made step->kv. */
+/** Check the batch, copy it into the step, and, when kv_step_begin() has made step->kv, lay out the
+ * kernels' problem, the slots and the sizes. Under the engine's lock. */
 attn_status_t engine_step_check(const engine_cache_t *cache, const engine_batch_t *batch);
 attn_status_t engine_step_copy(engine_step_t *step, const engine_batch_t *batch);
 void engine_step_layout(engine_step_t *step);
 uint64_t engine_batch_fingerprint(const engine_batch_t *batch);
-
-/** Free a step that is in no table and that nobody refers to. */
-void engine_step_destroy(engine_t *engine, engine_step_t *step);
 
 #endif

@@ -46,6 +46,16 @@ ended_add(engine_t *engine, uint64_t id, step_state_t state, const char *reason)
     HASH_ADD(hh, engine->ended_by_id, id, sizeof(ended->id), ended);
 }
 
+/* Free a step that is in no table and that nobody refers to. Its plans went when it ended. */
+static void
+step_destroy(engine_step_t *step)
+{
+    free(step->workspace);
+    free(step->copies);
+    pthread_mutex_destroy(&step->lock);
+    free(step);
+}
+
 static void
 step_unref(engine_t *engine, engine_step_t *step)
 {
@@ -53,21 +63,8 @@ step_unref(engine_t *engine, engine_step_t *step)
     bool last = --step->references == 0;
     pthread_mutex_unlock(&engine->lock);
     if (last) {
-        engine_step_destroy(engine, step);
+        step_destroy(step);
     }
-}
-
-void
-engine_step_destroy(engine_t *engine, engine_step_t *step)
-{
-    (void)engine;
-    for (uint32_t v = 0; step->plans != NULL && v < step->cache->n_variants; v++) {
-        attn_plan_free(step->plans[v]);
-    }
-    free(step->workspace);
-    free(step->copies);
-    pthread_mutex_destroy(&step->lock);
-    free(step);
 }
 
 /* Take the step out of the table and remember how it ended. Under the step's lock. */
@@ -312,9 +309,8 @@ engine_step_begin(engine_t *engine, const engine_batch_t *batch, engine_sizes_t 
     }
     pthread_mutex_unlock(&engine->lock);
     if (status != ATTN_OK || again) {
-        step->plans = NULL;
         pthread_mutex_unlock(&step->lock);
-        engine_step_destroy(engine, step);
+        step_destroy(step);
         return status;
     }
     if ((status = copy_pages(engine, step)) != ATTN_OK ||
