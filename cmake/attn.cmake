@@ -20,6 +20,7 @@ find_package(PkgConfig REQUIRED)
 pkg_check_modules(PROTOBUF_C REQUIRED IMPORTED_TARGET libprotobuf-c)
 find_library(GRPC_LIBRARY grpc REQUIRED)
 find_library(GPR_LIBRARY gpr REQUIRED)
+find_library(CRYPTO_LIBRARY crypto REQUIRED)
 
 add_library(attn_flags INTERFACE)
 target_compile_definitions(attn_flags INTERFACE _GNU_SOURCE)

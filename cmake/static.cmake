@@ -32,4 +32,4 @@ endfunction()
 
 # What libattn links from outside the project, by the names that -l takes: for static linking, and
 # for the installed attn.pc and attnConfig.cmake.
-set(attn_outside_libraries grpc gpr protobuf-c pthread m)
+set(attn_outside_libraries grpc gpr protobuf-c crypto pthread m)

@@ -24,46 +24,62 @@
 
 struct rpc_channel {
     rpc_client_t *client;
-    grpc_channel *grpc;
     char *address;
-    atomic_uint refs; /* the user's, and one for each call */
+    atomic_uint refs;  /* the user's, and one for each call */
+    atomic_bool heard; /* somebody there has answered a call */
     pthread_mutex_t lock;
+    grpc_channel *grpc; /* under the lock, like all below */
+    rpc_tls_use_t tls;
     rpc_pending_t *calls; /* that have not ended */
 };
 
 /* ---- channels ---- */
 
+/* A channel of C core, with the certificates of now. */
+static grpc_channel *
+make_core_channel(rpc_channel_t *channel)
+{
+    const char *name = rpc_client_server_name(channel->client);
+    grpc_arg args[]  = {
+         rpc_arg(GRPC_ARG_MAX_RECEIVE_MESSAGE_LENGTH, RPC_MESSAGE_MAX),
+         rpc_arg(GRPC_ARG_MAX_SEND_MESSAGE_LENGTH, RPC_MESSAGE_MAX),
+         rpc_arg(GRPC_ARG_MAX_METADATA_SIZE, RPC_METADATA_MAX),
+         rpc_arg(GRPC_ARG_KEEPALIVE_TIME_MS, KEEPALIVE_MS),
+         rpc_arg(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, KEEPALIVE_TIMEOUT_MS),
+         rpc_arg(GRPC_ARG_KEEPALIVE_PERMIT_WITHOUT_CALLS, 1),
+         rpc_arg(GRPC_ARG_HTTP2_MAX_PINGS_WITHOUT_DATA, 0),
+         rpc_arg(GRPC_ARG_INITIAL_RECONNECT_BACKOFF_MS, BACKOFF_FIRST_MS),
+         rpc_arg(GRPC_ARG_MAX_RECONNECT_BACKOFF_MS, BACKOFF_MAX_MS),
+         rpc_arg(GRPC_ARG_MIN_RECONNECT_BACKOFF_MS, CONNECT_MAX_MS), /* of one attempt, in fact */
+         rpc_arg(GRPC_ARG_DNS_MIN_TIME_BETWEEN_RESOLUTIONS_MS, BACKOFF_MAX_MS),
+         rpc_arg(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1), /* a connection of its own */
+         rpc_arg(GRPC_ARG_ENABLE_HTTP_PROXY, 0), /* workers are not behind the web's proxy */
+         rpc_arg(GRPC_ARG_ENABLE_RETRIES, 0),    /* repeating is our business */
+         rpc_arg(GRPC_ARG_SERVICE_CONFIG_DISABLE_RESOLUTION, 1),
+         {.type         = GRPC_ARG_STRING, /* the last: left out if there is none */
+          .key          = (char *)GRPC_SSL_TARGET_NAME_OVERRIDE_ARG,
+          .value.string = (char *)name},
+    };
+    grpc_channel_args all = {.num_args = sizeof(args) / sizeof(args[0]) - (name == NULL),
+                             .args     = args};
+
+    grpc_channel_credentials *credentials = rpc_channel_credentials(&channel->tls);
+    grpc_channel *grpc = grpc_channel_create(channel->address, credentials, &all);
+    grpc_channel_credentials_release(credentials);
+    return grpc;
+}
+
 attn_status_t
 rpc_channel_open(rpc_client_t *client, const char *address, rpc_channel_t **channel_p)
 {
-    grpc_arg args[] = {
-        rpc_arg(GRPC_ARG_MAX_RECEIVE_MESSAGE_LENGTH, RPC_MESSAGE_MAX),
-        rpc_arg(GRPC_ARG_MAX_SEND_MESSAGE_LENGTH, RPC_MESSAGE_MAX),
-        rpc_arg(GRPC_ARG_MAX_METADATA_SIZE, RPC_METADATA_MAX),
-        rpc_arg(GRPC_ARG_KEEPALIVE_TIME_MS, KEEPALIVE_MS),
-        rpc_arg(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, KEEPALIVE_TIMEOUT_MS),
-        rpc_arg(GRPC_ARG_KEEPALIVE_PERMIT_WITHOUT_CALLS, 1),
-        rpc_arg(GRPC_ARG_HTTP2_MAX_PINGS_WITHOUT_DATA, 0),
-        rpc_arg(GRPC_ARG_INITIAL_RECONNECT_BACKOFF_MS, BACKOFF_FIRST_MS),
-        rpc_arg(GRPC_ARG_MAX_RECONNECT_BACKOFF_MS, BACKOFF_MAX_MS),
-        rpc_arg(GRPC_ARG_MIN_RECONNECT_BACKOFF_MS, CONNECT_MAX_MS), /* of one attempt, in fact */
-        rpc_arg(GRPC_ARG_DNS_MIN_TIME_BETWEEN_RESOLUTIONS_MS, BACKOFF_MAX_MS),
-        rpc_arg(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1), /* a connection of its own */
-        rpc_arg(GRPC_ARG_ENABLE_HTTP_PROXY, 0),         /* workers are not behind the web's proxy */
-        rpc_arg(GRPC_ARG_ENABLE_RETRIES, 0),            /* repeating is our business */
-        rpc_arg(GRPC_ARG_SERVICE_CONFIG_DISABLE_RESOLUTION, 1),
-    };
-    grpc_channel_args all = {.num_args = sizeof(args) / sizeof(args[0]), .args = args};
-
     if (address == NULL || address[0] == 0) {
         return attn_fail(ATTN_ERR_INVALID, "a channel needs an address");
     }
-    grpc_channel_credentials *credentials = rpc_channel_credentials();
-    rpc_channel_t *channel                = gpr_zalloc(sizeof(*channel));
-    channel->grpc                         = grpc_channel_create(address, credentials, &all);
-    grpc_channel_credentials_release(credentials);
-    channel->client  = client;
-    channel->address = gpr_strdup(address);
+    rpc_channel_t *channel = gpr_zalloc(sizeof(*channel));
+    channel->client        = client;
+    channel->address       = gpr_strdup(address);
+    channel->tls.tls       = rpc_tls_ref(rpc_client_tls(client));
+    channel->grpc          = make_core_channel(channel);
     atomic_init(&channel->refs, 1);
     pthread_mutex_init(&channel->lock, NULL);
     rpc_client_ref(client);
@@ -77,6 +93,7 @@ channel_unref(rpc_channel_t *channel)
     if (atomic_fetch_sub(&channel->refs, 1) != 1) {
         return;
     }
+    rpc_tls_close(channel->tls.tls);
     rpc_client_unref(channel->client);
     pthread_mutex_destroy(&channel->lock);
     gpr_free(channel->address);
@@ -123,6 +140,12 @@ rpc_channel_close(rpc_channel_t *channel)
     channel_unref(channel);
 }
 
+void
+rpc_channel_heard(rpc_channel_t *channel)
+{
+    atomic_store_explicit(&channel->heard, true, memory_order_relaxed);
+}
+
 rpc_client_t *
 rpc_channel_client(const rpc_channel_t *channel)
 {
@@ -135,14 +158,19 @@ rpc_pending_begin(rpc_pending_t *pending, rpc_channel_t *channel, const char *pa
 {
     rpc_client_began(channel->client);
     atomic_fetch_add(&channel->refs, 1);
-    grpc_slice method = grpc_slice_from_copied_string(path);
-    pending->channel  = channel;
+    grpc_slice method   = grpc_slice_from_copied_string(path);
+    grpc_channel *stale = NULL;
+    pending->channel    = channel;
+    pending->header     = rpc_client_header(channel->client);
+
+    pthread_mutex_lock(&channel->lock);
+    if (channel->tls.tls != NULL && rpc_tls_version(channel->tls.tls) != channel->tls.version) {
+        stale         = channel->grpc;
+        channel->grpc = make_core_channel(channel);
+    }
     pending->grpc =
         grpc_channel_create_call(channel->grpc, NULL, 0, rpc_client_queue(channel->client), method,
                                  NULL, rpc_timespec(deadline_ns), NULL);
-    grpc_slice_unref(method);
-
-    pthread_mutex_lock(&channel->lock);
     pending->previous = NULL;
     pending->next     = channel->calls;
     if (channel->calls != NULL) {
@@ -151,6 +179,22 @@ rpc_pending_begin(rpc_pending_t *pending, rpc_channel_t *channel, const char *pa
     channel->calls  = pending;
     pending->listed = true;
     pthread_mutex_unlock(&channel->lock);
+    grpc_slice_unref(method);
+    if (stale != NULL) {
+        grpc_channel_destroy(stale); /* its calls go on */
+    }
+}
+
+grpc_op
+rpc_pending_first(const rpc_pending_t *pending)
+{
+    grpc_op op = {.op = GRPC_OP_SEND_INITIAL_METADATA};
+
+    if (GRPC_SLICE_LENGTH(pending->header.key) > 0) {
+        op.data.send_initial_metadata.count    = 1;
+        op.data.send_initial_metadata.metadata = (grpc_metadata *)&pending->header;
+    }
+    return op;
 }
 
 void
@@ -162,6 +206,7 @@ rpc_pending_end(rpc_pending_t *pending)
     unlist(pending);
     pthread_mutex_unlock(&channel->lock);
     grpc_call_unref(pending->grpc);
+    grpc_slice_unref(pending->header.value);
     rpc_client_ended(channel->client);
     channel_unref(channel);
 }
@@ -217,6 +262,28 @@ exact_status(const rpc_end_t *end)
     return ATTN_OK;
 }
 
+/*
+ * When one side speaks TLS and the other does not, or the server does not accept the client's
+ * certificate, somebody hangs up, and C core can say no more than that. Say what it may have been,
+ * unless the two have understood each other before. The words are those of its sentence.
+ */
+static const char *
+suspicion(const char *text, const rpc_channel_t *channel)
+{
+    bool hung_up =
+        strstr(text, "Socket closed") != NULL || strstr(text, "Connection reset") != NULL;
+
+    if (atomic_load(&channel->heard)) {
+        return "";
+    }
+    if (channel->tls.tls == NULL) {
+        return hung_up ? " (does it speak TLS? we spoke in plaintext, for no CA was named)" : "";
+    }
+    return hung_up ? " (it may not have got a certificate from us that it accepts)"
+           : strstr(text, "wrong version number") != NULL ? " (does it speak plaintext?)"
+                                                          : "";
+}
+
 attn_status_t
 rpc_end_status(const rpc_end_t *end, const rpc_channel_t *channel,
                char sentence[RPC_SENTENCE_MAX + 1])
@@ -226,6 +293,9 @@ rpc_end_status(const rpc_end_t *end, const rpc_channel_t *channel,
     attn_status_t exact = exact_status(end);
 
     sentence[0] = 0;
+    if (end->code == GRPC_STATUS_OK || exact != ATTN_OK) {
+        rpc_channel_heard((rpc_channel_t *)channel);
+    }
     if (end->code == GRPC_STATUS_OK) {
         return ATTN_OK;
     }
@@ -234,7 +304,11 @@ rpc_end_status(const rpc_end_t *end, const rpc_channel_t *channel,
         return exact;
     }
     /* C core or a foreign server wrote it: say at least who was meant. */
-    snprintf(sentence, RPC_SENTENCE_MAX + 1, "%s: %.*s", channel->address, size, text);
+    int n = snprintf(sentence, RPC_SENTENCE_MAX + 1, "%s: %.*s", channel->address, size, text);
+    if (n < RPC_SENTENCE_MAX && end->code == GRPC_STATUS_UNAVAILABLE) {
+        snprintf(sentence + n, RPC_SENTENCE_MAX + 1 - (size_t)n, "%s",
+                 suspicion(sentence, channel));
+    }
     return attn_status_from_grpc((int)end->code);
 }
 
@@ -289,7 +363,7 @@ static void
 unary_start(unary_t *unary)
 {
     grpc_op ops[6] = {
-        {.op = GRPC_OP_SEND_INITIAL_METADATA},  {.op = GRPC_OP_SEND_MESSAGE},
+        rpc_pending_first(&unary->pending),     {.op = GRPC_OP_SEND_MESSAGE},
         {.op = GRPC_OP_SEND_CLOSE_FROM_CLIENT}, {.op = GRPC_OP_RECV_INITIAL_METADATA},
         {.op = GRPC_OP_RECV_MESSAGE},           rpc_end_op(&unary->end),
     };

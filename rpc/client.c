@@ -23,6 +23,7 @@
 #include "base/status.h"
 
 #include <assert.h>
+#include <grpc/support/string_util.h>
 #include <sched.h>
 #include <stdatomic.h>
 #include <string.h>
@@ -59,6 +60,13 @@ struct rpc_client {
     uint64_t left_ns;  /* when the last waiter left */
     bool polling;      /* some thread has the queue */
     bool background_polls, background_sleeps, closing;
+
+    /* Of channels and calls that begin. */
+    rpc_tls_t *tls; /* set before the first channel */
+    char *server_name;
+    const char *header_key;  /* under the lock */
+    grpc_slice header_value; /* under the lock */
+    atomic_ullong header_version;
 };
 
 static _Thread_local const rpc_client_t *dispatching; /* for rpc_client_wake() */
@@ -314,6 +322,64 @@ background(void *arg)
     return NULL;
 }
 
+/* ---- what goes with channels and calls ---- */
+
+void
+rpc_client_set_tls(rpc_client_t *client, rpc_tls_t *tls, const char *server_name)
+{
+    assert(client->tls == NULL);
+    client->tls = rpc_tls_ref(tls);
+    if (server_name != NULL && server_name[0] != 0) {
+        client->server_name = gpr_strdup(server_name);
+    }
+}
+
+rpc_tls_t *
+rpc_client_tls(const rpc_client_t *client)
+{
+    return client->tls;
+}
+
+const char *
+rpc_client_server_name(const rpc_client_t *client)
+{
+    return client->server_name;
+}
+
+void
+rpc_client_set_header(rpc_client_t *client, const char *key, const char *value)
+{
+    grpc_slice slice = grpc_slice_from_copied_string(value);
+
+    pthread_mutex_lock(&client->lock);
+    grpc_slice before    = client->header_value;
+    client->header_key   = key;
+    client->header_value = slice;
+    atomic_fetch_add(&client->header_version, 1);
+    pthread_mutex_unlock(&client->lock);
+    grpc_slice_unref(before);
+}
+
+uint64_t
+rpc_client_header_version(const rpc_client_t *client)
+{
+    return atomic_load(&client->header_version);
+}
+
+grpc_metadata
+rpc_client_header(rpc_client_t *client)
+{
+    grpc_metadata header = {.key = grpc_empty_slice(), .value = grpc_empty_slice()};
+
+    pthread_mutex_lock(&client->lock);
+    if (client->header_key != NULL) {
+        header.key   = grpc_slice_from_static_string(client->header_key);
+        header.value = grpc_slice_ref(client->header_value);
+    }
+    pthread_mutex_unlock(&client->lock);
+    return header;
+}
+
 /* ---- life ---- */
 
 grpc_completion_queue *
@@ -350,8 +416,9 @@ rpc_client_create(uint32_t spin_us, rpc_client_t **client_p)
     rpc_init();
     rpc_client_t *client = gpr_zalloc(sizeof(*client));
 
-    client->spin_ns = spin_us * ATTN_NS_PER_US;
-    client->op_wake = (rpc_op_t){on_wake};
+    client->spin_ns      = spin_us * ATTN_NS_PER_US;
+    client->op_wake      = (rpc_op_t){on_wake};
+    client->header_value = grpc_empty_slice();
     atomic_init(&client->refs, 1);
     pthread_mutex_init(&client->lock, NULL);
     rpc_cond_init(&client->background_cond);
@@ -388,6 +455,9 @@ rpc_client_unref(rpc_client_t *client)
     pthread_cond_destroy(&client->background_cond);
     pthread_cond_destroy(&client->looked_cond);
     pthread_mutex_destroy(&client->lock);
+    rpc_tls_close(client->tls);
+    gpr_free(client->server_name);
+    grpc_slice_unref(client->header_value);
     gpr_free(client);
 }
 

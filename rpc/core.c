@@ -1,6 +1,6 @@
 /*
- * core.c: the library's own life, its clock and its credentials: the small things that
- * server and client share.
+ * core.c: the library's own life and its clock: the small things that server and client
+ * share.
  */
 #include "rpc/rpc_int.h"
 
@@ -9,7 +9,6 @@
 
 #include <assert.h>
 #include <errno.h>
-#include <grpc/grpc_security.h>
 #include <grpc/support/log.h>
 #include <grpc/support/time.h>
 #include <string.h>
@@ -44,20 +43,6 @@ void
 rpc_shutdown(void)
 {
     grpc_shutdown();
-}
-
-/* The only two places where it is decided how peers prove who they are. */
-
-grpc_server_credentials *
-rpc_server_credentials(void)
-{
-    return grpc_insecure_server_credentials_create();
-}
-
-grpc_channel_credentials *
-rpc_channel_credentials(void)
-{
-    return grpc_insecure_credentials_create();
 }
 
 gpr_timespec

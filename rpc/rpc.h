@@ -12,6 +12,7 @@
 #define ATTN_RPC_H
 
 #include "base/attn_types.h"
+#include "rpc/tls.h"
 
 #include <protobuf-c/protobuf-c.h>
 #include <sys/uio.h>
@@ -91,6 +92,7 @@ typedef struct rpc_server_options {
     const char *address; /**< "127.0.0.1:0": port 0 takes a free one; "unix:/path" */
     uint32_t threads;    /**< handlers at once; 0: 16 */
     uint32_t spin_us;    /**< busy-poll so long before sleeping */
+    rpc_tls_t *tls;      /**< with cert and key; NULL: plaintext. Kept as long as it is needed */
     uint32_t calls_max;  /**< open calls, of which streams may be seven in eight; more are refused
                             with RESOURCE_EXHAUSTED; 0: 4,096 */
 } rpc_server_options_t;
@@ -99,6 +101,7 @@ typedef struct rpc_server_options {
  * Make a server with these methods (copied; services passed through). It always serves
  * grpc.health.v1.Health (Check, Watch) as well: service "" and each service named in a path.
  * @return ATTN_ERR_UNAVAILABLE  the address cannot be bound; names it
+ * @return ATTN_ERR_INVALID      an option is out of bounds, or tls has no certificate
  */
 attn_status_t rpc_server_create(const rpc_server_options_t *options, rpc_server_t **server_p);
 attn_status_t rpc_server_add(rpc_server_t *server, const rpc_method_t *methods, uint32_t n,
@@ -145,6 +148,21 @@ typedef struct rpc_stream rpc_stream_t;
 
 attn_status_t rpc_client_create(uint32_t spin_us, rpc_client_t **client_p);
 void rpc_client_destroy(rpc_client_t *client); /* after its channels; NULL is allowed */
+
+/**
+ * Have all channels that are opened from now on use TLS, and take new certificates for the calls
+ * that begin after a change (over a new connection; calls that run stay where they are). Before
+ * the first channel. server_name, if not NULL or empty, is looked for in the servers' certificates
+ * in place of the address's host; copied.
+ */
+void rpc_client_set_tls(rpc_client_t *client, rpc_tls_t *tls, const char *server_name);
+
+/** Send this header with every call that begins from now on; one a client. key: lower case, lives
+ * for ever; value: printable ASCII, copied. Any thread. */
+void rpc_client_set_header(rpc_client_t *client, const char *key, const char *value);
+
+/** Counts the values that were set. */
+uint64_t rpc_client_header_version(const rpc_client_t *client);
 
 /**
  * Make progress in the calling thread until done(arg) or the deadline: whoever waits

@@ -49,9 +49,6 @@ void __tsan_release(void *address);
 
 /* ---- core.c ---- */
 
-grpc_server_credentials *rpc_server_credentials(void);
-grpc_channel_credentials *rpc_channel_credentials(void);
-
 gpr_timespec rpc_timespec(uint64_t deadline_ns);
 uint64_t rpc_deadline_from(gpr_timespec deadline);
 
@@ -95,6 +92,21 @@ rpc_copy(uint8_t *to, const void *from, size_t n)
     }
     return to + n;
 }
+
+/* ---- tls.c ---- */
+
+/** Whose certificates a server or channel uses, and which of them it has taken. */
+typedef struct rpc_tls_use {
+    rpc_tls_t *tls; /* NULL: plaintext */
+    uint64_t version;
+} rpc_tls_use_t;
+
+rpc_tls_t *rpc_tls_ref(rpc_tls_t *tls);     /* NULL is allowed */
+bool rpc_tls_has_own(const rpc_tls_t *tls); /* a certificate to serve with */
+
+/* The only two places where it is decided how peers prove who they are. */
+grpc_server_credentials *rpc_server_credentials(rpc_tls_use_t *use); /* use outlives the server */
+grpc_channel_credentials *rpc_channel_credentials(rpc_tls_use_t *use);
 
 /* ---- message.c ---- */
 
@@ -206,6 +218,14 @@ void rpc_health_destroy(rpc_health_t *health);           /* NULL is allowed */
 
 grpc_completion_queue *rpc_client_queue(const rpc_client_t *client);
 
+/** What the client's channels are to use: tls may be NULL, and so may the name. */
+rpc_tls_t *rpc_client_tls(const rpc_client_t *client);
+const char *rpc_client_server_name(const rpc_client_t *client);
+
+/** The header for a call that begins: key is empty if there is none. The value is the caller's to
+ * unref. */
+grpc_metadata rpc_client_header(rpc_client_t *client);
+
 /** A call or stream begins or has ended: the client lives at least until all have. */
 void rpc_client_began(rpc_client_t *client);
 void rpc_client_ended(rpc_client_t *client);
@@ -224,6 +244,7 @@ typedef struct rpc_pending rpc_pending_t;
 struct rpc_pending {
     rpc_channel_t *channel;
     grpc_call *grpc;
+    grpc_metadata header; /* see rpc_pending_first() */
     rpc_pending_t *next, *previous;
     bool listed;
 };
@@ -237,7 +258,11 @@ typedef struct rpc_end {
 
 void rpc_pending_begin(rpc_pending_t *pending, rpc_channel_t *channel, const char *path,
                        uint64_t deadline_ns);
+grpc_op rpc_pending_first(const rpc_pending_t *pending); /* SEND_INITIAL_METADATA */
 void rpc_pending_end(rpc_pending_t *pending); /* gives the grpc_call and the channel back */
+
+/** A message came: whoever listens there speaks as we do. */
+void rpc_channel_heard(rpc_channel_t *channel);
 
 rpc_client_t *rpc_channel_client(const rpc_channel_t *channel);
 

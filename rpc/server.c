@@ -49,6 +49,7 @@ struct rpc_server {
     grpc_completion_queue *queue;
     rpc_crew_t *crew;
     rpc_health_t *health;
+    rpc_tls_use_t tls;
     char *address;
     uint16_t port;
     uint32_t calls_max;
@@ -196,7 +197,7 @@ bind_address(rpc_server_t *server)
     int port = 0;
 
     if (!unix_address_in_use(server->address)) {
-        grpc_server_credentials *credentials = rpc_server_credentials();
+        grpc_server_credentials *credentials = rpc_server_credentials(&server->tls);
         port = grpc_server_add_http2_port(server->grpc, server->address, credentials);
         grpc_server_credentials_release(credentials);
     }
@@ -242,9 +243,13 @@ rpc_server_create(const rpc_server_options_t *options, rpc_server_t **server_p)
         return attn_fail(ATTN_ERR_INVALID, "a server of %u threads and %u calls: at most %u and %u",
                          options->threads, options->calls_max, THREADS_MAX, CALLS_MAX);
     }
+    if (options->tls != NULL && !rpc_tls_has_own(options->tls)) {
+        return attn_fail(ATTN_ERR_INVALID, "a server with TLS needs a certificate and its key");
+    }
     rpc_init();
     rpc_server_t *server = gpr_zalloc(sizeof(*server));
     server->address      = gpr_strdup(options->address);
+    server->tls.tls      = rpc_tls_ref(options->tls);
     server->calls_max    = options->calls_max == 0 ? CALLS_DEFAULT : options->calls_max;
     atomic_init(&server->refs, 1);
     pthread_mutex_init(&server->lock, NULL);
@@ -424,6 +429,7 @@ rpc_server_unref(rpc_server_t *server)
     }
     pthread_cond_destroy(&server->cond);
     pthread_mutex_destroy(&server->lock);
+    rpc_tls_close(server->tls.tls);
     gpr_free(server->address);
     gpr_free(server);
     rpc_shutdown();

@@ -247,6 +247,7 @@ on_read(rpc_op_t *op, bool ok)
         tell_end(stream);
         return;
     }
+    rpc_channel_heard(stream->pending.channel);
     pthread_mutex_lock(&stream->lock);
     bool wanted = !stream->closed;
     pthread_mutex_unlock(&stream->lock);
@@ -294,7 +295,7 @@ rpc_stream_open(rpc_channel_t *channel, const char *path, uint64_t deadline_ns,
     *stream_p = stream; /* before anything can be received */
 
     grpc_op ops[3] = {
-        {.op = GRPC_OP_SEND_INITIAL_METADATA},
+        rpc_pending_first(&stream->pending),
         {.op = GRPC_OP_RECV_INITIAL_METADATA},
         rpc_end_op(&stream->end),
     };

@@ -8,6 +8,7 @@
  *   big       `number` bytes of data back
  *   deadline  the ms that are left, as number
  *   who       the peer as text and the user agent as blob
+ *   header    the value of the header echo-header, or none
  *   flood     (stream) `number` messages of 1 MiB, until one is refused
  *   deaf      (stream) read no more
  */
@@ -160,6 +161,10 @@ obey(const request_t *r)
         answer(r, r->head, NULL, 0, NULL, NULL);
     } else if (strcmp(text, "who") == 0) {
         who(r);
+    } else if (strcmp(text, "header") == 0) {
+        const char *value = rpc_call_metadata(r->call, "echo-header");
+        r->head->text     = (char *)(value != NULL ? value : "none");
+        answer(r, r->head, NULL, 0, NULL, NULL);
     } else if (strcmp(text, "flood") == 0) {
         flood(r);
     } else {
