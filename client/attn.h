@@ -61,6 +61,15 @@ typedef struct attn_client_options {
     uint32_t step_timeout_ms; /**< of a step, to its commit: default 60,000, at most 600,000 */
     uint32_t spin_us; /**< busy-wait for an answer so long before sleeping: default 50, 0 never */
     const char *name; /**< shown in logs and `attnctl status`; NULL: "libattn" */
+
+    /* TLS, to the coordinator and to workers: paths of PEM files, read by attn_client_open() and
+     * again when they change. NULL: the environment variable counts; "": none, whatever it says.
+     * Without a CA all is plaintext. */
+    const char *tls_ca;          /**< servers' certificates come from these; ATTN_TLS_CA */
+    const char *tls_cert;        /**< ours, where servers ask for one; ATTN_TLS_CERT */
+    const char *tls_key;         /**< of tls_cert, without a passphrase; ATTN_TLS_KEY */
+    const char *tls_server_name; /**< in the servers' certificates, in place of the host that they
+                                    are reached by; ATTN_TLS_SERVER_NAME */
 } attn_client_options_t;
 
 ATTN_API void attn_client_options_init(attn_client_options_t *options);
@@ -74,7 +83,8 @@ ATTN_API void attn_client_options_init(attn_client_options_t *options);
  *                 (engines, threads of each, KV bytes of each).
  * @param options  NULL for the defaults.
  *
- * @return ATTN_ERR_INVALID      target or options are malformed
+ * @return ATTN_ERR_INVALID      target or options are malformed, or a TLS file is not what it
+ * should be
  * @return ATTN_ERR_UNAVAILABLE  no coordinator answers there within timeout_ms
  */
 ATTN_API attn_status_t attn_client_open(const char *target, const attn_client_options_t *options,

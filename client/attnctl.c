@@ -31,6 +31,10 @@ static const char usage[] =
     "\n"
     "  --target HOST:PORT  the coordinator; default 127.0.0.1:7070\n"
     "  --timeout MS        for an answer; default 5000\n"
+    "  --tls-ca FILE       the CA of the cluster's certificates: speak TLS; all in PEM\n"
+    "  --tls-cert FILE, --tls-key FILE    ours, where clients must present one\n"
+    "  --tls-server-name NAME             in the coordinator's certificate, in place of HOST\n"
+    "        These default to $ATTN_TLS_CA, _CERT, _KEY and _SERVER_NAME.\n"
     "  --version, --help\n"
     "\n"
     "Exit codes: 0 fine; 1 the cluster does not answer, has no live worker, or lost tokens of the\n"
@@ -108,8 +112,12 @@ typedef struct arguments {
     const char *words[3]; /* that are no options: the command and what it is about */
     int n_words;
     uint64_t timeout_ms, interval_ms;
-    bool done; /* --help or --version was served */
+    attn_client_options_t tls; /* its TLS fields */
+    bool done;                 /* --help or --version was served */
 } arguments_t;
+
+/* Options without a letter. */
+enum { TLS_CA = 256, TLS_CERT, TLS_KEY, TLS_SERVER_NAME };
 
 /* Returns 0, or the code to exit with. */
 static int
@@ -120,6 +128,10 @@ read_arguments(int argc, char **argv, attnctl_t *ctl, arguments_t *arguments)
         {"timeout", required_argument, NULL, 'o'},
         {"interval", required_argument, NULL, 'i'},
         {"cache", required_argument, NULL, 'c'},
+        {"tls-ca", required_argument, NULL, TLS_CA},
+        {"tls-cert", required_argument, NULL, TLS_CERT},
+        {"tls-key", required_argument, NULL, TLS_KEY},
+        {"tls-server-name", required_argument, NULL, TLS_SERVER_NAME},
         {"json", no_argument, NULL, 'j'},
         {"watch", no_argument, NULL, 'w'},
         {"help", no_argument, NULL, 'h'},
@@ -141,6 +153,18 @@ read_arguments(int argc, char **argv, attnctl_t *ctl, arguments_t *arguments)
             break;
         case 'w':
             ctl->watch = true;
+            break;
+        case TLS_CA:
+            arguments->tls.tls_ca = optarg;
+            break;
+        case TLS_CERT:
+            arguments->tls.tls_cert = optarg;
+            break;
+        case TLS_KEY:
+            arguments->tls.tls_key = optarg;
+            break;
+        case TLS_SERVER_NAME:
+            arguments->tls.tls_server_name = optarg;
             break;
         case 'o':
             if (!number_from_text(optarg, 60000, &arguments->timeout_ms)) {
@@ -206,6 +230,7 @@ main(int argc, char **argv)
     arguments_t arguments = {.timeout_ms = 5000, .interval_ms = 1000};
     attn_client_options_t options;
 
+    attn_client_options_init(&arguments.tls);
     int code = read_arguments(argc, argv, &ctl, &arguments);
     if (code != 0 || arguments.done) {
         return code;
@@ -218,7 +243,7 @@ main(int argc, char **argv)
     sigaction(SIGINT, &(struct sigaction){.sa_handler = on_signal}, NULL);
     sigaction(SIGTERM, &(struct sigaction){.sa_handler = on_signal}, NULL);
 
-    attn_client_options_init(&options);
+    options              = arguments.tls;
     options.name         = "attnctl";
     options.timeout_ms   = (uint32_t)arguments.timeout_ms;
     options.spin_us      = 0;

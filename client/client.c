@@ -159,6 +159,9 @@ housekeeper(void *arg)
         pthread_mutex_unlock(&client->lock);
         cancel_overdue(client, now);
         tick_engines(client, now, now >= figure_at);
+        if (client->tls != NULL && now >= figure_at) {
+            rpc_tls_refresh(client->tls, false);
+        }
         figure_at = now >= figure_at ? now + FIGURES_MS * ATTN_NS_PER_MS : figure_at;
         pthread_mutex_lock(&client->lock);
     }
@@ -288,6 +291,7 @@ client_free(attn_client_t *client)
             rpc_client_destroy(client->rpc);
             rpc_shutdown();
         }
+        rpc_tls_close(client->tls);
     }
     pthread_cond_destroy(&client->wake);
     pthread_mutex_destroy(&client->lock);
@@ -359,7 +363,10 @@ open_remote(attn_client_t *client, const char *address)
         rpc_shutdown();
         return status;
     }
-    status = links_create(client->rpc, &client->links);
+    status = client_tls_open(client);
+    if (status == ATTN_OK) {
+        status = links_create(client->rpc, &client->links);
+    }
     return status == ATTN_OK ? control_grpc_open(client->rpc, address, client->name,
                                                  client_deadline(client), &client->control)
                              : status;

@@ -17,6 +17,7 @@ struct attn_client {
     char name[64];
 
     rpc_client_t *rpc; /* NULL for inproc */
+    rpc_tls_t *tls;    /* NULL: plaintext */
     links_t *links;
     cluster_t *cluster; /* NULL: the coordinator's is elsewhere */
     control_t *control;
@@ -55,6 +56,9 @@ struct attn_cache {
 };
 
 uint64_t client_deadline(const attn_client_t *client); /* of a control call */
+
+/** tls.c: have client->rpc use TLS, if the options or the environment name a CA. */
+attn_status_t client_tls_open(attn_client_t *client);
 
 /* Layouts. Under the cache's lock. */
 cached_layout_t *layout_find(attn_cache_t *cache, attn_seq_t seq);

@@ -11,17 +11,27 @@ static const char *const log_levels[] = {"debug", "info", "warn", "error", NULL}
 
 static const char *const sections[] = {"coordinator", "worker", "dev", NULL};
 
-/* Nothing on the wire is encrypted or authenticated, so leaving the machine takes a word. */
+/* All three files, or none; without them, leaving the machine takes a word. */
 static attn_status_t
-check_listen(const char *listen, bool insecure_any_address)
+check_tls(const tls_options_t *tls, const char *option, const char *address)
 {
-    if (insecure_any_address || options_address_is_loopback(listen)) {
+    unsigned files = (tls->cert[0] != 0) + (tls->key[0] != 0) + (tls->ca[0] != 0);
+
+    if (files != 0 && files != 3) {
+        return attn_fail(ATTN_ERR_INVALID,
+                         "%s is missing: TLS takes --tls-cert, --tls-key and --tls-ca together",
+                         tls->cert[0] == 0  ? "--tls-cert"
+                         : tls->key[0] == 0 ? "--tls-key"
+                                            : "--tls-ca");
+    }
+    if (files == 3 || tls->allow_plaintext || options_address_is_loopback(address)) {
         return ATTN_OK;
     }
     return attn_fail(ATTN_ERR_INVALID,
-                     "--listen %s reaches beyond this machine, and attnd neither encrypts nor "
-                     "authenticates; listen on 127.0.0.1, or say --insecure-any-address",
-                     listen);
+                     "%s %s reaches beyond this machine, and there are no certificates: name them "
+                     "with --tls-cert, --tls-key and --tls-ca, or stay on 127.0.0.1, or say "
+                     "--allow-plaintext",
+                     option, address);
 }
 
 #define LOG_LEVEL_ROW(type)                                                                        \
@@ -32,12 +42,48 @@ check_listen(const char *listen, bool insecure_any_address)
                 "as key=value pairs.",                                                             \
     }
 
-#define INSECURE_ROW(type)                                                                         \
-    {                                                                                              \
-        .name = "insecure-any-address", .kind              = OPTION_SWITCH,                        \
-        OPTION_FIELD(type, insecure_any_address), .initial = "no",                                 \
-        .help = "Allow --listen on an address that other machines reach. There is no encryption "  \
-                "and no authentication: whoever reaches the port can read and change everything.", \
+/* Certificates: the same of all commands. */
+#define TLS_ROWS(type)                                                                              \
+    {                                                                                               \
+        .name = "tls-cert",                                                                         \
+        .kind = OPTION_TEXT,                                                                        \
+        OPTION_FIELD(type, tls.cert),                                                               \
+        .initial    = "",                                                                           \
+        .value_name = "FILE",                                                                       \
+        .help = "This daemon's certificate, in PEM, with what leads up to the CA. Its names are "   \
+                "those that others reach it by. With it goes TLS on every port. Files that "        \
+                "change are read again, and on SIGHUP. Empty: plaintext.",                          \
+    },                                                                                              \
+        {                                                                                           \
+            .name = "tls-key",                                                                      \
+            .kind = OPTION_TEXT,                                                                    \
+            OPTION_FIELD(type, tls.key),                                                            \
+            .initial    = "",                                                                       \
+            .value_name = "FILE",                                                                   \
+            .help       = "The key of tls-cert, in PEM, without a passphrase.",                     \
+        },                                                                                          \
+        {                                                                                           \
+            .name = "tls-ca",                                                                       \
+            .kind = OPTION_TEXT,                                                                    \
+            OPTION_FIELD(type, tls.ca),                                                             \
+            .initial    = "",                                                                       \
+            .value_name = "FILE",                                                                   \
+            .help       = "The CA certificates, in PEM, that the certificates of others must come " \
+                          "from: of the daemons that this one connects to, and of its clients.",    \
+        },                                                                                          \
+        {                                                                                           \
+            .name = "tls-client-certs",                                                             \
+            .kind = OPTION_SWITCH,                                                                  \
+            OPTION_FIELD(type, tls.client_certs),                                                   \
+            .initial = "yes",                                                                       \
+            .help = "Clients must present a certificate of tls-ca (mutual TLS). Without, whoever "  \
+                    "reaches the port is a client.",                                                \
+        },                                                                                          \
+    {                                                                                               \
+        .name = "allow-plaintext", .kind = OPTION_SWITCH, OPTION_FIELD(type, tls.allow_plaintext),  \
+        .initial = "no",                                                                            \
+        .help    = "Without certificates, allow addresses that other machines reach. Nothing is "   \
+                   "encrypted then, and whoever reaches a port can read and change everything.",    \
     }
 
 /* ---- worker ---- */
@@ -47,7 +93,9 @@ worker_check(const void *values)
 {
     const worker_options_t *options = values;
 
-    return check_listen(options->listen, options->insecure_any_address);
+    attn_status_t status = check_tls(&options->tls, "--listen", options->listen);
+    return status == ATTN_OK ? check_tls(&options->tls, "--coordinator", options->coordinator)
+                             : status;
 }
 
 static const option_t worker_table[] = {
@@ -108,7 +156,7 @@ static const option_t worker_table[] = {
      .most    = 600000,
      .help    = "After SIGTERM, running calls get so long to end before they are cancelled."},
     LOG_LEVEL_ROW(worker_options_t),
-    INSECURE_ROW(worker_options_t),
+    TLS_ROWS(worker_options_t),
 };
 
 const option_set_t worker_option_set = {
@@ -135,7 +183,7 @@ coordinator_check(const void *values)
                          (unsigned long long)options->lost_ms,
                          (unsigned long long)options->heartbeat_ms);
     }
-    return check_listen(options->listen, options->insecure_any_address);
+    return check_tls(&options->tls, "--listen", options->listen);
 }
 
 static const option_t coordinator_table[] = {
@@ -184,7 +232,7 @@ static const option_t coordinator_table[] = {
      .most    = 1024,
      .help    = "Calls that are worked on at once; further ones wait."},
     LOG_LEVEL_ROW(coordinator_options_t),
-    INSECURE_ROW(coordinator_options_t),
+    TLS_ROWS(coordinator_options_t),
 };
 
 const option_set_t coordinator_option_set = {
@@ -204,7 +252,7 @@ dev_check(const void *values)
 {
     const dev_options_t *options = values;
 
-    return check_listen(options->listen, options->insecure_any_address);
+    return check_tls(&options->tls, "--listen", options->listen);
 }
 
 static const option_t dev_table[] = {
@@ -242,7 +290,7 @@ static const option_t dev_table[] = {
      .help       = "Write the coordinator's HOST:PORT into this file once every worker has joined. "
                    "Empty: no file."},
     LOG_LEVEL_ROW(dev_options_t),
-    INSECURE_ROW(dev_options_t),
+    TLS_ROWS(dev_options_t),
 };
 
 const option_set_t dev_option_set = {

@@ -4,6 +4,15 @@
 
 #include "daemon/options.h"
 
+/** Of every command: its certificates. All empty: plaintext. */
+typedef struct tls_options {
+    char cert[OPTIONS_TEXT_MAX]; /**< paths of PEM files */
+    char key[OPTIONS_TEXT_MAX];
+    char ca[OPTIONS_TEXT_MAX];
+    bool client_certs; /**< clients must present one */
+    bool allow_plaintext;
+} tls_options_t;
+
 /** `attnd worker` */
 typedef struct worker_options {
     char listen[OPTIONS_TEXT_MAX];
@@ -16,7 +25,7 @@ typedef struct worker_options {
     uint64_t spin_us;
     uint64_t drain_ms;
     uint32_t log_level; /**< attn_log_level_t */
-    bool insecure_any_address;
+    tls_options_t tls;
 } worker_options_t;
 
 /** `attnd coordinator` */
@@ -28,7 +37,7 @@ typedef struct coordinator_options {
     uint64_t break_even_tokens; /**< 0: from the cost model */
     uint64_t handler_threads;
     uint32_t log_level;
-    bool insecure_any_address;
+    tls_options_t tls;
 } coordinator_options_t;
 
 /** `attnd dev` */
@@ -39,7 +48,7 @@ typedef struct dev_options {
     uint64_t threads; /**< of each worker; 0: cores / workers, at least 1 */
     char ready_file[OPTIONS_TEXT_MAX];
     uint32_t log_level;
-    bool insecure_any_address;
+    tls_options_t tls;
 } dev_options_t;
 
 extern const option_set_t worker_option_set;

@@ -76,7 +76,7 @@ test_defaults_are_those_documented(void **state)
     assert_string_equal(values.worker.listen, "127.0.0.1:0");
     assert_int_equal(values.worker.slab, UINT64_C(1) << 30);
     assert_int_equal(values.worker.log_level, ATTN_LOG_INFO);
-    assert_false(values.worker.insecure_any_address);
+    assert_false(values.worker.tls.allow_plaintext);
     assert_int_equal(parse(&coordinator_option_set, &values, NULL, 0), ATTN_OK);
     assert_int_equal(values.coordinator.lost_ms, 2000);
     assert_int_equal(parse(&dev_option_set, &values, NULL, 0), ATTN_OK);
@@ -89,14 +89,14 @@ test_both_forms_of_flags(void **state)
 {
     any_options_t values;
     (void)state;
-    assert_int_equal(parse(&worker_option_set, &values,
-                           ARGS("--slab=64MiB", "--threads", "3", "--insecure-any-address",
-                                "--listen", "0.0.0.0:9", "--log-level=debug", "--spin-us", "2ms",
-                                "--drain-ms=1s", "--name", "--odd--")),
-                     ATTN_OK);
+    assert_int_equal(
+        parse(&worker_option_set, &values,
+              ARGS("--slab=64MiB", "--threads", "3", "--allow-plaintext", "--listen", "0.0.0.0:9",
+                   "--log-level=debug", "--spin-us", "2ms", "--drain-ms=1s", "--name", "--odd--")),
+        ATTN_OK);
     assert_int_equal(values.worker.slab, 64 << 20);
     assert_int_equal(values.worker.threads, 3);
-    assert_true(values.worker.insecure_any_address);
+    assert_true(values.worker.tls.allow_plaintext);
     assert_string_equal(values.worker.listen, "0.0.0.0:9");
     assert_int_equal(values.worker.log_level, ATTN_LOG_DEBUG);
     assert_int_equal(values.worker.spin_us, 2000);
@@ -156,7 +156,7 @@ test_wrong_values_get_the_bounds(void **state)
         {"--listen=::1:70", "::1:70", "HOST:PORT"},
         {"--backend=gpu", "gpu", "cpu"},
         {"--log-level=loud", "loud", "debug | info | warn | error"},
-        {"--insecure-any-address=maybe", "maybe", "yes or no"},
+        {"--allow-plaintext=maybe", "maybe", "yes or no"},
         {"--help=yes", "--help", "no value"},
         {"--threads", "--threads wants a value", "from 0 to 1024"},
         {"--config", "--config wants a file", "config"},
@@ -256,17 +256,27 @@ test_rules_over_several_options(void **state)
 {
     any_options_t values;
     (void)state;
-    assert_refused(&worker_option_set, ARGS("--listen=0.0.0.0:0"), "0.0.0.0",
-                   "--insecure-any-address");
-    assert_refused(&dev_option_set, ARGS("--listen=example.org:7070"), "example.org", "encrypts");
+    assert_refused(&worker_option_set, ARGS("--listen=0.0.0.0:0"), "0.0.0.0", "--allow-plaintext");
+    assert_refused(&dev_option_set, ARGS("--listen=example.org:7070"), "example.org",
+                   "no certificates");
     assert_refused(&coordinator_option_set, ARGS("--lost-ms=900"), "--lost-ms 900",
                    "twice --heartbeat-ms 500");
     assert_int_equal(
-        parse(&coordinator_option_set, &values, ARGS("--listen=[::]:70", "--insecure-any-address")),
+        parse(&coordinator_option_set, &values, ARGS("--listen=[::]:70", "--allow-plaintext")),
         ATTN_OK);
+    assert_int_equal(
+        parse(&coordinator_option_set, &values, ARGS("--listen=[::]:70", "--allow-plaintext=no")),
+        ATTN_ERR_INVALID);
+    assert_refused(&worker_option_set, ARGS("--coordinator=10.0.0.1:7070"),
+                   "--coordinator 10.0.0.1", "--allow-plaintext");
     assert_int_equal(parse(&coordinator_option_set, &values,
-                           ARGS("--listen=[::]:70", "--insecure-any-address=no")),
-                     ATTN_ERR_INVALID);
+                           ARGS("--listen=[::]:70", "--tls-cert=c", "--tls-key=k", "--tls-ca=a")),
+                     ATTN_OK);
+    assert_true(values.coordinator.tls.client_certs);
+    assert_refused(&worker_option_set, ARGS("--tls-cert=c", "--tls-key=k"), "--tls-ca is missing",
+                   "together");
+    assert_refused(&dev_option_set, ARGS("--tls-ca=a", "--allow-plaintext"),
+                   "--tls-cert is missing", "together");
 }
 
 static void
@@ -303,7 +313,7 @@ test_print_config_reads_back_the_same(void **state)
     any_options_t values, again;
     (void)state;
     assert_int_equal(parse(&worker_option_set, &values,
-                           ARGS("--slab=3MiB", "--name", "left rack", "--insecure-any-address",
+                           ARGS("--slab=3MiB", "--name", "left rack", "--allow-plaintext",
                                 "--log-level=error", "--advertise=h:1", "--spin-us=7")),
                      ATTN_OK);
     char *text = printed_config(&worker_option_set, &values.worker);

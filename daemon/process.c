@@ -18,7 +18,7 @@
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t came; /* on the monotonic clock */
-static bool stopping;
+static bool stopping, reload;
 
 static void *
 signals_thread(void *arg)
@@ -30,13 +30,15 @@ signals_thread(void *arg)
     sigemptyset(&set);
     sigaddset(&set, SIGTERM);
     sigaddset(&set, SIGINT);
+    sigaddset(&set, SIGHUP);
     for (;;) {
         if (sigwait(&set, &signo) != 0) {
             continue;
         }
         pthread_mutex_lock(&lock);
-        bool second = stopping;
-        stopping    = true;
+        bool second = stopping && signo != SIGHUP;
+        stopping    = stopping || signo != SIGHUP;
+        reload      = reload || signo == SIGHUP;
         pthread_cond_broadcast(&came);
         pthread_mutex_unlock(&lock);
         if (second) {
@@ -78,6 +80,7 @@ process_start(void)
     sigemptyset(&set);
     sigaddset(&set, SIGTERM);
     sigaddset(&set, SIGINT);
+    sigaddset(&set, SIGHUP);
     pthread_sigmask(SIG_BLOCK, &set, NULL);
     if (pthread_create(&thread, NULL, signals_thread, NULL) != 0) {
         return attn_fail(ATTN_ERR_EXHAUSTED, "no thread for signals");
@@ -99,11 +102,21 @@ process_stopping(uint32_t ms)
         until.tv_sec++;
     }
     pthread_mutex_lock(&lock);
-    while (!stopping && pthread_cond_timedwait(&came, &lock, &until) == 0) {
+    while (!stopping && !reload && pthread_cond_timedwait(&came, &lock, &until) == 0) {
     }
     bool stop = stopping;
     pthread_mutex_unlock(&lock);
     return stop;
+}
+
+bool
+process_reload(void)
+{
+    pthread_mutex_lock(&lock);
+    bool asked = reload;
+    reload     = false;
+    pthread_mutex_unlock(&lock);
+    return asked;
 }
 
 static void *

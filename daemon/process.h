@@ -10,14 +10,18 @@
 #define PROCESS_READY_FD "ATTND_READY_FD"
 
 /**
- * Take SIGTERM and SIGINT by a thread of their own, ignore SIGPIPE, and allow as many descriptors
- * as the system lets us have. Call before any other thread exists. The first signal is told by
- * process_stopping(); the second one ends the process at once, as the signal would have.
+ * Take SIGTERM, SIGINT and SIGHUP by a thread of their own, ignore SIGPIPE, and allow as many
+ * descriptors as the system lets us have. Call before any other thread exists. The first of SIGTERM
+ * and SIGINT is told by process_stopping(); the second one ends the process at once, as the signal
+ * would have.
  */
 attn_status_t process_start(void);
 
-/** Wait up to ms for the first signal. @return true once it came */
+/** Wait up to ms for the first signal, or for a SIGHUP. @return true once we are to stop */
 bool process_stopping(uint32_t ms);
+
+/** Whether SIGHUP came since this was asked the last time. */
+bool process_reload(void);
 
 /** Have the process end with exit code 0 after ms at the latest, whatever its peers keep it waiting
  * for: called when all that was promised is done. */

@@ -118,6 +118,7 @@ start_cluster(coordinator_t *c)
 
     attn_status_t status = rpc_client_create(SPIN_US, &c->rpc);
     if (status == ATTN_OK) {
+        rpc_client_set_tls(c->rpc, c->certs.tls, NULL);
         status = links_create(c->rpc, &c->links);
     }
     if (status == ATTN_OK) {
@@ -135,10 +136,15 @@ start_cluster(coordinator_t *c)
 static attn_status_t
 start(coordinator_t *c)
 {
-    attn_status_t status = rpc_server_create(&(rpc_server_options_t){.address = c->options.listen,
-                                                                     .threads = SERVER_THREADS,
-                                                                     .spin_us = SPIN_US},
-                                             &c->server);
+    attn_status_t status = certs_open(&c->certs, &c->options.tls);
+
+    if (status == ATTN_OK) {
+        status = rpc_server_create(&(rpc_server_options_t){.address = c->options.listen,
+                                                           .threads = SERVER_THREADS,
+                                                           .spin_us = SPIN_US,
+                                                           .tls     = c->certs.tls},
+                                   &c->server);
+    }
 
     if (status == ATTN_OK) {
         status = process_address(c->options.listen, rpc_server_port(c->server), c->address);
@@ -165,8 +171,9 @@ start(coordinator_t *c)
     status     = rpc_server_start(c->server);
     if (status == ATTN_OK) {
         rpc_server_set_serving(c->server, true);
-        attn_log(ATTN_LOG_INFO, "coordinator.serving", "address=%s instance=%016llx epoch=%llu",
-                 c->address, (unsigned long long)c->instance,
+        attn_log(ATTN_LOG_INFO, "coordinator.serving",
+                 "address=%s tls=%s instance=%016llx epoch=%llu", c->address,
+                 c->certs.tls != NULL ? "yes" : "no", (unsigned long long)c->instance,
                  (unsigned long long)cluster_epoch(c->cluster));
         process_ready(c->address);
     }
@@ -212,6 +219,7 @@ destroy(coordinator_t *c)
     cluster_destroy(c->cluster);
     links_destroy(c->links);
     rpc_client_destroy(c->rpc);
+    certs_close(&c->certs);
 }
 
 int
@@ -233,6 +241,7 @@ coordinator_main(int argc, char **argv)
     }
     if (status == ATTN_OK) {
         while (!process_stopping(TICK_MS)) {
+            certs_tick(&c.certs);
         }
         drain(&c);
     } else {

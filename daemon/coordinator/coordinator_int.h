@@ -2,8 +2,8 @@
 #ifndef ATTN_DAEMON_COORDINATOR_INT_H
 #define ATTN_DAEMON_COORDINATOR_INT_H
 
+#include "daemon/certs.h"
 #include "daemon/coordinator/thin.h"
-#include "daemon/options_tables.h"
 #include "daemon/process.h"
 
 #include <pthread.h>
@@ -11,6 +11,7 @@
 
 typedef struct coordinator {
     coordinator_options_t options;
+    certs_t certs;
     char address[PROCESS_ADDRESS_MAX];
     uint64_t instance; /* random: another one is another coordinator */
     rpc_client_t *rpc; /* towards workers */

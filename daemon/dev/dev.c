@@ -25,6 +25,7 @@
 #include <unistd.h>
 
 #define WORKERS_MAX 64u /* as the option's limit */
+#define ARGS_MAX 32u
 #define START_MS 60000u
 #define STOP_MS 8000u /* then children are killed: above the time that they drain for */
 
@@ -50,19 +51,35 @@ level_name(const dev_options_t *options)
     return names[options->log_level < 4 ? options->log_level : 1];
 }
 
+/* What the children are told alike. argv has room for it. */
+static uint32_t
+add_tls(const dev_options_t *o, uint32_t n, char *argv[ARGS_MAX])
+{
+    const tls_options_t *tls = &o->tls;
+
+    if (tls->cert[0] != '\0') {
+        char *const all[] = {"--tls-cert",         (char *)tls->cert,
+                             "--tls-key",          (char *)tls->key,
+                             "--tls-ca",           (char *)tls->ca,
+                             "--tls-client-certs", tls->client_certs ? "yes" : "no"};
+        memcpy(&argv[n], all, sizeof(all));
+        n += sizeof(all) / sizeof(all[0]);
+    }
+    if (tls->allow_plaintext) {
+        argv[n++] = "--allow-plaintext";
+    }
+    argv[n] = NULL;
+    return n;
+}
+
 static attn_status_t
 start_coordinator(group_t *dev)
 {
     const dev_options_t *o = &dev->options;
-    char *argv[]           = {"attnd",
-                              "coordinator",
-                              "--listen",
-                              (char *)o->listen,
-                              "--log-level",
-                              (char *)level_name(o),
-                    o->insecure_any_address ? "--insecure-any-address" : NULL,
-                              NULL};
+    char *argv[ARGS_MAX]   = {"attnd",           "coordinator", "--listen",
+                              (char *)o->listen, "--log-level", (char *)level_name(o)};
 
+    add_tls(o, 6, argv);
     attn_status_t status = child_start(&dev->children[0], "coordinator", argv);
     dev->n               = status == ATTN_OK;
     return status;
@@ -76,11 +93,12 @@ start_worker(group_t *dev, uint32_t i)
     uint64_t share         = cores > 0 ? (uint64_t)cores / o->workers : 1;
     uint64_t threads       = o->threads > 0 ? o->threads : share > 0 ? share : 1;
     char slab[32], count[32], name[16];
-    char *argv[] = {
+    char *argv[ARGS_MAX] = {
         "attnd",  "worker", "--listen",  "127.0.0.1:0", "--coordinator", dev->children[0].line,
         "--slab", slab,     "--threads", count,         "--log-level",   (char *)level_name(o),
-        "--name", name,     NULL};
+        "--name", name};
 
+    add_tls(o, 14, argv);
     snprintf(slab, sizeof(slab), "%llu", (unsigned long long)o->slab);
     snprintf(count, sizeof(count), "%llu", (unsigned long long)threads);
     snprintf(name, sizeof(name), "worker-%u", i + 1);

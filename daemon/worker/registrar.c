@@ -225,6 +225,7 @@ registrar_start(worker_t *worker, registrar_t **registrar_p)
 
     attn_status_t status = rpc_client_create(0, &r->rpc);
     if (status == ATTN_OK) {
+        rpc_client_set_tls(r->rpc, worker->certs.tls, NULL);
         status = rpc_channel_open(r->rpc, worker->options.coordinator, &r->channel);
     }
     if (status == ATTN_OK && pthread_create(&r->thread, NULL, registrar_thread, r) != 0) {

@@ -43,9 +43,13 @@ start(worker_t *worker)
     const worker_options_t *o = &worker->options;
     char who[64];
 
-    attn_status_t status = rpc_server_create(
-        &(rpc_server_options_t){.address = o->listen, .spin_us = (uint32_t)o->spin_us},
-        &worker->server);
+    attn_status_t status = certs_open(&worker->certs, &o->tls);
+    if (status == ATTN_OK) {
+        status = rpc_server_create(&(rpc_server_options_t){.address = o->listen,
+                                                           .spin_us = (uint32_t)o->spin_us,
+                                                           .tls     = worker->certs.tls},
+                                   &worker->server);
+    }
     if (status == ATTN_OK) {
         status = settle_address(worker);
     }
@@ -72,8 +76,10 @@ start(worker_t *worker)
     rpc_server_set_serving(worker->server, true);
     engine_info_t info;
     engine_describe(worker->engine, &info);
-    attn_log(ATTN_LOG_INFO, "worker.serving", "address=%s kind=%s slab=%llu read_bandwidth=%.3g",
-             worker->address, info.kind, (unsigned long long)info.slab_bytes, info.read_bandwidth);
+    attn_log(ATTN_LOG_INFO, "worker.serving",
+             "address=%s tls=%s kind=%s slab=%llu read_bandwidth=%.3g", worker->address,
+             worker->certs.tls != NULL ? "yes" : "no", info.kind,
+             (unsigned long long)info.slab_bytes, info.read_bandwidth);
     return registrar_start(worker, &worker->registrar);
 }
 
@@ -118,6 +124,7 @@ destroy(worker_t *worker)
     unary_destroy(worker->unary);
     steps_destroy(worker->steps);
     engine_destroy(worker->engine);
+    certs_close(&worker->certs);
 }
 
 int
@@ -139,6 +146,7 @@ worker_main(int argc, char **argv)
     }
     if (status == ATTN_OK) {
         while (!process_stopping(TICK_MS)) {
+            certs_tick(&worker.certs);
             engine_tick(worker.engine, attn_now_ns());
         }
         drain(&worker);

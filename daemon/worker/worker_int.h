@@ -2,7 +2,7 @@
 #ifndef ATTN_DAEMON_WORKER_INT_H
 #define ATTN_DAEMON_WORKER_INT_H
 
-#include "daemon/options_tables.h"
+#include "daemon/certs.h"
 #include "daemon/process.h"
 #include "daemon/steps.h"
 #include "engine/engine.h"
@@ -13,6 +13,7 @@ typedef struct registrar registrar_t;
 
 typedef struct worker {
     worker_options_t options;
+    certs_t certs;
     char name[OPTIONS_TEXT_MAX];       /* in logs and error sentences */
     char address[PROCESS_ADDRESS_MAX]; /* that clients are told */
     engine_t *engine;

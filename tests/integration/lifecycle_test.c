@@ -43,11 +43,11 @@ test_commands_and_their_exit_codes(void **state)
     assert_int_equal(run((const char *[]){ATTND_PATH, "dev", "--help", NULL}, "--ready-file"), 0);
     /* An address of nobody's. */
     assert_int_equal(run((const char *[]){ATTND_PATH, "worker", "--listen", "192.0.2.1:1",
-                                          "--insecure-any-address", NULL},
+                                          "--allow-plaintext", NULL},
                          "worker.failed"),
                      1);
     assert_int_equal(run((const char *[]){ATTND_PATH, "worker", "--listen", "0.0.0.0:0",
-                                          "--insecure-any-address", NULL},
+                                          "--allow-plaintext", NULL},
                          "--advertise"),
                      1);
 }
