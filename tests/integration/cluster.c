@@ -192,22 +192,32 @@ process_logged(const process_t *process, const char *words)
 
 /* ---- a cluster ---- */
 
+/* What both kinds of daemon are told, behind argv's n words. paths is room for them. */
+static void
+add_certs(const cluster_options_t *o, const char **argv, uint32_t n, char paths[3][128])
+{
+    static const char *const options[] = {"--tls-cert", "--tls-key", "--tls-ca"};
+    static const char *const files[]   = {"server.pem", "server.key", "ca.pem"};
+
+    for (uint32_t i = 0; o->certs != NULL && i < 3; i++) {
+        snprintf(paths[i], 128, "%s/%s", o->certs, files[i]);
+        argv[n++] = options[i];
+        argv[n++] = paths[i];
+    }
+    argv[n] = NULL;
+}
+
 void
 cluster_start_coordinator(test_cluster_t *cluster, const char *listen)
 {
     const cluster_options_t *o = &cluster->options;
-    const char *const argv[]   = {ATTND_PATH,
-                                  "coordinator",
-                                  "--listen",
-                                  listen,
-                                  "--lost-ms",
-                                o->lost_ms != NULL ? o->lost_ms : "600",
-                                  "--heartbeat-ms",
-                                  "100",
-                                  "--lease-ms",
-                                o->lease_ms != NULL ? o->lease_ms : "30000",
-                                  NULL};
+    const char *lost           = o->lost_ms != NULL ? o->lost_ms : "600";
+    const char *lease          = o->lease_ms != NULL ? o->lease_ms : "30000";
+    const char *argv[24] = {ATTND_PATH, "coordinator",    "--listen", listen,       "--lost-ms",
+                            lost,       "--heartbeat-ms", "100",      "--lease-ms", lease};
+    char paths[3][128];
 
+    add_certs(o, argv, 10, paths);
     process_start(&cluster->coordinator, argv);
     process_wait_ready(&cluster->coordinator);
 }
@@ -216,22 +226,15 @@ static void
 worker_launch(test_cluster_t *cluster, uint32_t i)
 {
     const cluster_options_t *o = &cluster->options;
-    char name[16];
-    const char *const argv[] = {ATTND_PATH,
-                                "worker",
-                                "--coordinator",
-                                cluster->coordinator.address,
-                                "--slab",
-                                o->slab != NULL ? o->slab : "32MiB",
-                                "--threads",
-                                "1",
-                                "--drain-ms",
-                                o->drain_ms != NULL ? o->drain_ms : "5000",
-                                "--name",
-                                name,
-                                NULL};
+    const char *slab           = o->slab != NULL ? o->slab : "32MiB";
+    const char *drain          = o->drain_ms != NULL ? o->drain_ms : "5000";
+    char name[16], paths[3][128];
+    const char *argv[24] = {ATTND_PATH,   "worker", "--coordinator", cluster->coordinator.address,
+                            "--slab",     slab,     "--threads",     "1",
+                            "--drain-ms", drain,    "--name",        name};
 
     snprintf(name, sizeof(name), "w%u", i);
+    add_certs(o, argv, 12, paths);
     process_start(&cluster->workers[i], argv);
 }
 

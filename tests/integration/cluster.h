@@ -45,6 +45,7 @@ typedef struct cluster_options {
     const char *lost_ms;  /**< NULL: 600, with a heartbeat of 100 */
     const char *lease_ms; /**< NULL: 30000 */
     const char *drain_ms; /**< NULL: 5000 */
+    const char *certs;    /**< folder of server.pem, server.key and ca.pem: mTLS; NULL: plaintext */
 } cluster_options_t;
 
 typedef struct cluster {
