@@ -7,8 +7,15 @@
  *
  * The first hop and the bytes of q and o are paid with one worker too and cancel; the hop in
  * fan_out is the wait for the slowest of several answers in place of one. A partial is a
- * float per element of o and its l and e. Both sides are linear in T, so the break-even is
- * T = fan_out(N) * read_bandwidth / kv_token_bytes * N / (N - 1).
+ * float per element of o and its l and e.
+ *
+ * A spread sequence of C chunks is on n = min(C, N, 64) workers, for the tree has 64 lanes, and
+ * the one with the most of it has ceil(C / n) chunks. It is faster than a whole one where
+ *
+ *     read(C chunks, 1) > read(ceil(C / n) chunks, 1) + fan_out(n)
+ *
+ * Both sides are linear in C up to min(N, 64), and C - ceil(C / n) never falls after that, so
+ * there is one break-even.
  */
 #include "balancer/cost.h"
 #include "base/checked.h"
@@ -65,19 +72,27 @@ cost_break_even_tokens(const cost_constants_t *constants, const attn_geometry_t 
                        uint32_t workers)
 {
     uint64_t chunk_size = geometry->chunk_size ? geometry->chunk_size : CHUNK_SIZE_DEFAULT;
-    uint64_t bytes      = cost_kv_token_bytes(geometry);
+    uint32_t most       = (uint32_t)attn_min(workers, COST_SPREAD_MAX);
+    double read =
+        (double)chunk_size * (double)cost_kv_token_bytes(geometry) / constants->read_bandwidth;
 
-    if (workers < 2 || bytes == 0) {
+    if (workers < 2 || !(read > 0)) {
         return UINT64_MAX;
     }
-    double tokens = fan_out_seconds(constants, geometry, workers) * constants->read_bandwidth /
-                    (double)bytes * workers / (workers - 1.0);
-    double chunks = tokens / (double)chunk_size;
+    /* Up to `most` chunks: fan_out(C) is fixed + C * each. */
+    double each = fan_out_seconds(constants, geometry, 3) - fan_out_seconds(constants, geometry, 2);
+    double fixed = fan_out_seconds(constants, geometry, 2) - 2 * each;
+    double below = (read + fixed) / (read - each); /* spreading pays with more chunks than this */
+    if (read > each && below < most) {
+        return (uint64_t)attn_max(below, 1) * chunk_size;
+    }
+    /* Above: what one worker does not have to read is C less a most-th of C, rounded up. */
+    double saved = fan_out_seconds(constants, geometry, most) / read;
 
     /* A link so slow that the number leaves the integers: never spread. NaN too ends here. */
-    if (!(chunks < 0x1p40)) {
+    if (!(saved < 0x1p40)) {
         return UINT64_MAX;
     }
-    uint64_t whole = (uint64_t)chunks;
-    return (whole + ((double)whole < chunks)) * chunk_size;
+    uint64_t k = (uint64_t)saved + 1;
+    return (k + attn_div_up(k, most - 1) - 1) * chunk_size;
 }

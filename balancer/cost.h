@@ -27,9 +27,13 @@ uint64_t cost_kv_token_bytes(const attn_geometry_t *geometry);
 double cost_layer_seconds(const cost_constants_t *constants, const attn_geometry_t *geometry,
                           uint64_t tokens, uint32_t workers);
 
+/** A spread sequence is on so many workers at most: the merge tree's lanes. */
+#define COST_SPREAD_MAX 64u
+
 /**
- * Tokens above which spreading over `workers` workers is faster than one; UINT64_MAX if
- * workers < 2. Rounded up to whole chunks.
+ * Tokens above which a sequence is faster spread than whole, where there are `workers` workers; a
+ * spread sequence is on no more of them than it has chunks, nor on more than COST_SPREAD_MAX.
+ * UINT64_MAX if workers < 2. Whole chunks, at least one.
  */
 uint64_t cost_break_even_tokens(const cost_constants_t *constants, const attn_geometry_t *geometry,
                                 uint32_t workers);

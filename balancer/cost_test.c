@@ -77,11 +77,22 @@ test_cost_is_monotone(void **state)
     assert_true(cost_layer_seconds(&slow, &geometry, 100000, 8) > usual);
 }
 
+/* Seconds of so many chunks where each worker has as many as the one that has the most. */
+static double
+spread_seconds(const cost_constants_t *constants, uint64_t chunks, uint32_t workers)
+{
+    uint32_t n = workers < 64 ? workers : 64;
+    n          = chunks < n ? (uint32_t)chunks : n;
+    return cost_layer_seconds(constants, &geometry, (chunks + n - 1) / n * n * geometry.chunk_size,
+                              n);
+}
+
 static void
 test_break_even_is_where_the_costs_cross(void **state)
 {
     static const double bandwidths[] = {2e9, 20e9, 400e9, 4e12};
     static const double hops[]       = {1e-6, 35e-6, 200e-6, 1e-2};
+    static const uint32_t counts[]   = {2, 3, 8, 9, 16, 63, 64, 65, 1000};
     (void)state;
     for (int i = 0; i < 64; i++) {
         cost_constants_t constants = {
@@ -89,17 +100,33 @@ test_break_even_is_where_the_costs_cross(void **state)
             .hop_seconds    = hops[i / 4 % 4],
             .link_bandwidth = bandwidths[i / 16],
         };
-        for (uint32_t workers = 2; workers <= 65; workers += 7) {
-            uint64_t tokens = cost_break_even_tokens(&constants, &geometry, workers);
+        for (int w = 0; w < 9; w++) {
+            uint64_t tokens = cost_break_even_tokens(&constants, &geometry, counts[w]);
+            uint64_t chunks = tokens / geometry.chunk_size;
             assert_int_equal(tokens % geometry.chunk_size, 0);
-            assert_true(tokens >= geometry.chunk_size);
-            uint64_t more = tokens + 1, less = tokens - geometry.chunk_size;
-            assert_true(cost_layer_seconds(&constants, &geometry, more, workers) <
-                        cost_layer_seconds(&constants, &geometry, more, 1));
-            assert_true(cost_layer_seconds(&constants, &geometry, less, workers) >
-                        cost_layer_seconds(&constants, &geometry, less, 1));
+            assert_true(chunks >= 1);
+            for (uint64_t c = chunks > 100 ? chunks - 99 : 1; c <= chunks + 200; c++) {
+                double whole =
+                    cost_layer_seconds(&constants, &geometry, c * geometry.chunk_size, 1);
+                double spread = spread_seconds(&constants, c, counts[w]);
+                assert_true(c > chunks ? spread < whole * (1 + 1e-12)
+                                       : spread > whole * (1 - 1e-12));
+            }
         }
     }
+}
+
+/* With many workers it is not all of them that a sequence goes to. */
+static void
+test_more_workers_do_not_spread_later(void **state)
+{
+    cost_constants_t constants;
+    (void)state;
+    cost_constants_init(&constants);
+    assert_int_equal(cost_break_even_tokens(&constants, &geometry, 1000),
+                     cost_break_even_tokens(&constants, &geometry, 64));
+    assert_true(cost_break_even_tokens(&constants, &geometry, 1000) <=
+                cost_break_even_tokens(&constants, &geometry, 8));
 }
 
 static void
@@ -123,6 +150,7 @@ main(void)
         cmocka_unit_test(test_two_workers_pay_hop_and_bytes),
         cmocka_unit_test(test_cost_is_monotone),
         cmocka_unit_test(test_break_even_is_where_the_costs_cross),
+        cmocka_unit_test(test_more_workers_do_not_spread_later),
         cmocka_unit_test(test_one_worker_never_spreads),
     };
     return cmocka_run_group_tests_name("balancer.cost", tests, NULL, NULL);

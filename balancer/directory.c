@@ -107,6 +107,14 @@ directory_set_hop(directory_t *directory, double seconds)
     }
 }
 
+void
+directory_set_link(directory_t *directory, double bytes_per_second)
+{
+    if (bytes_per_second > 0) {
+        directory->cost.link_bandwidth = bytes_per_second;
+    }
+}
+
 const cost_constants_t *
 directory_cost(const directory_t *directory)
 {

@@ -226,7 +226,9 @@ uint32_t directory_seq_lost(const directory_t *directory, attn_seq_t seq, uint64
 
 /* ---- constants for the cost model ---- */
 
-void directory_set_hop(directory_t *directory, double seconds); /* measured by the owner */
+/* Measured by the owner; a value that is not above 0 changes nothing. */
+void directory_set_hop(directory_t *directory, double seconds);
+void directory_set_link(directory_t *directory, double bytes_per_second);
 const cost_constants_t *directory_cost(const directory_t *directory);
 
 #endif
