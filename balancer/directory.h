@@ -17,10 +17,15 @@
  * those after it, the number of chunk 0's owner, or the former again where that owner is lost.
  * So a fork goes on in the order of the chunks that it shares.
  *
- * A whole sequence goes to the worker with the most free pages. ATTN_PLACE_AUTO keeps a sequence
- * whole up to the break-even length (or spreads it from the start if expected_tokens is above it).
- * A worker without room is passed over for the one with the most free pages; a whole sequence then
- * goes on there. Live workers are, for a cache, those with a region of it.
+ * Where workers are more than 16, chunk 0 goes to the best of 4 workers that the sequence draws
+ * instead, by the room on all the workers that the sequence will reach from there.
+ *
+ * A whole sequence goes to the worker with the most room, of 16 that it draws where there are more.
+ * Room is what the pages of a region are less what its chunks will hold, as far as reserving tells.
+ * ATTN_PLACE_AUTO keeps a sequence whole up to the break-even length (or spreads it from the start
+ * if expected_tokens is above it). A worker whose chunks, all counted as full, leave no place for
+ * one more is passed over for the best of all; a whole sequence then goes on there. Live workers
+ * are, for a cache, those with a region of it.
  *
  * Client 0 is nobody: what is opened or made for it has no lease and is not counted as a client.
  */

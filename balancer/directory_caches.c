@@ -286,7 +286,7 @@ dir_cache_drop(directory_t *directory, dir_cache_entry_t *cache)
 {
     assert(cache->n_sequences == 0);
     for (uint32_t i = 0; i < cache->n_spots; i++) {
-        assert(cache->spots[i].placed == 0);
+        assert(cache->spots[i].placed == 0 && cache->spots[i].fill == 0);
         dir_emit(directory, DIR_CLOSE_CACHE, cache->spots[i].worker, cache->cache.id, 0);
     }
     cache_remove(directory, cache);

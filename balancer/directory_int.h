@@ -16,11 +16,15 @@
 #define HASH_NONFATAL_OOM 1
 #include <uthash.h>
 
-/** A live worker's region of one cache; 16 bytes, for placement looks at all of them. */
+/** What a full chunk counts in dir_spot_t.fill. */
+#define DIR_FULL 255u
+
+/** A live worker's region of one cache; small, for placement looks at many of them. */
 typedef struct dir_spot {
     uint32_t worker;
     uint32_t n_pages;
     uint64_t placed; /**< pages of the chunks placed there, each counted as if it were full */
+    uint64_t fill;   /**< how full they are as far as is known: in DIR_FULLths of a chunk */
 } dir_spot_t;
 
 typedef struct dir_cache_entry {

@@ -16,6 +16,16 @@
 #include <inttypes.h>
 #include <stdio.h>
 
+/* A whole sequence looks at so many workers at most. */
+#define DRAWS 16u
+
+/* And a spread one at so many turns of its order. */
+#define TURNS 4u
+
+/* Primes above DIR_WORKERS_MAX: with any number of spots a draw's steps meet each once. */
+static const uint32_t DRAW_STEPS[] = {1031, 1033, 1039, 1049, 1051, 1061, 1063, 1069,
+                                      1087, 1091, 1093, 1097, 1103, 1109, 1117, 1123};
+
 static attn_status_t
 seq_get(const directory_t *directory, attn_seq_t seq, seq_info_t *info, dir_cache_entry_t **cache_p)
 {
@@ -68,15 +78,59 @@ free_pages(const dir_spot_t *spot)
     return spot->n_pages > spot->placed ? spot->n_pages - spot->placed : 0;
 }
 
-static dir_spot_t *
-most_free(const dir_cache_entry_t *cache)
+/* Pages that will be free as far as is known, in DIR_FULLths. */
+static int64_t
+expected_room(const dir_cache_entry_t *cache, const dir_spot_t *spot)
 {
-    dir_spot_t *best = NULL;
+    return (int64_t)spot->n_pages * DIR_FULL - (int64_t)(spot->fill * cache->chunk_pages);
+}
 
-    for (uint32_t i = 0; i < cache->n_spots; i++) {
-        if (!best || free_pages(&cache->spots[i]) > free_pages(best)) {
-            best = &cache->spots[i];
-        }
+/* Is a chunk better placed on a than on b? */
+static bool
+is_better(const dir_cache_entry_t *cache, const dir_spot_t *a, const dir_spot_t *b)
+{
+    bool fits_a = free_pages(a) >= cache->chunk_pages, fits_b = free_pages(b) >= cache->chunk_pages;
+
+    if (!fits_a || !fits_b) {
+        return fits_a != fits_b ? fits_a : free_pages(a) > free_pages(b);
+    }
+    return expected_room(cache, a) > expected_room(cache, b);
+}
+
+static dir_spot_t *
+best_of_all(const dir_cache_entry_t *cache)
+{
+    dir_spot_t *best = &cache->spots[0];
+
+    for (uint32_t i = 1; i < cache->n_spots; i++) {
+        best = is_better(cache, &cache->spots[i], best) ? &cache->spots[i] : best;
+    }
+    return best;
+}
+
+/* The k-th of the spots that a sequence draws. */
+static uint32_t
+drawn(const dir_cache_entry_t *cache, attn_seq_t seq, uint32_t k)
+{
+    uint64_t hash = seq.id * UINT64_C(0x9e3779b97f4a7c15);
+    uint64_t step = DRAW_STEPS[hash % (sizeof(DRAW_STEPS) / sizeof(DRAW_STEPS[0]))];
+
+    return (uint32_t)(((hash >> 32) + k * step) % cache->n_spots);
+}
+
+/* The best of some that the sequence draws, or of all where they are few: so a worker that has just
+ * joined, and is the emptiest of all, does not get everything that is new. */
+static dir_spot_t *
+best_drawn(const dir_cache_entry_t *cache, attn_seq_t seq)
+{
+    dir_spot_t *best = &cache->spots[drawn(cache, seq, 0)];
+
+    if (cache->n_spots <= DRAWS) {
+        return best_of_all(cache);
+    }
+    for (uint32_t k = 1; k < DRAWS; k++) {
+        dir_spot_t *spot = &cache->spots[drawn(cache, seq, k)];
+        best             = is_better(cache, spot, best) ? spot : best;
     }
     return best;
 }
@@ -108,17 +162,53 @@ is_spread(const directory_t *directory, const dir_cache_entry_t *cache, const se
            (uint64_t)c * geometry->chunk_size >= break_even;
 }
 
+/* The spot of chunk c in an order that begins with spot `turn`. */
+static dir_spot_t *
+turned_spot(const dir_cache_entry_t *cache, uint32_t c, uint64_t turn)
+{
+    uint64_t lane_order = attn_tree_key(c) >> 26; /* the lane's six bits, reversed */
+
+    return &cache->spots[(lane_order * cache->n_spots / 64 + turn) % cache->n_spots];
+}
+
+/* Where chunk 0 of a spread sequence of about so many chunks goes, and by that the others: of some
+ * turns the one whose workers together have most room. */
+static uint64_t
+best_turn(const dir_cache_entry_t *cache, attn_seq_t seq, uint64_t n_chunks)
+{
+    uint32_t n    = (uint32_t)attn_min(n_chunks, COST_SPREAD_MAX);
+    uint64_t best = (uint32_t)seq.id;
+    int64_t most  = INT64_MIN;
+
+    for (uint32_t k = 0; k < TURNS && cache->n_spots > DRAWS; k++) {
+        uint64_t turn = drawn(cache, seq, k);
+        int64_t room  = 0;
+        for (uint32_t c = 0; c < n; c++) {
+            room += expected_room(cache, turned_spot(cache, c, turn));
+        }
+        if (room > most) {
+            most = room;
+            best = turn;
+        }
+    }
+    return best;
+}
+
 /* Where chunk c of a spread sequence belongs, with room or without; there is a spot. */
 static dir_spot_t *
 spread_spot(const directory_t *directory, const dir_cache_entry_t *cache, attn_seq_t seq,
-            uint32_t c)
+            const seq_info_t *info, uint64_t tokens, uint32_t c)
 {
-    uint64_t lane_order     = attn_tree_key(c) >> 26; /* the lane's six bits, reversed */
-    uint32_t slot           = (uint32_t)seq.id;
     const dir_spot_t *first = c > 0 ? spot_of_chunk(directory, cache, seq, 0) : NULL;
-    uint64_t turn           = first ? (uint64_t)(first - cache->spots) : slot;
+    uint64_t length         = attn_max(tokens, info->expected_tokens);
 
-    return &cache->spots[(lane_order * cache->n_spots / 64 + turn) % cache->n_spots];
+    if (first) {
+        return turned_spot(cache, c, (uint64_t)(first - cache->spots));
+    }
+    return turned_spot(
+        cache, c,
+        c > 0 ? (uint32_t)seq.id
+              : best_turn(cache, seq, attn_div_up(length, cache->cache.geometry.chunk_size)));
 }
 
 /* The spot for chunk c, or NULL if no worker has room for it. `tokens`: being reserved. */
@@ -132,7 +222,7 @@ choose_spot(const directory_t *directory, const dir_cache_entry_t *cache, attn_s
         return NULL;
     }
     if (is_spread(directory, cache, info, tokens, c)) {
-        spot = spread_spot(directory, cache, seq, c);
+        spot = spread_spot(directory, cache, seq, info, tokens, c);
     } else if (c > 0) {
         /* With chunk 0; a sequence that outgrew that worker goes on where it went. */
         spot = spot_of_chunk(directory, cache, seq, 0);
@@ -140,8 +230,11 @@ choose_spot(const directory_t *directory, const dir_cache_entry_t *cache, attn_s
             spot = spot_of_chunk(directory, cache, seq, c - 1);
         }
     }
+    if (!spot && c == 0) {
+        spot = best_drawn(cache, seq);
+    }
     if (!spot || free_pages(spot) < cache->chunk_pages) {
-        spot = most_free(cache);
+        spot = best_of_all(cache);
     }
     return free_pages(spot) >= cache->chunk_pages ? spot : NULL;
 }
@@ -157,7 +250,7 @@ fail_no_room(const dir_cache_entry_t *cache, attn_seq_t seq, uint32_t c)
                      "cache \"%s\": chunk %u of sequence %" PRIu64 " takes %u pages; "
                      "of %u workers the emptiest has %" PRIu64 " free",
                      cache->cache.name, c, seq.id, cache->chunk_pages, cache->n_spots,
-                     free_pages(most_free(cache)));
+                     free_pages(best_of_all(cache)));
 }
 
 static attn_status_t
@@ -188,8 +281,9 @@ give_back_pages(const directory_t *directory, const seq_released_t *released)
     if (!spot) {
         return false;
     }
-    assert(spot->placed >= cache->chunk_pages);
+    assert(spot->placed >= cache->chunk_pages && spot->fill >= released->fill);
     spot->placed -= cache->chunk_pages;
+    spot->fill -= released->fill;
     return true;
 }
 
@@ -209,6 +303,30 @@ static void
 on_undo(void *arg, const seq_released_t *released)
 {
     (void)give_back_pages(arg, released);
+}
+
+/* The sequence will have so many tokens: its chunks are as full as that makes them. Those before
+ * one that is full enough were noted earlier. */
+static void
+note_fill(directory_t *directory, const dir_cache_entry_t *cache, attn_seq_t seq, uint32_t n_chunks,
+          uint64_t tokens)
+{
+    uint64_t chunk_size = cache->cache.geometry.chunk_size;
+
+    for (uint32_t c = n_chunks; c-- > 0;) {
+        uint64_t first = c * chunk_size;
+        uint64_t held  = tokens > first ? attn_min(tokens - first, chunk_size) : 0;
+        uint8_t wanted = (uint8_t)attn_div_up(held * DIR_FULL, chunk_size);
+        uint8_t known  = seq_chunk_fill(directory->sequences, seq, c);
+        if (known >= wanted) {
+            return;
+        }
+        dir_spot_t *spot = spot_of_chunk(directory, cache, seq, c);
+        if (spot) {
+            spot->fill += wanted - known;
+        }
+        seq_chunk_set_fill(directory->sequences, seq, c, wanted);
+    }
 }
 
 attn_status_t
@@ -238,6 +356,7 @@ directory_seq_reserve(directory_t *directory, attn_seq_t seq, uint64_t tokens)
             return status;
         }
     }
+    note_fill(directory, cache, seq, (uint32_t)needed, tokens);
     /* The one in advance is a convenience: without room for it what was asked for stands. */
     if (info.n_chunks <= needed && needed < ATTN_SEQ_CHUNKS_MAX &&
         choose_spot(directory, cache, seq, &info, tokens, (uint32_t)needed)) {

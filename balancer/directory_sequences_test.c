@@ -103,9 +103,9 @@ test_whole_takes_the_emptiest_worker_and_stays(void **state)
         assert_int_equal(owner_of(&f, a, c), 2);
     }
     attn_seq_t b = make_seq(&f, cache, 0, 0);
-    assert_int_equal(directory_seq_reserve(f.directory, b, 1), ATTN_OK);
+    assert_int_equal(directory_seq_reserve(f.directory, b, CHUNK + 1), ATTN_OK);
     assert_int_equal(owner_of(&f, b, 0), 1);
-    assert_int_equal(owner_of(&f, b, 1), 1); /* in advance */
+    assert_int_equal(owner_of(&f, b, 2), 1); /* in advance */
 
     /* Worker 2 has room for two more; then the emptiest, 3, and there it stays. */
     assert_int_equal(directory_seq_reserve(f.directory, a, 9 * CHUNK), ATTN_OK);
@@ -118,6 +118,75 @@ test_whole_takes_the_emptiest_worker_and_stays(void **state)
     assert_int_equal(directory_seq_reserve(f.directory, a, 10 * CHUNK), ATTN_OK);
     assert_int_equal(owner_of(&f, a, 10), 2);
     fixture_close(&f);
+}
+
+/* Not by chunks, which may be nearly empty, but by the tokens that were reserved. */
+static void
+test_whole_takes_the_worker_with_least_tokens(void **state)
+{
+    fixture_t f;
+    (void)state;
+    fixture_open(&f, 0);
+    uint64_t cache = open_cache(&f, 0, "chat", ATTN_PLACE_WHOLE);
+    for (uint32_t i = 1; i <= 3; i++) {
+        assert_int_equal(
+            directory_cache_on_worker(f.directory, cache, join(&f, i), 20 * CHUNK_PAGES), ATTN_OK);
+    }
+    static const struct {
+        uint64_t tokens;
+        uint32_t owner;
+    } seqs[] = {{1, 1}, {CHUNK, 2}, {CHUNK / 2, 3}, {CHUNK, 1}, {CHUNK, 3}, {CHUNK, 2}};
+    attn_seq_t made[6];
+    for (uint32_t i = 0; i < 6; i++) {
+        made[i] = make_seq(&f, cache, 0, 0);
+        assert_int_equal(directory_seq_reserve(f.directory, made[i], seqs[i].tokens), ATTN_OK);
+        assert_int_equal(owner_of(&f, made[i], 0), seqs[i].owner);
+    }
+    /* Workers 1, 2 and 3 hold 1, 2 and 1.5 chunks; growing counts, and so does freeing. */
+    assert_int_equal(directory_seq_reserve(f.directory, made[0], CHUNK), ATTN_OK);
+    assert_int_equal(directory_seq_free(f.directory, made[5]), ATTN_OK);
+    attn_seq_t next = make_seq(&f, cache, 0, 0);
+    assert_int_equal(directory_seq_reserve(f.directory, next, 1), ATTN_OK);
+    assert_int_equal(owner_of(&f, next, 0), 2);
+    fixture_close(&f);
+}
+
+/* Where workers are many, one that joined empty gets some of what is new and not all of it. */
+static void
+test_a_new_worker_is_not_flooded(void **state)
+{
+    enum { WORKERS = 200, SEQS = 2000 };
+    static const attn_placement_t placements[] = {ATTN_PLACE_WHOLE, ATTN_PLACE_SPREAD};
+    (void)state;
+    for (int p = 0; p < 2; p++) {
+        fixture_t f;
+        uint32_t there = 0, most = 0, of[WORKERS + 2] = {0};
+        fixture_open(&f, 0);
+        uint64_t cache = open_cache(&f, 0, "chat", placements[p]);
+        for (uint32_t i = 1; i <= WORKERS + 1; i++) {
+            if (i == WORKERS + 1) {
+                for (uint32_t n = 0; n < SEQS; n++) {
+                    attn_seq_t seq = make_seq(&f, cache, 0, 0);
+                    assert_int_equal(directory_seq_reserve(f.directory, seq, CHUNK), ATTN_OK);
+                    of[owner_of(&f, seq, 0)]++;
+                }
+            }
+            assert_int_equal(
+                directory_cache_on_worker(f.directory, cache, join(&f, i), 1000 * CHUNK_PAGES),
+                ATTN_OK);
+        }
+        for (uint32_t i = 1; i <= WORKERS; i++) {
+            most = of[i] > most ? of[i] : most;
+        }
+        assert_in_range(most, SEQS / WORKERS, 2 * SEQS / WORKERS); /* evenly so far */
+        for (uint32_t n = 0; n < 8; n++) {
+            attn_seq_t seq = make_seq(&f, cache, 0, 0);
+            assert_int_equal(directory_seq_reserve(f.directory, seq, CHUNK), ATTN_OK);
+            there += owner_of(&f, seq, 0) == WORKERS + 1;
+        }
+        assert_in_range(there, 0, 4); /* it is by far the emptiest */
+        fixture_close(&f);
+    }
 }
 
 static void
@@ -415,6 +484,8 @@ main(void)
         cmocka_unit_test(test_spread_follows_the_formula),
         cmocka_unit_test(test_a_fork_keeps_the_turn_of_its_first_chunk),
         cmocka_unit_test(test_whole_takes_the_emptiest_worker_and_stays),
+        cmocka_unit_test(test_whole_takes_the_worker_with_least_tokens),
+        cmocka_unit_test(test_a_new_worker_is_not_flooded),
         cmocka_unit_test(test_auto_spreads_above_the_break_even),
         cmocka_unit_test(test_auto_takes_the_break_even_of_the_cost_model),
         cmocka_unit_test(test_reserve_refuses_and_changes_nothing),

@@ -48,6 +48,7 @@ seq_table_destroy(seq_table_t *table)
     }
     free(table->slots);
     free(table->chunks);
+    free(table->fills);
     free(table);
 }
 
@@ -89,13 +90,14 @@ record_room(seq_table_t *table)
     if (table->n_records == ATTN_SEQ_ALL_CHUNKS_MAX) {
         return attn_fail(ATTN_ERR_EXHAUSTED, "the table has %u chunks, the most", table->n_records);
     }
-    void *chunks = table->chunks;
-    if (!array_grow(&chunks, &table->records_capacity, (uint64_t)table->n_records + 1,
-                    sizeof(seq_chunk_t), ATTN_SEQ_ALL_CHUNKS_MAX)) {
-        return no_memory("one more chunk");
-    }
+    void *chunks = table->chunks, *fills = table->fills;
+    bool grown = array_grow(&fills, &table->fills_capacity, (uint64_t)table->n_records + 1,
+                            sizeof(table->fills[0]), ATTN_SEQ_ALL_CHUNKS_MAX) &&
+                 array_grow(&chunks, &table->records_capacity, (uint64_t)table->n_records + 1,
+                            sizeof(seq_chunk_t), ATTN_SEQ_ALL_CHUNKS_MAX);
+    table->fills  = fills; /* one may have moved where the other could not */
     table->chunks = chunks;
-    return ATTN_OK;
+    return grown ? ATTN_OK : no_memory("one more chunk");
 }
 
 static uint32_t
@@ -114,6 +116,7 @@ record_take(seq_table_t *table, uint32_t worker)
         .worker     = worker,
         .references = 1,
     };
+    table->fills[record] = 0;
     table->n_chunks++;
     return record;
 }
@@ -132,6 +135,7 @@ record_drop(seq_table_t *table, uint32_t record, uint64_t cache, seq_release_fn 
         .cache  = cache,
         .chunk  = chunk->id,
         .worker = chunk->worker,
+        .fill   = table->fills[record],
     };
     *chunk             = (seq_chunk_t){.worker = table->free_record};
     table->free_record = record;
@@ -322,6 +326,27 @@ seq_chunk_at(const seq_table_t *table, attn_seq_t id, uint32_t i)
     const seq_t *seq = seq_find(table, id);
 
     return seq != NULL && i < seq->n_chunks ? &table->chunks[seq_list_const(seq)[i]] : NULL;
+}
+
+static uint8_t *
+fill_at(const seq_table_t *table, attn_seq_t id, uint32_t i)
+{
+    const seq_t *seq = seq_find(table, id);
+
+    assert(seq != NULL && i < seq->n_chunks);
+    return &table->fills[seq_list_const(seq)[i]];
+}
+
+uint8_t
+seq_chunk_fill(const seq_table_t *table, attn_seq_t id, uint32_t i)
+{
+    return *fill_at(table, id, i);
+}
+
+void
+seq_chunk_set_fill(seq_table_t *table, attn_seq_t id, uint32_t i, uint8_t fill)
+{
+    *fill_at(table, id, i) = fill;
 }
 
 attn_status_t
@@ -519,5 +544,6 @@ uint64_t
 seq_table_bytes(const seq_table_t *table)
 {
     return sizeof(*table) + (uint64_t)table->slots_capacity * sizeof(seq_t) +
-           (uint64_t)table->records_capacity * sizeof(seq_chunk_t) + table->list_bytes;
+           (uint64_t)table->records_capacity * sizeof(seq_chunk_t) + table->fills_capacity +
+           table->list_bytes;
 }

@@ -65,10 +65,18 @@ const seq_chunk_t *seq_chunk_at(const seq_table_t *table, attn_seq_t seq, uint32
 attn_status_t seq_chunk_append(seq_table_t *table, attn_seq_t seq, uint32_t worker,
                                uint64_t *chunk_p);
 
+/**
+ * How full the chunk is, as its placer believes: 0 to 255, for the placer's own use. A new chunk
+ * has 0. i must be below the sequence's chunks.
+ */
+uint8_t seq_chunk_fill(const seq_table_t *table, attn_seq_t seq, uint32_t i);
+void seq_chunk_set_fill(seq_table_t *table, attn_seq_t seq, uint32_t i, uint8_t fill);
+
 /** A chunk that no sequence lists any more: its owner can release it, if it ever saw it. */
 typedef struct seq_released {
     uint64_t cache, chunk;
     uint32_t worker;
+    uint8_t fill;
 } seq_released_t;
 
 /** Called exactly once for each chunk whose last reference went, in the order of the list. The

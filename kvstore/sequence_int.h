@@ -5,7 +5,7 @@
  *     chunks   [ chunk | chunk | free | ... ]      16 bytes each, shared by its listers
  *
  * Both are arrays that grow, with a list of free places threaded through them. A chunk of
- * a sequence costs its record and 4 bytes in the list of each sequence that shares it. The
+ * a sequence costs its record, a byte, and 4 bytes in the list of each sequence that shares it. The
  * first two entries of a list lie in the sequence itself, for most sequences are short.
  */
 #ifndef ATTN_SEQUENCE_INT_H
@@ -45,6 +45,8 @@ struct seq_table {
     uint32_t n_seqs;
     seq_chunk_t *chunks;
     uint32_t n_records, records_capacity; /* n_records: ever used */
+    uint8_t *fills;                       /* [fills_capacity] of the records: seq_chunk_fill() */
+    uint32_t fills_capacity;
     uint32_t free_record;
     uint32_t n_chunks;
     uint64_t next_chunk_id;
