@@ -113,7 +113,7 @@ attn_status_t
 cluster_link(cluster_t *cluster, uint32_t worker, link_t **link_p)
 {
     char address[64];
-    bool alive;
+    bool alive           = false;
     attn_status_t status = cluster_worker_address(cluster, worker, address, &alive);
 
     if (status == ATTN_OK && !alive) {
