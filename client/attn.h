@@ -274,6 +274,11 @@ ATTN_API attn_status_t attn_step_run(attn_step_t *step, uint32_t layer, const at
                                      const attn_tensor_t *k, const attn_tensor_t *v,
                                      const attn_tensor_t *o, float *lse);
 
+/** Of the last run that ended with ATTN_OK: the nanoseconds that the slowest of its workers
+ * computed, storing k, v and attending. What the run took beyond is transport, waiting and
+ * merging. Not to be called while a run is outstanding. */
+ATTN_API uint64_t attn_step_compute_ns(const attn_step_t *step);
+
 /** Called exactly once per submitted run, on a thread of the library or inside
  * attn_step_submit itself, with no lock held. error is the sentence of
  * attn_last_error() (empty on ATTN_OK), valid during the call. It must not block:

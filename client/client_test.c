@@ -2,6 +2,7 @@
  * client_test.c: libattn over engines inside the process: steps, layouts, forks and errors. The
  * judge is a float64 attention of its own over plain arrays. Bits are compared between cuts.
  */
+#include "base/clock.h"
 #include "client/attn.h"
 #include "client/client_int.h"
 #include "kernels/kernels.h"
@@ -213,9 +214,11 @@ do_step(fixture_t *f, model_t **models, attn_entry_t *entries, uint32_t n, const
         }
         attn_tensor_t tq = {.data = q, .dtype = ATTN_F32}, tk = {.data = k, .dtype = ATTN_F32};
         attn_tensor_t tv = {.data = v, .dtype = ATTN_F32}, to = {.data = o, .dtype = ATTN_F32};
+        uint64_t start = attn_now_ns();
         if (attn_step_run(step, (uint32_t)layer, &tq, &tk, &tv, &to, lse) != ATTN_OK) {
             fail_msg("run: %s", attn_last_error());
         }
+        assert_in_range(attn_step_compute_ns(step), 1, attn_now_ns() - start);
         check_answers(f, models, entries, n, layer, q, o, lse);
         memset(o, 0xff, rows * Q_HEADS * DIM * sizeof(float));
         assert_int_equal(attn_step_run(step, (uint32_t)layer, &tq, NULL, NULL, &to, NULL), ATTN_OK);

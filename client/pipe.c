@@ -137,6 +137,7 @@ receive_run(pipe_t *pipe, const Attn__V1__RunReply *reply, const rpc_message_t *
     copy_to_pieces(message, n, pipe->run.answer, pipe->run.n_answer, pipe->received);
     pipe->received += n;
     if (pipe->received == pipe->expected) {
+        *pipe->run.compute_ns = reply->compute_ns;
         set_reply(pipe, ATTN_OK, "");
     }
 }

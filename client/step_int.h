@@ -21,8 +21,9 @@ typedef struct share {
     uint32_t n_q, n_k, n_v, n_o, n_lse;
     struct iovec *pieces; /* the same as pointers, rebuilt each run */
     uint64_t n_states;
-    uint8_t *states;    /* partials as they come: all e, all l, all A */
-    uint32_t *accepted; /* [parts] at commit */
+    uint8_t *states;     /* partials as they come: all e, all l, all A */
+    uint32_t *accepted;  /* [parts] at commit */
+    uint64_t compute_ns; /* of the last run */
 } share_t;
 
 /** One partial of an entry: a node of the merge tree, and where its states are. */

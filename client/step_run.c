@@ -1,6 +1,7 @@
 /* step_run.c: one layer: the caller's tensors out to the owners, the answers in and merged. */
 #include "client/step_int.h"
 
+#include "base/checked.h"
 #include "base/status.h"
 
 #include <stdio.h>
@@ -144,7 +145,7 @@ static void
 share_run(share_t *share, void *q, void *k, void *v)
 {
     attn_step_t *step = share->step;
-    link_run_t run    = {.layer = step->layer, .q = share->pieces};
+    link_run_t run = {.layer = step->layer, .q = share->pieces, .compute_ns = &share->compute_ns};
 
     run.n_q    = q != NULL ? share->n_q : 0;
     run.k      = pieces_put(share->pieces, share->q, run.n_q, q);
@@ -241,6 +242,7 @@ run_start(attn_step_t *step, uint32_t layer, const attn_tensor_t *q, const attn_
     step->done_arg = arg;
     step_call_start(step);
     for (uint32_t s = 0; s < step->n_shares; s++) {
+        step->shares[s].compute_ns = 0; /* unless something of this layer is this worker's */
         share_run(&step->shares[s], q_rows, k_rows, v_rows);
     }
     step_call_started(step);
@@ -262,6 +264,17 @@ attn_step_run(attn_step_t *step, uint32_t layer, const attn_tensor_t *q, const a
     step_call_wait(step, step->deadline_ns);
     status = run_complete(step);
     return status == ATTN_OK ? ATTN_OK : attn_fail(status, "%s", step->sentence);
+}
+
+uint64_t
+attn_step_compute_ns(const attn_step_t *step)
+{
+    uint64_t longest = 0;
+
+    for (uint32_t s = 0; s < step->n_shares; s++) {
+        longest = attn_max(longest, step->shares[s].compute_ns);
+    }
+    return longest;
 }
 
 attn_status_t

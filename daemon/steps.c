@@ -52,7 +52,7 @@ steps_run_open(steps_t *steps, const Attn__V1__RunRequest *head, uint64_t total,
 }
 
 attn_status_t
-steps_run_do(steps_t *steps, const steps_run_t *run, tensor_t **answer_p)
+steps_run_do(steps_t *steps, steps_run_t *run, tensor_t **answer_p)
 {
     const steps_sizes_t *s = &run->sizes;
     bool q                 = !run->no_q && s->q > 0;
@@ -73,6 +73,7 @@ steps_run_do(steps_t *steps, const steps_run_t *run, tensor_t **answer_p)
                                                      .v       = kv ? k + s->k : NULL,
                                                      .answer = answer != NULL ? answer->data : NULL,
                                                      .sizes  = s,
+                                                     .compute_ns = &run->compute_ns,
                                                  });
     }
     if (status != ATTN_OK) {
@@ -134,7 +135,7 @@ serve_abort(void *service, const ProtobufCMessage *request, wire_block_t *block,
 
 static attn_status_t
 unary_run(steps_t *steps, const Attn__V1__RunRequest *head, rpc_message_t *message,
-          tensor_t **answer_p)
+          Attn__V1__RunReply *reply, tensor_t **answer_p)
 {
     uint64_t size = rpc_message_data_size(message);
     steps_run_t run;
@@ -160,6 +161,9 @@ unary_run(steps_t *steps, const Attn__V1__RunRequest *head, rpc_message_t *messa
         rpc_message_data_copy(message, 0, run.data->data, size);
         status = steps_run_do(steps, &run, answer_p);
     }
+    reply->step_id    = head->step_id;
+    reply->layer      = head->layer;
+    reply->compute_ns = run.compute_ns;
     steps_run_close(&run);
     return status;
 }
@@ -173,14 +177,12 @@ serve_run(steps_t *steps, rpc_call_t *call, rpc_message_t *message)
 
     if (unary_unpack(call, message, &attn__v1__run_request__descriptor, &request)) {
         const Attn__V1__RunRequest *head = (const Attn__V1__RunRequest *)request;
-        attn_status_t status             = unary_run(steps, head, message, &answer);
+        attn_status_t status             = unary_run(steps, head, message, &reply, &answer);
         if (status != ATTN_OK) {
             unary_fail(call, status);
         } else {
             struct iovec data = {.iov_base = answer != NULL ? answer->data : NULL,
                                  .iov_len  = answer != NULL ? answer->size : 0};
-            reply.step_id     = head->step_id;
-            reply.layer       = head->layer;
             reply.total       = data.iov_len;
             rpc_call_reply(call, &(rpc_outgoing_t){.head   = &reply.base,
                                                    .data   = &data,

@@ -38,8 +38,9 @@ typedef struct steps_layer {
     const void *q, *k, *v;
     void *answer;
     const steps_sizes_t
-        *sizes; /**< what the tensors were made for: while data came in, the step may have
-                     ended and its id, a client's choice, become another step's */
+        *sizes;           /**< what the tensors were made for: while data came in, the step may have
+                               ended and its id, a client's choice, become another step's */
+    uint64_t *compute_ns; /**< set by run: RunReply.compute_ns */
 } steps_layer_t;
 
 /** What a step is. Functions may block, and are called from many threads. */

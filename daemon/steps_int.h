@@ -28,7 +28,8 @@ typedef struct steps_run {
     bool no_kv, no_q;
     uint64_t total, got; /* bytes of data */
     steps_sizes_t sizes;
-    tensor_t *data; /* q, k, v as far as they came; NULL: no run */
+    tensor_t *data;      /* q, k, v as far as they came; NULL: no run */
+    uint64_t compute_ns; /* set by steps_run_do() */
 } steps_run_t;
 
 attn_status_t steps_begin(steps_t *steps, const ProtobufCMessage *request, steps_begun_t *begun);
@@ -38,7 +39,7 @@ attn_status_t steps_run_open(steps_t *steps, const Attn__V1__RunRequest *head, u
                              steps_run_t *run);
 
 /** Do the run when all its data is there. *answer_p is NULL if it has no answer. */
-attn_status_t steps_run_do(steps_t *steps, const steps_run_t *run, tensor_t **answer_p);
+attn_status_t steps_run_do(steps_t *steps, steps_run_t *run, tensor_t **answer_p);
 
 /** Give the run's data back. */
 void steps_run_close(steps_run_t *run);

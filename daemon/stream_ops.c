@@ -132,11 +132,12 @@ send_answer(stream_t *stream, const steps_run_t *run, tensor_t *answer)
     Attn__V1__StepReply reply = ATTN__V1__STEP_REPLY__INIT;
     attn_status_t status      = ATTN_OK;
 
-    head.step_id  = run->step_id;
-    head.layer    = run->layer;
-    head.total    = answer != NULL ? answer->size : 0;
-    reply.op_case = ATTN__V1__STEP_REPLY__OP_RUN;
-    reply.run     = &head;
+    head.step_id    = run->step_id;
+    head.layer      = run->layer;
+    head.compute_ns = run->compute_ns;
+    head.total      = answer != NULL ? answer->size : 0;
+    reply.op_case   = ATTN__V1__STEP_REPLY__OP_RUN;
+    reply.run       = &head;
     do {
         uint64_t size     = attn_min(head.total - head.offset, RPC_DATA_PART_MAX);
         struct iovec data = {.iov_base = answer != NULL ? answer->data + head.offset : NULL,

@@ -97,7 +97,11 @@ engine_describe(engine_t *engine, engine_info_t *info)
     info->read_bandwidth = engine->read_bandwidth;
     info->slab_bytes     = engine->slab_bytes;
     info->runs           = atomic_load(&engine->runs);
-    info->kv_bytes       = atomic_load(&engine->kv_bytes);
+    info->times.total_ns = atomic_load(&engine->run_ns);
+    for (uint32_t b = 0; b < ENGINE_TIMES; b++) {
+        info->times.counts[b] = atomic_load(&engine->run_times[b]);
+    }
+    info->kv_bytes = atomic_load(&engine->kv_bytes);
 
     pthread_mutex_lock(&engine->lock);
     kv_store_free_bytes(engine->store, &total, &largest);

@@ -37,12 +37,23 @@ typedef struct engine_options {
 attn_status_t engine_create(const engine_options_t *options, engine_t **engine_p);
 void engine_destroy(engine_t *engine); /* open steps abort; NULL is allowed */
 
+#define ENGINE_TIMES 20u
+#define ENGINE_TIME_LEAST_NS UINT64_C(2000)
+
+/** How long layers took, to be shown as a histogram: counts[i] of them more than
+ * ENGINE_TIME_LEAST_NS << (i - 1) and at most ENGINE_TIME_LEAST_NS << i; the last has no end. */
+typedef struct engine_times {
+    uint64_t total_ns;
+    uint64_t counts[ENGINE_TIMES];
+} engine_times_t;
+
 typedef struct engine_info {
     const char *kind;
     double read_bandwidth;
     uint64_t slab_bytes, region_bytes, used_bytes;
     uint64_t chunks, open_steps, caches;
     uint64_t runs, kv_bytes; /**< since start */
+    engine_times_t times;    /**< of `runs`: storing k, v and attention */
 } engine_info_t;
 
 void engine_describe(engine_t *engine, engine_info_t *info);

@@ -90,7 +90,8 @@ struct engine {
     uint64_t n_ended;
     uint64_t epoch;
 
-    atomic_uint_fast64_t runs, kv_bytes;
+    atomic_uint_fast64_t runs, kv_bytes, run_ns;
+    atomic_uint_fast64_t run_times[ENGINE_TIMES];
 };
 
 engine_cache_t *engine_cache_find(engine_t *engine,

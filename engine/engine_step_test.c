@@ -87,6 +87,45 @@ test_abort_after_each_number_of_runs(void **state)
     pair_close(&p);
 }
 
+static uint64_t
+runs_timed(pair_t *p, uint64_t *total_ns)
+{
+    engine_info_t info; /* each run is in one of the histogram's counts */
+    uint64_t n = 0;
+
+    engine_describe(p->w.engine, &info);
+    for (uint32_t i = 0; i < ENGINE_TIMES; i++) {
+        n += info.times.counts[i];
+    }
+    *total_ns = info.times.total_ns;
+    assert_int_equal(n, info.runs);
+    return n;
+}
+
+static void
+test_runs_are_timed(void **state)
+{
+    uint64_t before_ns, after_ns, start;
+    pair_t p;
+    built_t b;
+
+    (void)state;
+    pair_open(&p);
+    pair_begin(&p, &b);
+    uint64_t before = runs_timed(&p, &before_ns);
+    start           = attn_now_ns();
+    run_and_judge(&b, 0);
+    uint64_t took  = attn_now_ns() - start;
+    uint64_t after = runs_timed(&p, &after_ns);
+    assert_true(after > before);
+    assert_true(after_ns > before_ns && after_ns - before_ns <= took);
+    FAILS(engine_step_run(p.w.engine, b.batch.step_id + 1, 0, NULL, NULL, NULL, NULL, NULL),
+          ATTN_ERR_NOT_FOUND, "");
+    assert_int_equal(runs_timed(&p, &after_ns), after); /* nothing ran */
+    OK(engine_step_abort(p.w.engine, b.batch.step_id, "enough"));
+    pair_close(&p);
+}
+
 static void
 test_abort_after_failed_runs(void **state)
 {
@@ -517,6 +556,7 @@ main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_abort_after_each_number_of_runs),
+        cmocka_unit_test(test_runs_are_timed),
         cmocka_unit_test(test_abort_after_failed_runs),
         cmocka_unit_test(test_the_deadline_aborts),
         cmocka_unit_test(test_a_begin_that_fails_leaves_nothing),

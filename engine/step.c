@@ -394,9 +394,22 @@ run_attend(engine_t *engine, engine_step_t *step, uint32_t layer, const attn_kv_
         return attn_fail_in(status, "step %016llx, layer %u on %s: ", (unsigned long long)step->id,
                             layer, engine->name);
     }
+    return ATTN_OK;
+}
+
+/* An answer that was `ns` in the making. */
+static void
+count_run(engine_t *engine, const engine_step_t *step, uint64_t ns)
+{
+    uint32_t i = 0;
+
+    while (i + 1 < ENGINE_TIMES && ns > ENGINE_TIME_LEAST_NS << i) {
+        i++;
+    }
     atomic_fetch_add(&engine->runs, 1);
     atomic_fetch_add(&engine->kv_bytes, step->kv_bytes);
-    return ATTN_OK;
+    atomic_fetch_add(&engine->run_ns, ns);
+    atomic_fetch_add(&engine->run_times[i], 1);
 }
 
 static attn_status_t
@@ -404,6 +417,7 @@ run_locked(engine_t *engine, engine_step_t *step, uint32_t layer, const void *q,
            const void *v, void *answer)
 {
     attn_status_t status = ATTN_OK;
+    uint64_t start       = attn_now_ns();
     attn_kv_t kv;
 
     if (layer >= step->cache->geometry.layers) {
@@ -425,7 +439,11 @@ run_locked(engine_t *engine, engine_step_t *step, uint32_t layer, const void *q,
     if (status != ATTN_OK || q == NULL || step->sizes.q == 0) {
         return status;
     }
-    return run_attend(engine, step, layer, &kv, q, answer);
+    status = run_attend(engine, step, layer, &kv, q, answer);
+    if (status == ATTN_OK) {
+        count_run(engine, step, attn_now_ns() - start);
+    }
+    return status;
 }
 
 attn_status_t

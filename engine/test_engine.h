@@ -179,7 +179,8 @@ figures_of(world_t *w, const sequence_t *a, const sequence_t *b)
 
     memset(&f, 0, sizeof(f)); /* padding, too: figures are compared as bytes */
     engine_describe(w->engine, &f.info);
-    f.info.runs = f.info.kv_bytes = 0; /* these only grow */
+    f.info.runs = f.info.kv_bytes = 0; /* these and the times only grow */
+    memset(&f.info.times, 0, sizeof(f.info.times));
     for (int i = 0; i < 2 && both[i] != NULL; i++) {
         OK(engine_chunks_describe(w->engine, w->cache, both[i]->chunk, CHUNKS_MAX, f.chunks[i],
                                   &both[i]->id, 1, &f.in_step[i]));

@@ -239,6 +239,7 @@ op_run(void *service, const steps_layer_t *l)
     if (status == ATTN_ERR_ABORTED) {
         return step_lost(thin, step);
     }
+    *l->compute_ns = attn_step_compute_ns(step->step);
     step_leave(thin, step);
     return status;
 }

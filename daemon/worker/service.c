@@ -57,8 +57,11 @@ step_run(void *service, const steps_layer_t *l)
     engine_sizes_t made_for = {
         .q = l->sizes->q, .k = l->sizes->k, .v = l->sizes->v, .answer = l->sizes->answer};
 
-    return engine_step_run(worker->engine, l->step_id, l->layer, l->q, l->k, l->v, l->answer,
-                           &made_for);
+    uint64_t start       = attn_now_ns();
+    attn_status_t status = engine_step_run(worker->engine, l->step_id, l->layer, l->q, l->k, l->v,
+                                           l->answer, &made_for);
+    *l->compute_ns       = attn_now_ns() - start;
+    return status;
 }
 
 static attn_status_t

@@ -8,6 +8,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 #include <cmocka.h>
 
@@ -291,10 +292,15 @@ run_layer(model_t *model, attn_step_t *step, uint32_t l, const model_entry_t *en
     attn_tensor_t q = {.data = t.q, .dtype = ATTN_F32}, k = {.data = t.k, .dtype = ATTN_F32},
                   v = {.data = t.v, .dtype = ATTN_F32}, o = {.data = t.o, .dtype = ATTN_F32};
 
+    struct timespec start, end;
+    clock_gettime(CLOCK_MONOTONIC, &start);
     attn_status_t status =
         attn_step_run(step, l, rows > 0 ? &q : NULL, new_rows > 0 ? &k : NULL,
                       new_rows > 0 ? &v : NULL, rows > 0 ? &o : NULL, rows > 0 ? t.lse : NULL);
+    clock_gettime(CLOCK_MONOTONIC, &end);
     if (status == ATTN_OK) {
+        int64_t took = (end.tv_sec - start.tv_sec) * 1000000000 + end.tv_nsec - start.tv_nsec;
+        assert_in_range(attn_step_compute_ns(step), 1, took);
         store(model, l, entries, n, &t);
         digest(model, t.o, rows * O_ROW * sizeof(float));
         digest(model, t.lse, rows * MODEL_Q_HEADS * sizeof(float));

@@ -51,7 +51,8 @@ class Document(unittest.TestCase):
     def test_worker_replies(self):
         self.assertEqual(self.hex["worker_begin_reply"],
                          pb.WorkerBeginReply(states=1).SerializeToString())
-        want = pb.StepReply(run=pb.RunReply(step_id=0x1234, layer=2, total=136), data=bytes(136))
+        want = pb.StepReply(run=pb.RunReply(step_id=0x1234, layer=2, total=136, compute_ns=120000),
+                            data=bytes(136))
         self.assertEqual(self.hex["worker_run_reply"] + bytes(136), want.SerializeToString())
 
     def test_busy(self):
