@@ -177,6 +177,7 @@ attend(forward_t *f, attn_step_t *step, uint32_t layer, uint32_t n, meter_t *met
     if (!meter_add(meter, now_ns() - start)) {
         return false;
     }
+    meter->computed_ns += attn_step_compute_ns(step);
     if (f->digesting) {
         f->digest = digest_add(f->digest, f->o, (size_t)n * c->heads * c->head_dim);
     }

@@ -39,6 +39,17 @@ meter_percentile(meter_t *meter, double p)
     return (double)meter->ns[rank < meter->n ? rank : meter->n - 1] / 1000;
 }
 
+double
+meter_mean(const meter_t *meter)
+{
+    double sum = 0;
+
+    for (size_t i = 0; i < meter->n; i++) {
+        sum += (double)meter->ns[i];
+    }
+    return meter->n == 0 ? 0 : sum / (double)meter->n / 1000;
+}
+
 uint64_t
 digest_add(uint64_t digest, const float *values, size_t n)
 {

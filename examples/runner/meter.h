@@ -15,12 +15,17 @@
 typedef struct meter {
     uint64_t *ns; /**< of each call */
     size_t n, room;
+    uint64_t computed_ns; /**< of all calls, in the slowest worker of each */
+    uint64_t edges_ns;    /**< of attn_step_begin() and attn_step_commit() */
 } meter_t;
 
 bool meter_add(meter_t *meter, uint64_t ns);
 
 /** The p-th percentile in microseconds, nearest rank; 0 without a call. Sorts the calls. */
 double meter_percentile(meter_t *meter, double p);
+
+/** Of one call, in microseconds; 0 without a call. */
+double meter_mean(const meter_t *meter);
 
 #define DIGEST_START UINT64_C(0xcbf29ce484222325)
 

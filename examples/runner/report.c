@@ -67,11 +67,14 @@ report_chunks(session_t *s)
 static void
 report_phase(const char *name, phase_t *phase)
 {
-    double seconds = (double)phase->ns / 1e9;
+    double seconds  = (double)phase->ns / 1e9;
+    meter_t *runs   = &phase->runs;
+    double computed = runs->n > 0 ? (double)runs->computed_ns / (double)runs->n / 1e3 : 0;
 
-    printf("  %-10s  %7" PRIu64 "  %8.2f  %9.1f  %9.0f  %9.0f\n", name, phase->tokens, seconds,
-           seconds > 0 ? (double)phase->tokens / seconds : 0, meter_percentile(&phase->runs, 50),
-           meter_percentile(&phase->runs, 99));
+    printf("  %-10s  %7" PRIu64 "  %8.2f  %9.1f  %9.0f  %9.0f  %9.0f  %9.0f  %9.1f\n", name,
+           phase->tokens, seconds, seconds > 0 ? (double)phase->tokens / seconds : 0,
+           meter_percentile(runs, 50), meter_percentile(runs, 99), meter_mean(runs), computed,
+           (double)runs->edges_ns / 1e6);
 }
 
 bool
@@ -81,10 +84,12 @@ report_table(session_t *s, const char *target, phase_t *prompt, phase_t *generat
     if (!report_chunks(s)) {
         return false;
     }
-    printf("\n  %-10s  %7s  %8s  %9s  %9s  %9s\n", "", "tokens", "seconds", "tokens/s", "run p50",
-           "run p99");
+    printf("\n  %-10s  %7s  %8s  %9s  %9s  %9s  %9s  %9s  %9s\n", "", "tokens", "seconds",
+           "tokens/s", "run p50", "run p99", "run mean", "computed", "edges ms");
     report_phase("prompt", prompt);
     report_phase("generation", generation);
-    printf("  (run: microseconds of one attn_step_run(), which is one layer of one pass)\n");
+    printf("  (run: microseconds of one attn_step_run(), which is one layer of one pass; computed: "
+           "of those,\n   by the slowest worker; edges: begin and commit of all passes, in "
+           "milliseconds)\n");
     return true;
 }

@@ -16,10 +16,11 @@ test_percentiles(void **state)
     meter_t meter = {0};
     (void)state;
 
-    assert_true(meter_percentile(&meter, 50) == 0);
+    assert_true(meter_percentile(&meter, 50) == 0 && meter_mean(&meter) == 0);
     for (uint64_t i = 0; i < 3000; i++) {
         assert_true(meter_add(&meter, (i * 7 % 3000 + 1) * 1000)); /* 1 to 3,000 us, mixed */
     }
+    assert_true(meter_mean(&meter) == 1500.5);
     assert_true(meter_percentile(&meter, 0) == 1);
     assert_true(meter_percentile(&meter, 50) == 1501);
     assert_true(meter_percentile(&meter, 99) == 2971);

@@ -75,21 +75,25 @@ session_pass(session_t *s, forward_t *f, const uint32_t *ids, uint32_t n, meter_
     attn_entry_t entry = {.seq = s->seq, .base = s->length, .n_q = n, .n_new = n};
     attn_batch_t batch = {.size = sizeof(batch), .n = 1, .entries = &entry, .q_dtype = ATTN_F32};
     attn_step_t *step;
+    uint64_t start = now_ns();
 
     if (attn_step_begin(s->cache, &batch, &step) != ATTN_OK) {
         return failure("tokens %" PRIu64 " to %" PRIu64 ": %s", s->length, s->length + n - 1,
                        attn_last_error());
     }
+    meter->edges_ns += now_ns() - start;
     if (!forward_tokens(f, step, ids, n, s->length, meter)) {
         attn_step_abort(step);
         return false;
     }
+    start = now_ns();
     if (attn_step_commit(step, NULL) != ATTN_OK) {
         failure("tokens %" PRIu64 " to %" PRIu64 ": %s", s->length, s->length + n - 1,
                 attn_last_error());
         attn_step_abort(step);
         return false;
     }
+    meter->edges_ns += now_ns() - start;
     s->length += n;
     return true;
 }
