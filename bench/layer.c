@@ -1,0 +1,295 @@
+/*
+ * layer.c: what a remote layer costs beyond its kernel, beside a bare gRPC echo.
+ *
+ *     bench_layer [--quick] [--json FILE]
+ *
+ * One worker process and one echo server; libattn and the echo's client take turns in this
+ * process, so that both meet the same machine. Of every run the time that the worker computed
+ * (RunReply.compute_ns) is taken off; what is left is held against a round trip of the same
+ * number of bytes, of the same call type, with the same waiting.
+ *
+ * Then the fan-out: a sequence spread over four workers of one thread each, against the same in
+ * one process with all cores, and against an echo to four processes at once.
+ */
+#include "bench/direct.h"
+#include "bench/echo.h"
+#include "bench/processes.h"
+#include "bench/result.h"
+
+#include "base/clock.h"
+
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#define LAYERS 64u       /* runs of a step */
+#define SKIP 4u          /* of a turn: until both sides are awake again */
+#define REQUEST_HEAD 24u /* bytes of a StepRequest beside its tensors */
+#define REPLY_HEAD 26u   /* and of a StepReply */
+#define LAYER_TARGET 1.5
+
+typedef struct shape {
+    const char *name;
+    uint32_t q_heads, kv_heads, dim;
+    attn_dtype_t dtype;
+    uint32_t rows; /* queries and new tokens of a run */
+} shape_t;
+
+static const shape_t shapes[] = {
+    {"128 B", 1, 1, 32, ATTN_F32, 1},
+    {"4 KiB", 9, 3, 64, ATTN_F32, 1},
+    {"16 KiB", 32, 8, 128, ATTN_BF16, 1},
+    {"256 KiB", 32, 8, 128, ATTN_BF16, 16},
+};
+#define SHAPES (sizeof(shapes) / sizeof(shapes[0]))
+
+static struct {
+    result_options_t result;
+    uint32_t rounds; /* turns of each side */
+} bench;
+
+/* ---- ours ---- */
+
+typedef struct ours {
+    shape_t shape;
+    attn_client_t *client;
+    attn_cache_t *cache;
+    attn_seq_t seq;
+    uint64_t length;
+    void *q, *k, *v, *o;
+    uint64_t q_bytes, kv_bytes; /* o has q_bytes, k and v have kv_bytes each */
+} ours_t;
+
+static void
+fill(void *to, attn_dtype_t dtype, uint64_t n)
+{
+    for (uint64_t i = 0; i < n; i++) {
+        if (dtype == ATTN_F32) {
+            ((float *)to)[i] = (float)(i % 17) / 16.0f;
+        } else {
+            ((uint16_t *)to)[i] = (uint16_t)(0x3f00 + i % 17); /* bf16, 0.5 to 0.56 */
+        }
+    }
+}
+
+static void
+ours_open(ours_t *ours, const char *target, const shape_t *shape, uint32_t spin_us, uint32_t chunk,
+          attn_placement_t placement)
+{
+    attn_client_options_t options;
+    attn_geometry_t geometry;
+    uint64_t element = attn_dtype_size(shape->dtype);
+
+    *ours          = (ours_t){.shape = *shape};
+    ours->q_bytes  = element * shape->rows * shape->q_heads * shape->dim;
+    ours->kv_bytes = element * shape->rows * shape->kv_heads * shape->dim;
+    ours->q        = malloc(ours->q_bytes);
+    ours->k        = malloc(ours->kv_bytes);
+    ours->v        = malloc(ours->kv_bytes);
+    ours->o        = malloc(ours->q_bytes);
+    fill(ours->q, shape->dtype, ours->q_bytes / element);
+    fill(ours->k, shape->dtype, ours->kv_bytes / element);
+    fill(ours->v, shape->dtype, ours->kv_bytes / element);
+
+    attn_client_options_init(&options);
+    options.spin_us = spin_us;
+    options.name    = "bench_layer";
+    attn_geometry_init(&geometry);
+    geometry.layers     = LAYERS;
+    geometry.q_heads    = shape->q_heads;
+    geometry.kv_heads   = shape->kv_heads;
+    geometry.head_dim_k = geometry.head_dim_v = shape->dim;
+    geometry.kv_dtype                         = shape->dtype;
+    geometry.chunk_size                       = chunk;
+    geometry.placement                        = placement;
+    result_must(attn_client_open(target, &options, &ours->client));
+    result_must(attn_cache_open(ours->client, "bench", &geometry, &ours->cache));
+    result_must(attn_seq_create(ours->cache, NULL, &ours->seq));
+}
+
+static void
+ours_close(ours_t *ours)
+{
+    attn_cache_close(ours->cache);
+    attn_client_close(ours->client);
+    free(ours->q);
+    free(ours->k);
+    free(ours->v);
+    free(ours->o);
+}
+
+static attn_step_t *
+ours_begin(ours_t *ours)
+{
+    uint32_t rows      = ours->shape.rows;
+    attn_entry_t entry = {.seq = ours->seq, .base = ours->length, .n_q = rows, .n_new = rows};
+    attn_batch_t batch = {
+        .size = sizeof(batch), .n = 1, .entries = &entry, .q_dtype = ours->shape.dtype};
+    attn_step_t *step;
+
+    result_must(attn_step_begin(ours->cache, &batch, &step));
+    return step;
+}
+
+/* One layer; with `direct` as a unary call. @return nanoseconds of it that were computing */
+static uint64_t
+ours_run(ours_t *ours, attn_step_t *step, uint32_t layer, direct_t *direct)
+{
+    attn_dtype_t dtype = ours->shape.dtype;
+
+    if (direct != NULL) {
+        struct iovec tensors[3] = {
+            {ours->q, ours->q_bytes}, {ours->k, ours->kv_bytes}, {ours->v, ours->kv_bytes}};
+        return direct_run(direct, step, layer, tensors, ours->o, ours->q_bytes);
+    }
+    attn_tensor_t q = {.data = ours->q, .dtype = dtype}, k = {.data = ours->k, .dtype = dtype},
+                  v = {.data = ours->v, .dtype = dtype}, o = {.data = ours->o, .dtype = dtype};
+    result_must(attn_step_run(step, layer, &q, &k, &v, &o, NULL));
+    return attn_step_compute_ns(step);
+}
+
+/* ---- samples ---- */
+
+typedef struct samples {
+    double *us;
+    uint64_t n;
+} samples_t;
+
+static void
+samples_add(samples_t *samples, double ns)
+{
+    if (samples->us == NULL) {
+        samples->us = malloc((uint64_t)bench.rounds * LAYERS * sizeof(*samples->us));
+    }
+    samples->us[samples->n++] = ns / 1e3;
+}
+
+static double
+p50(samples_t *samples)
+{
+    return result_quantile(samples->us, samples->n, 0.5);
+}
+
+static double
+p99(samples_t *samples)
+{
+    return result_quantile(samples->us, samples->n, 0.99);
+}
+
+/* One step of ours: its runs, less what was computed, and what was. */
+static void
+ours_turn(ours_t *ours, direct_t *direct, samples_t *net, samples_t *computed)
+{
+    attn_step_t *step = ours_begin(ours);
+
+    for (uint32_t l = 0; l < LAYERS; l++) {
+        uint64_t start   = attn_now_ns();
+        uint64_t compute = ours_run(ours, step, l, direct);
+        uint64_t took    = attn_now_ns() - start;
+        if (l >= SKIP) {
+            samples_add(net, (double)took - (double)compute);
+            samples_add(computed, (double)compute);
+        }
+    }
+    if (direct != NULL) {
+        attn_step_abort(step); /* libattn does not know of its layers */
+    } else {
+        result_must(attn_step_commit(step, NULL));
+        ours->length += ours->shape.rows;
+    }
+}
+
+static void
+echo_turn(echo_t *echo, uint32_t request, uint32_t reply, samples_t *samples)
+{
+    for (uint32_t i = 0; i < LAYERS; i++) {
+        uint64_t start = attn_now_ns();
+        echo_round(echo, request, reply);
+        if (i >= SKIP) {
+            samples_add(samples, (double)(attn_now_ns() - start));
+        }
+    }
+}
+
+/* ---- one worker ---- */
+
+static void
+report_layer(const char *type, uint32_t spin_us, const shape_t *shape, samples_t *net,
+             samples_t *computed, samples_t *echo)
+{
+    const char *waiting = spin_us > 0 ? "spins" : "sleeps";
+    double ours = p50(net), bare = p50(echo), ratio = ours / bare;
+
+    printf("%-6s %-6s %8s | %7.1f %7.1f | %7.1f %7.1f | %7.1f | %5.2f  %s\n", type, waiting,
+           shape->name, bare, p99(echo), ours, p99(net), p50(computed), ratio,
+           ratio <= LAYER_TARGET ? "met" : "MISSED");
+    fflush(stdout);
+    result_json(&bench.result, "layer",
+                "\"case\":\"%s %s %s\",\"value\":%.2f,\"unit\":\"us\",\"bound\":%.2f,"
+                "\"ratio\":%.3f,\"target\":%.2f,\"p99\":%.2f,\"bound_p99\":%.2f,\"kernel\":%.2f",
+                type, waiting, shape->name, ours, bare, ratio, LAYER_TARGET, p99(net), p99(echo),
+                p50(computed));
+    free(net->us);
+    free(computed->us);
+    free(echo->us);
+}
+
+static void
+measure_layer(const cluster_t *cluster, const echoes_t *echoes, const shape_t *shape,
+              bool streaming, uint32_t spin_us)
+{
+    samples_t net = {0}, computed = {0}, bare = {0};
+    ours_t ours;
+
+    ours_open(&ours, cluster->coordinator.line, shape, spin_us, 512, ATTN_PLACE_WHOLE);
+    echo_t *echo     = echo_open(echoes->ports, 1, streaming, spin_us);
+    direct_t *direct = streaming ? NULL : direct_open(cluster->workers[0].line, spin_us);
+    uint32_t request = (uint32_t)(ours.q_bytes + 2 * ours.kv_bytes) + REQUEST_HEAD;
+    uint32_t reply   = (uint32_t)ours.q_bytes + REPLY_HEAD;
+    for (uint32_t i = 0; i <= bench.rounds; i++) {
+        ours_turn(&ours, direct, &net, &computed);
+        echo_turn(echo, request, reply, &bare);
+        if (i == 0) {
+            net.n = computed.n = bare.n = 0; /* the first turn warms both up */
+        }
+    }
+    report_layer(streaming ? "stream" : "unary", spin_us, shape, &net, &computed, &bare);
+    if (direct != NULL) {
+        direct_close(direct);
+    }
+    echo_close(echo);
+    ours_close(&ours);
+}
+
+static void
+measure_layers(uint32_t spin_us)
+{
+    cluster_t cluster;
+    echoes_t echoes;
+
+    cluster_start(&cluster, 1, 1, spin_us);
+    echoes_start(&echoes, 1, spin_us);
+    for (int streaming = 1; streaming >= 0; streaming--) {
+        for (size_t s = 0; s < SHAPES; s++) {
+            measure_layer(&cluster, &echoes, &shapes[s], streaming == 1, spin_us);
+        }
+    }
+    echoes_stop(&echoes);
+    cluster_stop(&cluster);
+}
+
+int
+main(int argc, char **argv)
+{
+    if (result_options(&bench.result, argc, argv) > 1) {
+        fprintf(stderr, "bench_layer [--quick] [--json FILE]\n");
+        return 2;
+    }
+    bench.rounds = bench.result.quick ? 10 : 40;
+    printf("one layer of one worker, microseconds; net: without what the worker computed\n"
+           "%-6s %-6s %8s | %7s %7s | %7s %7s | %7s | %s\n",
+           "call", "waits", "bytes", "echo50", "echo99", "net50", "net99", "kernel", "ratio");
+    measure_layers(50);
+    measure_layers(0);
+    return 0;
+}

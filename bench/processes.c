@@ -1,0 +1,121 @@
+/* processes.c: see processes.h. A process says that it is ready by a line on a pipe, whose number
+ * it finds in ATTND_READY_FD, as attnd's children do. */
+#include "bench/processes.h"
+
+#include <fcntl.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/prctl.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+static void
+give_up(const char *program, const char *what)
+{
+    fprintf(stderr, "%s %s\n", program, what);
+    exit(1);
+}
+
+static void
+process_start(process_t *process, const char *const *argv)
+{
+    int ends[2];
+    char text[16];
+    size_t size = 0;
+
+    if (pipe(ends) != 0 || (process->pid = fork()) < 0) {
+        give_up(argv[0], "cannot be started");
+    }
+    if (process->pid == 0) {
+        prctl(PR_SET_PDEATHSIG, SIGTERM);
+        close(ends[0]);
+        snprintf(text, sizeof(text), "%d", ends[1]);
+        setenv("ATTND_READY_FD", text, 1);
+        execv(argv[0], (char *const *)argv);
+        _exit(127);
+    }
+    close(ends[1]);
+    memset(process->line, 0, sizeof(process->line));
+    while (strchr(process->line, '\n') == NULL) {
+        ssize_t n = read(ends[0], process->line + size, sizeof(process->line) - 1 - size);
+        if (n <= 0) {
+            give_up(argv[0], "did not come up");
+        }
+        size += (size_t)n;
+    }
+    *strchr(process->line, '\n') = '\0';
+    close(ends[0]);
+}
+
+static void
+process_stop(process_t *process, int signo)
+{
+    kill(process->pid, signo);
+    waitpid(process->pid, NULL, 0);
+}
+
+void
+cluster_start(cluster_t *cluster, uint32_t n, uint32_t threads, uint32_t spin_us)
+{
+    const char *const coordinator[] = {ATTND_PATH,    "coordinator", "--listen", "127.0.0.1:0",
+                                       "--log-level", "warn",        NULL};
+    char threads_text[16], spin_text[16];
+
+    snprintf(threads_text, sizeof(threads_text), "%u", threads);
+    snprintf(spin_text, sizeof(spin_text), "%uus", spin_us);
+    process_start(&cluster->coordinator, coordinator);
+    for (cluster->n = 0; cluster->n < n; cluster->n++) {
+        char name[32];
+        const char *const worker[] = {ATTND_PATH,
+                                      "worker",
+                                      "--listen",
+                                      "127.0.0.1:0",
+                                      "--coordinator",
+                                      cluster->coordinator.line,
+                                      "--slab",
+                                      "2GiB",
+                                      "--threads",
+                                      threads_text,
+                                      "--spin-us",
+                                      spin_text,
+                                      "--name",
+                                      name,
+                                      "--log-level",
+                                      "warn",
+                                      NULL};
+        snprintf(name, sizeof(name), "worker-%u", cluster->n + 1);
+        process_start(&cluster->workers[cluster->n], worker);
+    }
+}
+
+void
+cluster_stop(cluster_t *cluster)
+{
+    for (uint32_t i = 0; i < cluster->n; i++) {
+        process_stop(&cluster->workers[i], SIGKILL); /* nothing of theirs is to be kept */
+    }
+    process_stop(&cluster->coordinator, SIGKILL);
+}
+
+void
+echoes_start(echoes_t *echoes, uint32_t n, uint32_t spin_us)
+{
+    char spin_text[16];
+    const char *const argv[] = {BENCH_ECHO_PATH, "serve", spin_text, NULL};
+
+    snprintf(spin_text, sizeof(spin_text), "%u", spin_us);
+    for (echoes->n = 0; echoes->n < n; echoes->n++) {
+        process_start(&echoes->servers[echoes->n], argv);
+        echoes->ports[echoes->n] = (uint16_t)atoi(echoes->servers[echoes->n].line);
+    }
+}
+
+void
+echoes_stop(echoes_t *echoes)
+{
+    for (uint32_t i = 0; i < echoes->n; i++) {
+        process_stop(&echoes->servers[i], SIGKILL);
+    }
+}

@@ -1,0 +1,38 @@
+/*
+ * processes.h: the processes that a benchmark measures: a cluster of attnd, and bare echo
+ * servers beside it. They end with the benchmark, however it ends.
+ */
+#ifndef ATTN_BENCH_PROCESSES_H
+#define ATTN_BENCH_PROCESSES_H
+
+#include <stdint.h>
+#include <sys/types.h>
+
+#define PROCESSES_WORKERS_MAX 16u
+
+typedef struct process {
+    pid_t pid;
+    char line[128]; /**< what it said when it was ready: its address, or its port */
+} process_t;
+
+typedef struct cluster {
+    process_t coordinator, workers[PROCESSES_WORKERS_MAX];
+    uint32_t n;
+} cluster_t;
+
+/** A coordinator and n workers of `threads` threads each, which poll for spin_us before they sleep.
+ * All have joined when it returns. Ends the program if one does not come up. */
+void cluster_start(cluster_t *cluster, uint32_t n, uint32_t threads, uint32_t spin_us);
+void cluster_stop(cluster_t *cluster);
+
+typedef struct echoes {
+    process_t servers[PROCESSES_WORKERS_MAX];
+    uint16_t ports[PROCESSES_WORKERS_MAX];
+    uint32_t n;
+} echoes_t;
+
+/** n bare echo servers (echo.h). */
+void echoes_start(echoes_t *echoes, uint32_t n, uint32_t spin_us);
+void echoes_stop(echoes_t *echoes);
+
+#endif
