@@ -233,7 +233,7 @@ typedef struct attn_batch {
  *
  * @return ATTN_ERR_INVALID    names the entry and the field
  * @return ATTN_ERR_EXHAUSTED  a worker has too few free pages; nothing was changed
- * @return ATTN_ERR_TOO_LARGE  too many rows, or, over gRPC, more than 60 MiB of q, k
+ * @return ATTN_ERR_TOO_LARGE  too many rows, or, over gRPC, more than 1 GiB of q, k
  *                             and v a layer for one worker: cut it into several steps
  * @return ATTN_ERR_BUSY       a sequence has an open step
  * @return ATTN_ERR_NOT_FOUND  a sequence was freed

@@ -11,8 +11,8 @@
 
 #include <stdlib.h>
 
-/* A run is queued whole, and rpc.h breaks a stream on which more than 64 MiB wait. */
-#define RUN_BYTES_MAX (UINT64_C(60) << 20)
+/* A worker has all of a run in memory before it computes, and runs of all peers in 4 GiB. */
+#define RUN_BYTES_MAX (UINT64_C(1) << 30)
 
 typedef struct grpc_link {
     link_t link;

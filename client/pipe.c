@@ -5,6 +5,9 @@
  * way out: C core reads what it was given until the socket took it, and a peer that stopped
  * reading would keep the caller's memory on loan for seconds after the deadline, for neither
  * cancelling nor dropping the channel takes bytes back that a write has begun with.
+ *
+ * A run of any size is sent with a few parts waiting for the socket at once: whenever it took one,
+ * the thread that makes progress copies and queues the next. Done waits for a thread that copies.
  */
 #include "client/pipe.h"
 
@@ -16,7 +19,16 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define PART_PIECES 64u /* pieces of one message */
+#define PART_PIECES 64u  /* pieces of one message */
+#define PARTS_WAITING 4u /* parts of a run that wait for the socket at once */
+
+/* Walks over the pieces of q, k and v as one string of bytes. */
+typedef struct walk {
+    const struct iovec *lists[3];
+    uint32_t counts[3];
+    uint32_t list, piece;
+    uint64_t offset; /* in the piece */
+} walk_t;
 
 struct pipe {
     pipes_t *pipes;
@@ -28,6 +40,7 @@ struct pipe {
     bool cancelled;
     bool astray;      /* an answer came that nobody asked for: not for another step */
     uint32_t sending; /* threads inside rpc_stream_send() */
+    uint32_t waiting; /* messages that the socket has not taken */
 
     pipe_op_t op;
     link_done_fn done;
@@ -38,6 +51,11 @@ struct pipe {
     link_run_t run;    /* PIPE_RUN */
     uint64_t received; /* bytes of the answer so far ... */
     uint64_t expected; /* ... of these */
+    uint64_t step_id;
+    walk_t walk;            /* over the tensors: what is sent next ... */
+    uint64_t offset, total; /* ... of all their bytes */
+    bool more;              /* parts are to be sent still */
+    bool copying;           /* a thread is at it: the caller's memory is in use */
 
     pipe_t *next; /* in the idle list */
 };
@@ -58,12 +76,13 @@ pipe_unref(pipe_t *pipe)
 static bool
 take_done(pipe_t *pipe, link_done_fn *done, void **arg)
 {
-    if (pipe->op == PIPE_NONE || !pipe->replied) {
+    if (pipe->op == PIPE_NONE || !pipe->replied || pipe->copying) {
         return false;
     }
-    pipe->op = PIPE_NONE;
-    *done    = pipe->done;
-    *arg     = pipe->arg;
+    pipe->more = false;
+    pipe->op   = PIPE_NONE;
+    *done      = pipe->done;
+    *arg       = pipe->arg;
     return true;
 }
 
@@ -219,6 +238,126 @@ pipe_close(pipe_t *pipe)
     }
 }
 
+static void
+send_request(pipe_t *pipe, const Attn__V1__StepRequest *request, const struct iovec *data,
+             uint32_t n_data)
+{
+    rpc_outgoing_t message = {.head = &request->base, .data = data, .n_data = n_data};
+
+    pthread_mutex_lock(&pipe->lock);
+    if (pipe->closed) {
+        set_reply(pipe, pipe->cancelled ? ATTN_ERR_DEADLINE : ATTN_ERR_UNAVAILABLE,
+                  "the stream to the worker was given up");
+        pthread_mutex_unlock(&pipe->lock);
+        return;
+    }
+    pipe->sending++;
+    pipe->waiting++;
+    pthread_mutex_unlock(&pipe->lock);
+
+    rpc_stream_send(pipe->stream, &message);
+
+    pthread_mutex_lock(&pipe->lock);
+    bool close = --pipe->sending == 0 && pipe->closed;
+    pthread_mutex_unlock(&pipe->lock);
+    if (close) {
+        rpc_stream_close(pipe->stream);
+    }
+}
+
+/* The next pieces, of at most RPC_DATA_PART_MAX bytes and PART_PIECES pieces together. */
+static uint32_t
+walk_part(walk_t *walk, struct iovec *part, uint64_t *bytes_p)
+{
+    uint64_t bytes = 0;
+    uint32_t n     = 0;
+
+    while (walk->list < 3 && n < PART_PIECES && bytes < RPC_DATA_PART_MAX) {
+        if (walk->piece >= walk->counts[walk->list]) {
+            walk->list++;
+            walk->piece = 0;
+            continue;
+        }
+        const struct iovec *piece = &walk->lists[walk->list][walk->piece];
+        uint64_t take = attn_min(piece->iov_len - walk->offset, RPC_DATA_PART_MAX - bytes);
+        if (take > 0) {
+            part[n++] = (struct iovec){.iov_base = (uint8_t *)piece->iov_base + walk->offset,
+                                       .iov_len  = take};
+        }
+        bytes += take;
+        walk->offset += take;
+        if (walk->offset == piece->iov_len) {
+            walk->piece++;
+            walk->offset = 0;
+        }
+    }
+    *bytes_p = bytes;
+    return n;
+}
+
+static uint64_t
+pieces_bytes(const struct iovec *pieces, uint32_t n)
+{
+    uint64_t bytes = 0;
+
+    for (uint32_t i = 0; i < n; i++) {
+        bytes += pieces[i].iov_len;
+    }
+    return bytes;
+}
+
+static void
+send_part(pipe_t *pipe, const struct iovec *part, uint32_t n, uint64_t offset)
+{
+    Attn__V1__StepRequest request = ATTN__V1__STEP_REQUEST__INIT;
+    Attn__V1__RunRequest head     = ATTN__V1__RUN_REQUEST__INIT;
+
+    head.step_id    = pipe->step_id;
+    head.layer      = pipe->run.layer;
+    head.offset     = offset;
+    head.total      = pipe->total;
+    head.no_kv      = pipe->run.n_k == 0;
+    head.no_q       = pipe->run.n_q == 0;
+    request.op_case = ATTN__V1__STEP_REQUEST__OP_RUN;
+    request.run     = &head;
+    send_request(pipe, &request, part, n);
+}
+
+/* Hand over parts of the run while few of them wait, if no other thread is at it. Under the lock,
+ * which is given up meanwhile. */
+static void
+send_parts(pipe_t *pipe)
+{
+    struct iovec part[PART_PIECES];
+    uint64_t bytes;
+
+    while (pipe->more && !pipe->copying && !pipe->replied && pipe->waiting < PARTS_WAITING) {
+        uint64_t offset = pipe->offset;
+        uint32_t n      = walk_part(&pipe->walk, part, &bytes);
+        pipe->offset += bytes;
+        pipe->more    = pipe->offset < pipe->total;
+        pipe->copying = true;
+        pthread_mutex_unlock(&pipe->lock);
+        send_part(pipe, part, n, offset);
+        pthread_mutex_lock(&pipe->lock);
+        pipe->copying = false;
+    }
+}
+
+/* The socket took a message. */
+static void
+on_taken(void *arg)
+{
+    pipe_t *pipe = arg;
+
+    pthread_mutex_lock(&pipe->lock);
+    pipe->waiting--;
+    pipe->references++; /* done may give the pipe up */
+    send_parts(pipe);
+    unlock_and_complete(pipe);
+    pipe_unref(pipe);
+}
+
 static attn_status_t
 pipe_open(pipes_t *pipes, pipe_t **pipe_p)
 {
@@ -237,6 +376,7 @@ pipe_open(pipes_t *pipes, pipe_t **pipe_p)
         free(pipe);
         return status;
     }
+    rpc_stream_on_taken(pipe->stream, on_taken);
     *pipe_p = pipe;
     return ATTN_OK;
 }
@@ -312,32 +452,6 @@ pipe_started(pipe_t *pipe)
     pipe_unref(pipe);
 }
 
-static void
-send_request(pipe_t *pipe, const Attn__V1__StepRequest *request, const struct iovec *data,
-             uint32_t n_data)
-{
-    rpc_outgoing_t message = {.head = &request->base, .data = data, .n_data = n_data};
-
-    pthread_mutex_lock(&pipe->lock);
-    if (pipe->closed) {
-        set_reply(pipe, pipe->cancelled ? ATTN_ERR_DEADLINE : ATTN_ERR_UNAVAILABLE,
-                  "the stream to the worker was given up");
-        pthread_mutex_unlock(&pipe->lock);
-        return;
-    }
-    pipe->sending++;
-    pthread_mutex_unlock(&pipe->lock);
-
-    rpc_stream_send(pipe->stream, &message);
-
-    pthread_mutex_lock(&pipe->lock);
-    bool close = --pipe->sending == 0 && pipe->closed;
-    pthread_mutex_unlock(&pipe->lock);
-    if (close) {
-        rpc_stream_close(pipe->stream);
-    }
-}
-
 void
 pipe_call(pipe_t *pipe, pipe_op_t op, const Attn__V1__StepRequest *request, link_done_fn done,
           void *arg)
@@ -347,80 +461,6 @@ pipe_call(pipe_t *pipe, pipe_op_t op, const Attn__V1__StepRequest *request, link
     pipe_started(pipe);
 }
 
-/* Walks over the pieces of q, k and v as one string of bytes. */
-typedef struct walk {
-    const struct iovec *lists[3];
-    uint32_t counts[3];
-    uint32_t list, piece;
-    uint64_t offset; /* in the piece */
-} walk_t;
-
-/* The next pieces, of at most RPC_DATA_PART_MAX bytes and PART_PIECES pieces together. */
-static uint32_t
-walk_part(walk_t *walk, struct iovec *part, uint64_t *bytes_p)
-{
-    uint64_t bytes = 0;
-    uint32_t n     = 0;
-
-    while (walk->list < 3 && n < PART_PIECES && bytes < RPC_DATA_PART_MAX) {
-        if (walk->piece >= walk->counts[walk->list]) {
-            walk->list++;
-            walk->piece = 0;
-            continue;
-        }
-        const struct iovec *piece = &walk->lists[walk->list][walk->piece];
-        uint64_t take = attn_min(piece->iov_len - walk->offset, RPC_DATA_PART_MAX - bytes);
-        if (take > 0) {
-            part[n++] = (struct iovec){.iov_base = (uint8_t *)piece->iov_base + walk->offset,
-                                       .iov_len  = take};
-        }
-        bytes += take;
-        walk->offset += take;
-        if (walk->offset == piece->iov_len) {
-            walk->piece++;
-            walk->offset = 0;
-        }
-    }
-    *bytes_p = bytes;
-    return n;
-}
-
-static uint64_t
-pieces_bytes(const struct iovec *pieces, uint32_t n)
-{
-    uint64_t bytes = 0;
-
-    for (uint32_t i = 0; i < n; i++) {
-        bytes += pieces[i].iov_len;
-    }
-    return bytes;
-}
-
-/* Send the tensors in parts. */
-static void
-send_parts(pipe_t *pipe, uint64_t step_id, const link_run_t *run, uint64_t total)
-{
-    walk_t walk = {.lists = {run->q, run->k, run->v}, .counts = {run->n_q, run->n_k, run->n_v}};
-    struct iovec part[PART_PIECES];
-    uint64_t offset = 0, bytes;
-
-    do {
-        uint32_t n                    = walk_part(&walk, part, &bytes);
-        Attn__V1__StepRequest request = ATTN__V1__STEP_REQUEST__INIT;
-        Attn__V1__RunRequest head     = ATTN__V1__RUN_REQUEST__INIT;
-        head.step_id                  = step_id;
-        head.layer                    = run->layer;
-        head.offset                   = offset;
-        head.total                    = total;
-        head.no_kv                    = run->n_k == 0;
-        head.no_q                     = run->n_q == 0;
-        request.op_case               = ATTN__V1__STEP_REQUEST__OP_RUN;
-        request.run                   = &head;
-        send_request(pipe, &request, part, n);
-        offset += bytes;
-    } while (offset < total);
-}
-
 void
 pipe_run(pipe_t *pipe, uint64_t step_id, const link_run_t *run, link_done_fn done, void *arg)
 {
@@ -428,12 +468,20 @@ pipe_run(pipe_t *pipe, uint64_t step_id, const link_run_t *run, link_done_fn don
                      pieces_bytes(run->v, run->n_v);
 
     pthread_mutex_lock(&pipe->lock);
-    pipe->run      = *run; /* before the operation starts: from then on an answer may come */
+    pipe->run     = *run; /* before the operation starts: from then on an answer may come */
+    pipe->step_id = step_id;
+    pipe->walk =
+        (walk_t){.lists = {run->q, run->k, run->v}, .counts = {run->n_q, run->n_k, run->n_v}};
+    pipe->offset   = 0;
+    pipe->total    = total;
     pipe->received = 0;
     pipe->expected = run->n_q > 0 ? pieces_bytes(run->answer, run->n_answer) : 0;
     pthread_mutex_unlock(&pipe->lock);
     pipe_start(pipe, PIPE_RUN, done, arg);
-    send_parts(pipe, step_id, run, total);
+    pthread_mutex_lock(&pipe->lock);
+    pipe->more = true;
+    send_parts(pipe);
+    pthread_mutex_unlock(&pipe->lock);
     pipe_started(pipe);
 }
 

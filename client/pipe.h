@@ -42,8 +42,7 @@ void pipe_give(pipe_t *pipe, bool clean);
 void pipe_call(pipe_t *pipe, pipe_op_t op, const Attn__V1__StepRequest *request, link_done_fn done,
                void *arg);
 
-/** A run: its tensors out in parts, its answer into run->answer. Tensors are copied before it
- * returns. */
+/** A run: its tensors out in parts, its answer into run->answer. Tensors are read until done. */
 void pipe_run(pipe_t *pipe, uint64_t step_id, const link_run_t *run, link_done_fn done, void *arg);
 
 /** As link_ops_t.cancel. */

@@ -212,6 +212,14 @@ attn_status_t rpc_stream_open(rpc_channel_t *channel, const char *path, uint64_t
  * that does not read; the stream then breaks, with ATTN_ERR_TOO_LARGE or _EXHAUSTED. */
 void rpc_stream_send(rpc_stream_t *stream, const rpc_outgoing_t *message);
 
+/**
+ * Have `taken` called, with the stream's arg, each time the wire has taken one of its messages, in
+ * order: so a sender of much keeps only a few of them waiting. As `received` it comes on a progress
+ * thread, with no lock held, and never after the end was told; a message dropped with a broken
+ * stream is not told. Said once, before the first message is sent.
+ */
+void rpc_stream_on_taken(rpc_stream_t *stream, void (*taken)(void *arg));
+
 /** Half-close: no message follows those already queued. The server then ends the stream. */
 void rpc_stream_finish(rpc_stream_t *stream);
 

@@ -23,6 +23,7 @@ struct rpc_stream {
     rpc_client_t *client; /* outlives the channel here: sends may come after the end */
     rpc_pending_t pending;
     rpc_reply_fn received;
+    void (*taken)(void *arg); /* NULL: nobody counts */
     void *arg;
     grpc_metadata_array initial;
     rpc_end_t end;
@@ -133,8 +134,18 @@ on_sent(rpc_op_t *op, bool ok)
     stream->sending      = false;
     stream->ops--;
     stream->broken = stream->broken || !ok; /* the status tells why */
+    bool tell      = ok && packet != NULL && stream->taken != NULL && !stream->telling;
+    if (tell) {
+        stream->ops++; /* the memory's, while we are away */
+    }
     stream_pump(stream);
     rpc_packet_free(packet);
+    if (tell) {
+        stream->taken(stream->arg);
+        pthread_mutex_lock(&stream->lock);
+        stream->ops--;
+        stream_release(stream);
+    }
 }
 
 /* Cancel, with the lock held and given back. A stream off the wire has nothing to cancel. */
@@ -192,6 +203,14 @@ rpc_stream_send(rpc_stream_t *stream, const rpc_outgoing_t *message)
     }
     rpc_queue_push(&stream->queue, packet);
     stream_pump(stream);
+}
+
+void
+rpc_stream_on_taken(rpc_stream_t *stream, void (*taken)(void *arg))
+{
+    pthread_mutex_lock(&stream->lock);
+    stream->taken = taken;
+    stream_release(stream);
 }
 
 void

@@ -254,6 +254,48 @@ test_deaf_server_breaks_the_stream(void **state)
     assert_true(echo_wait_count(&f->echo.closed, 1));
 }
 
+/* Forty parts, one at a time: the next goes when one was taken. */
+typedef struct paced {
+    echo_log_t log; /* the stream's arg */
+    rpc_stream_t *stream;
+    atomic_int taken;
+    int sent;
+} paced_t;
+
+static void
+send_next(void *arg)
+{
+    paced_t *paced = arg;
+
+    atomic_fetch_add(&paced->taken, 1);
+    assert_int_equal(atomic_load(&paced->log.ends), 0);
+    if (paced->sent < 40) {
+        echo_send(paced->stream, "", (uint64_t)paced->sent++, block, 2 * MIB, NULL, NULL);
+    }
+}
+
+static void
+test_what_was_taken_is_told(void **state)
+{
+    fixture_t *f  = *state;
+    paced_t paced = {.log = {.client = f->client}, .sent = 1};
+
+    assert_int_equal(rpc_stream_open(f->channel, ECHO_STREAM, UINT64_MAX, echo_received, &paced.log,
+                                     &paced.stream),
+                     ATTN_OK);
+    rpc_stream_on_taken(paced.stream, send_next);
+    echo_send(paced.stream, "", 0, block, 2 * MIB, NULL, NULL);
+    assert_true(echo_wait_messages(&paced.log, 40));
+    assert_true(echo_wait_count(&paced.taken, 40));
+    rpc_stream_finish(paced.stream);
+    assert_true(echo_wait_end(&paced.log));
+    assert_int_equal(paced.log.status, ATTN_OK);
+    assert_false(atomic_load(&paced.log.out_of_order));
+    assert_int_equal(atomic_load(&paced.log.messages), 40);
+    assert_int_equal(atomic_load(&paced.taken), 40);
+    rpc_stream_close(paced.stream);
+}
+
 static void
 test_too_large_breaks_the_stream(void **state)
 {
@@ -661,6 +703,7 @@ main(void)
         TEST(test_server_ends_early),
         TEST(test_slow_reader_pushes_back),
         TEST(test_deaf_server_breaks_the_stream),
+        TEST(test_what_was_taken_is_told),
         TEST(test_too_large_breaks_the_stream),
         TEST(test_deadline_of_a_stream),
         TEST(test_unreachable_and_unknown),
