@@ -86,6 +86,36 @@ check_tls(const tls_options_t *tls, const char *option, const char *address)
                    "encrypted then, and whoever reaches a port can read and change everything.",    \
     }
 
+/* What a server allows its peers. */
+#define PEER_ROWS(type)                                                                             \
+    {                                                                                               \
+        .name = "stall-ms",                                                                         \
+        .kind = OPTION_MS,                                                                          \
+        OPTION_FIELD(type, stall_ms),                                                               \
+        .initial = "10000",                                                                         \
+        .least   = 50,                                                                              \
+        .most    = 600000,                                                                          \
+        .help    = "A peer that takes none of what it was answered for so long, or three times as " \
+                   "long to send the rest of a message, is cut off.",                               \
+    },                                                                                              \
+        {                                                                                           \
+            .name = "message-memory",                                                               \
+            .kind = OPTION_BYTES,                                                                   \
+            OPTION_FIELD(type, message_memory),                                                     \
+            .initial = "1GiB",                                                                      \
+            .least   = 32 << 20,                                                                    \
+            .most    = 64 * TIB,                                                                    \
+            .help =                                                                                 \
+                "Memory for connections and for messages that have come in part. Beyond it idle "   \
+                "connections are closed, and then calls broken with RESOURCE_EXHAUSTED.",           \
+        },                                                                                          \
+    {                                                                                               \
+        .name = "run-memory", .kind = OPTION_BYTES, OPTION_FIELD(type, run_memory),                 \
+        .initial = "4GiB", .least = 1 << 20, .most = 64 * TIB,                                      \
+        .help = "Memory for the tensors of runs, in and out. Beyond it runs are refused: retry "    \
+                "later.",                                                                           \
+    }
+
 /* ---- worker ---- */
 
 static attn_status_t
@@ -155,6 +185,13 @@ static const option_t worker_table[] = {
      .initial = "5000",
      .most    = 600000,
      .help    = "After SIGTERM, running calls get so long to end before they are cancelled."},
+    PEER_ROWS(worker_options_t),
+    {.name = "check-store",
+     .kind = OPTION_SWITCH,
+     OPTION_FIELD(worker_options_t, check_store),
+     .initial = "no",
+     .help = "For tests: count every page of the KV store again ten times a second and at the end, "
+             "and log an error if a number is wrong."},
     LOG_LEVEL_ROW(worker_options_t),
     TLS_ROWS(worker_options_t),
 };
@@ -227,10 +264,12 @@ static const option_t coordinator_table[] = {
     {.name = "handler-threads",
      .kind = OPTION_COUNT,
      OPTION_FIELD(coordinator_options_t, handler_threads),
-     .initial = "16",
+     .initial = "256",
      .least   = 1,
-     .most    = 1024,
-     .help    = "Calls that are worked on at once; further ones wait."},
+     .most    = 4096,
+     .help    = "Calls that are worked on at once; further ones wait. Threads are started as calls "
+                "need them, most of which wait for a worker."},
+    PEER_ROWS(coordinator_options_t),
     LOG_LEVEL_ROW(coordinator_options_t),
     TLS_ROWS(coordinator_options_t),
 };

@@ -24,6 +24,9 @@ typedef struct worker_options {
     uint64_t slab;                    /**< bytes */
     uint64_t spin_us;
     uint64_t drain_ms;
+    uint64_t stall_ms;
+    uint64_t message_memory, run_memory; /**< bytes */
+    bool check_store;
     uint32_t log_level; /**< attn_log_level_t */
     tls_options_t tls;
 } worker_options_t;
@@ -36,6 +39,8 @@ typedef struct coordinator_options {
     uint64_t heartbeat_ms;
     uint64_t break_even_tokens; /**< 0: from the cost model */
     uint64_t handler_threads;
+    uint64_t stall_ms;
+    uint64_t message_memory, run_memory; /**< bytes */
     uint32_t log_level;
     tls_options_t tls;
 } coordinator_options_t;

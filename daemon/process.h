@@ -11,11 +11,17 @@
 
 /**
  * Take SIGTERM, SIGINT and SIGHUP by a thread of their own, ignore SIGPIPE, and allow as many
- * descriptors as the system lets us have. Call before any other thread exists. The first of SIGTERM
- * and SIGINT is told by process_stopping(); the second one ends the process at once, as the signal
- * would have.
+ * descriptors as the system lets us have, of which the last few are kept from whoever connects.
+ * Call before any other thread exists. The first of SIGTERM and SIGINT is told by
+ * process_stopping(); the second one ends the process at once, as the signal would have.
  */
 attn_status_t process_start(void);
+
+/**
+ * Give memory back to the system when much of it is free: malloc keeps what a burst of messages
+ * left behind. Every few seconds: it takes up to some ms, if there is much.
+ */
+void process_trim(void);
 
 /** Wait up to ms for the first signal, or for a SIGHUP. @return true once we are to stop */
 bool process_stopping(uint32_t ms);

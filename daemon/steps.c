@@ -267,7 +267,7 @@ add_methods(steps_t *steps, rpc_server_t *server, const char *prefix)
 
 attn_status_t
 steps_create(rpc_server_t *server, const char *prefix, const steps_ops_t *ops, void *service,
-             jobs_t *jobs, steps_t **steps_p)
+             jobs_t *jobs, const steps_limits_t *limits, steps_t **steps_p)
 {
     steps_t *steps = calloc(1, sizeof(*steps));
 
@@ -278,8 +278,9 @@ steps_create(rpc_server_t *server, const char *prefix, const steps_ops_t *ops, v
     steps->service = service;
     steps->jobs    = jobs;
     pthread_mutex_init(&steps->lock, NULL);
-    *steps_p = steps; /* also when it fails: the server may know of it, so destroy it after */
-    attn_status_t status = tensors_create(&steps->tensors);
+    *steps_p       = steps; /* also when it fails: the server may know of it, so destroy it after */
+    steps->part_ms = limits->part_ms;
+    attn_status_t status = tensors_create(limits->buffer_bytes, &steps->tensors);
     return status == ATTN_OK ? add_methods(steps, server, prefix) : status;
 }
 
@@ -287,6 +288,12 @@ void
 steps_drain(steps_t *steps)
 {
     atomic_store(&steps->draining, true);
+}
+
+void
+steps_tick(steps_t *steps, uint64_t now_ns)
+{
+    tensors_sweep(steps->tensors, now_ns);
 }
 
 void

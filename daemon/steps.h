@@ -53,11 +53,20 @@ typedef struct steps_ops {
     attn_status_t (*abort)(void *service, uint64_t step_id, const char *reason);
 } steps_ops_t;
 
+typedef struct steps_limits {
+    uint32_t part_ms;      /**< for the next part of a run to come, on a stream */
+    uint64_t buffer_bytes; /**< of all runs at once, beyond which runs are refused */
+} steps_limits_t;
+
 typedef struct steps steps_t;
 
 /** Add the five methods of `prefix` ("/attn.v1.Worker") to the server. jobs may be NULL. */
 attn_status_t steps_create(rpc_server_t *server, const char *prefix, const steps_ops_t *ops,
-                           void *service, jobs_t *jobs, steps_t **steps_p);
+                           void *service, jobs_t *jobs, const steps_limits_t *limits,
+                           steps_t **steps_p);
+
+/** Give memory back that was kept for runs which did not come. Every 100 ms or so. */
+void steps_tick(steps_t *steps, uint64_t now_ns);
 
 /** From now on begin is refused, and so are new streams. */
 void steps_drain(steps_t *steps);

@@ -15,7 +15,8 @@ struct steps {
     jobs_t *jobs;
     tensors_t *tensors;
     unary_t *unary;
-    char *paths; /* of the methods, one behind the other */
+    uint32_t part_ms; /* for the next part of a run to come */
+    char *paths;      /* of the methods, one behind the other */
     atomic_bool draining;
     pthread_mutex_t lock;
     stream_t *streams; /* open ones, under the lock */

@@ -162,7 +162,9 @@ setup_with(void **state, uint32_t threads)
         assert_int_equal(jobs_create(threads, &f->jobs), ATTN_OK);
     }
     assert_int_equal(
-        steps_create(f->server, "/attn.v1.Attention", &ops, &f->service, f->jobs, &f->steps),
+        steps_create(f->server, "/attn.v1.Attention", &ops, &f->service, f->jobs,
+                     &(steps_limits_t){.part_ms = 3000, .buffer_bytes = UINT64_C(1) << 30},
+                     &f->steps),
         ATTN_OK);
     assert_int_equal(rpc_server_start(f->server), ATTN_OK);
     assert_int_equal(rpc_client_create(0, &f->rpc), ATTN_OK);

@@ -109,7 +109,8 @@ stream_next(stream_t *stream)
 {
     pthread_mutex_lock(&stream->lock);
     if (!stream->over) {
-        rpc_call_next(stream->call);
+        /* The rest of a run holds its buffer, so it has to come; what is next may take its time. */
+        rpc_call_next(stream->call, stream->run.data != NULL ? stream->steps->part_ms : 0);
     }
     pthread_mutex_unlock(&stream->lock);
 }

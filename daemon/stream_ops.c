@@ -2,14 +2,11 @@
 #include "daemon/stream_int.h"
 
 #include "base/checked.h"
-#include "base/clock.h"
 #include "base/status.h"
 
 #include <stdlib.h>
 
 #define STREAM_STEPS_MAX 4096u
-#define PARTS_OUT 4u                                /* parts of an answer on their way at once */
-#define STALL_NS (UINT64_C(10000) * ATTN_NS_PER_MS) /* for a peer to read one of them */
 
 /* ---- the steps begun here ---- */
 
@@ -124,7 +121,8 @@ do_end(stream_t *stream, uint64_t id, attn_status_t status, Attn__V1__StepReply_
     stream_send(stream, &reply, NULL, NULL);
 }
 
-/* Send an answer in parts, a few at a time: a peer that does not read holds little of us. */
+/* Queue an answer in parts. The tensor is lent until the last of them has left, and no thread
+ * waits for that. */
 static void
 send_answer(stream_t *stream, const steps_run_t *run, tensor_t *answer)
 {
@@ -142,12 +140,7 @@ send_answer(stream_t *stream, const steps_run_t *run, tensor_t *answer)
         uint64_t size     = attn_min(head.total - head.offset, RPC_DATA_PART_MAX);
         struct iovec data = {.iov_base = answer != NULL ? answer->data + head.offset : NULL,
                              .iov_len  = size};
-        if (answer != NULL && !tensor_wait(answer, PARTS_OUT, attn_now_ns() + STALL_NS)) {
-            stream_end(stream, ATTN_ERR_EXHAUSTED,
-                       "the answer is not being read: ended after 10 s");
-            break;
-        }
-        status = stream_send(stream, &reply, &data, answer);
+        status            = stream_send(stream, &reply, &data, answer);
         head.offset += size;
     } while (status == ATTN_OK && head.offset < head.total);
 }

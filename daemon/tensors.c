@@ -1,12 +1,12 @@
 #include "daemon/tensors.h"
 
 #include "base/checked.h"
+#include "base/clock.h"
 #include "base/status.h"
 
 #include <assert.h>
 #include <pthread.h>
 #include <stdlib.h>
-#include <time.h>
 
 #define CLASS_LEAST 12 /* buffers are powers of two of bytes, from 4 KiB on */
 #define CLASSES (64 - CLASS_LEAST)
@@ -22,29 +22,26 @@ typedef struct buffer {
 
 struct tensors {
     pthread_mutex_t lock;
-    pthread_cond_t given_back; /* a reference was */
-    uint64_t out, kept;        /* bytes */
-    uint64_t buffers;          /* out */
-    uint32_t waiters;
+    uint64_t out_max;
+    uint64_t out, kept;                 /* bytes */
+    uint64_t buffers;                   /* out */
+    uint64_t turns;                     /* buffers taken so far */
+    uint64_t turns_seen, idle_since_ns; /* tensors_sweep's */
     bool closed;
     buffer_t *shelves[CLASSES];
 };
 
 attn_status_t
-tensors_create(tensors_t **tensors_p)
+tensors_create(uint64_t out_max, tensors_t **tensors_p)
 {
-    pthread_condattr_t monotonic;
     tensors_t *tensors = calloc(1, sizeof(*tensors));
 
     if (tensors == NULL) {
         return attn_fail(ATTN_ERR_NO_MEMORY, "no memory for the tensors' pool");
     }
     pthread_mutex_init(&tensors->lock, NULL);
-    pthread_condattr_init(&monotonic);
-    pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
-    pthread_cond_init(&tensors->given_back, &monotonic);
-    pthread_condattr_destroy(&monotonic);
-    *tensors_p = tensors;
+    tensors->out_max = out_max;
+    *tensors_p       = tensors;
     return ATTN_OK;
 }
 
@@ -58,9 +55,45 @@ buffer_free(buffer_t *buffer)
 static void
 tensors_free(tensors_t *tensors)
 {
-    pthread_cond_destroy(&tensors->given_back);
     pthread_mutex_destroy(&tensors->lock);
     free(tensors);
+}
+
+/* Under the lock. */
+static void
+clear_shelves(tensors_t *tensors)
+{
+    for (uint32_t c = 0; c < CLASSES; c++) {
+        for (buffer_t *buffer = tensors->shelves[c], *next; buffer != NULL; buffer = next) {
+            next = buffer->next;
+            buffer_free(buffer);
+        }
+        tensors->shelves[c] = NULL;
+    }
+    tensors->kept = 0;
+}
+
+void
+tensors_sweep(tensors_t *tensors, uint64_t now_ns)
+{
+    pthread_mutex_lock(&tensors->lock);
+    if (tensors->turns != tensors->turns_seen || tensors->buffers > 0) {
+        tensors->turns_seen    = tensors->turns;
+        tensors->idle_since_ns = now_ns;
+    } else if (tensors->kept > 0 &&
+               now_ns >= tensors->idle_since_ns + TENSORS_KEPT_MS * ATTN_NS_PER_MS) {
+        clear_shelves(tensors);
+    }
+    pthread_mutex_unlock(&tensors->lock);
+}
+
+uint64_t
+tensors_kept(tensors_t *tensors)
+{
+    pthread_mutex_lock(&tensors->lock);
+    uint64_t kept = tensors->kept;
+    pthread_mutex_unlock(&tensors->lock);
+    return kept;
 }
 
 void
@@ -70,12 +103,7 @@ tensors_destroy(tensors_t *tensors)
         return;
     }
     pthread_mutex_lock(&tensors->lock);
-    for (uint32_t c = 0; c < CLASSES; c++) {
-        for (buffer_t *buffer = tensors->shelves[c], *next; buffer != NULL; buffer = next) {
-            next = buffer->next;
-            buffer_free(buffer);
-        }
-    }
+    clear_shelves(tensors);
     tensors->closed = true;
     bool last       = tensors->buffers == 0;
     pthread_mutex_unlock(&tensors->lock);
@@ -91,12 +119,13 @@ tensors_admit(tensors_t *tensors, uint32_t shelf, uint64_t bytes, buffer_t **kep
     attn_status_t status = ATTN_OK;
 
     pthread_mutex_lock(&tensors->lock);
-    if (tensors->out + bytes > TENSORS_OUT_MAX) {
+    if (bytes > tensors->out_max - tensors->out) {
         status = attn_fail(
             ATTN_ERR_EXHAUSTED,
             "tensors of %llu bytes are in flight here, and %llu is the limit: retry later",
-            (unsigned long long)tensors->out, (unsigned long long)TENSORS_OUT_MAX);
+            (unsigned long long)tensors->out, (unsigned long long)tensors->out_max);
     } else {
+        tensors->turns++;
         tensors->out += bytes;
         tensors->buffers++;
         *kept_p = tensors->shelves[shelf];
@@ -127,9 +156,9 @@ tensor_take(tensors_t *tensors, uint64_t size, tensor_t **tensor_p)
     buffer_t *buffer = NULL;
     uint32_t shelf   = 0;
 
-    if (size > TENSORS_OUT_MAX) {
+    if (size > tensors->out_max) {
         return attn_fail(ATTN_ERR_TOO_LARGE, "tensors of %llu bytes in one run: at most %llu",
-                         (unsigned long long)size, (unsigned long long)TENSORS_OUT_MAX);
+                         (unsigned long long)size, (unsigned long long)tensors->out_max);
     }
     while (UINT64_C(1) << (shelf + CLASS_LEAST) < size) {
         shelf++;
@@ -197,8 +226,6 @@ tensor_unref(void *tensor)
     assert(buffer->references > 0);
     if (--buffer->references == 0) {
         unwanted = tensors_put(tensors, buffer);
-    } else if (tensors->waiters > 0) {
-        pthread_cond_broadcast(&tensors->given_back);
     }
     bool last = tensors->closed && tensors->buffers == 0;
     pthread_mutex_unlock(&tensors->lock);
@@ -208,24 +235,4 @@ tensor_unref(void *tensor)
     if (last) {
         tensors_free(tensors);
     }
-}
-
-bool
-tensor_wait(tensor_t *tensor, uint32_t n, uint64_t deadline_ns)
-{
-    buffer_t *buffer      = (buffer_t *)tensor;
-    tensors_t *tensors    = buffer->tensors;
-    struct timespec until = {.tv_sec  = (time_t)(deadline_ns / 1000000000u),
-                             .tv_nsec = (long)(deadline_ns % 1000000000u)};
-    int error             = 0;
-
-    pthread_mutex_lock(&tensors->lock);
-    tensors->waiters++;
-    while (buffer->references > n && error == 0) {
-        error = pthread_cond_timedwait(&tensors->given_back, &tensors->lock, &until);
-    }
-    tensors->waiters--;
-    bool enough = buffer->references <= n;
-    pthread_mutex_unlock(&tensors->lock);
-    return enough;
 }

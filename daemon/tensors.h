@@ -9,8 +9,8 @@
 
 #include "base/attn_types.h"
 
-#define TENSORS_OUT_MAX (UINT64_C(4) << 30)    /* bytes of buffers in use by all runs of a daemon */
-#define TENSORS_KEPT_MAX (UINT64_C(256) << 20) /* bytes of buffers kept for later */
+#define TENSORS_KEPT_MAX (UINT64_C(256) << 20) /* bytes of buffers kept for later ... */
+#define TENSORS_KEPT_MS 5000u                  /* ... and for how long, when none is asked for */
 
 typedef struct tensors tensors_t;
 
@@ -20,14 +20,20 @@ typedef struct tensor {
     uint64_t size; /**< bytes asked for */
 } tensor_t;
 
-attn_status_t tensors_create(tensors_t **tensors_p);
+/** @param out_max  bytes of buffers that may be out at once */
+attn_status_t tensors_create(uint64_t out_max, tensors_t **tensors_p);
+
+/** Free what is kept if nothing was taken or given back for a while. */
+void tensors_sweep(tensors_t *tensors, uint64_t now_ns);
 
 /** Buffers that are still out stay valid, and go when they are given back. NULL is allowed. */
 void tensors_destroy(tensors_t *tensors);
 
+uint64_t tensors_kept(tensors_t *tensors); /* bytes */
+
 /**
  * Take a buffer, with one reference.
- * @return ATTN_ERR_TOO_LARGE, ATTN_ERR_EXHAUSTED over TENSORS_OUT_MAX, ATTN_ERR_NO_MEMORY
+ * @return ATTN_ERR_TOO_LARGE, ATTN_ERR_EXHAUSTED over out_max, ATTN_ERR_NO_MEMORY
  */
 attn_status_t tensor_take(tensors_t *tensors, uint64_t size, tensor_t **tensor_p);
 
@@ -35,8 +41,5 @@ void tensor_ref(tensor_t *tensor);
 
 /** Give a reference back. A rpc_outgoing_t's `sent`, hence void. NULL is allowed. */
 void tensor_unref(void *tensor);
-
-/** Wait until at most n references are left. @return false: still more at deadline_ns */
-bool tensor_wait(tensor_t *tensor, uint32_t n, uint64_t deadline_ns);
 
 #endif

@@ -3,7 +3,6 @@
 #include "base/clock.h"
 #include "base/status.h"
 
-#include <pthread.h>
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stdint.h>
@@ -11,12 +10,14 @@
 
 #include <cmocka.h>
 
+#define OUT_MAX (UINT64_C(4) << 30)
+
 static int
 setup(void **state)
 {
     tensors_t *tensors;
 
-    assert_int_equal(tensors_create(&tensors), ATTN_OK);
+    assert_int_equal(tensors_create(OUT_MAX, &tensors), ATTN_OK);
     *state = tensors;
     return 0;
 }
@@ -62,38 +63,36 @@ test_a_buffer_comes_back_when_nobody_refers_to_it(void **state)
 static void
 test_what_is_out_is_capped(void **state)
 {
-    tensor_t *half = take(*state, TENSORS_OUT_MAX / 2), *other;
+    tensor_t *half = take(*state, OUT_MAX / 2), *other;
 
-    assert_int_equal(tensor_take(*state, TENSORS_OUT_MAX + 1, &other), ATTN_ERR_TOO_LARGE);
-    assert_int_equal(tensor_take(*state, TENSORS_OUT_MAX / 2 + 1, &other), ATTN_ERR_EXHAUSTED);
+    assert_int_equal(tensor_take(*state, OUT_MAX + 1, &other), ATTN_ERR_TOO_LARGE);
+    assert_int_equal(tensor_take(*state, OUT_MAX / 2 + 1, &other), ATTN_ERR_EXHAUSTED);
     assert_non_null(strstr(attn_last_error(), "in flight"));
-    other = take(*state, TENSORS_OUT_MAX / 2);
+    other = take(*state, OUT_MAX / 2);
     tensor_unref(half);
     tensor_unref(other);
-    tensor_unref(take(*state, TENSORS_OUT_MAX)); /* all of it, once nothing else is out */
-}
-
-static void *
-unref_later(void *arg)
-{
-    nanosleep(&(struct timespec){.tv_nsec = 20000000}, NULL);
-    tensor_unref(arg);
-    return NULL;
+    tensor_unref(take(*state, OUT_MAX)); /* all of it, once nothing else is out */
 }
 
 static void
-test_wait_for_references(void **state)
+test_what_is_kept_goes_when_nothing_is_asked_for(void **state)
 {
-    tensor_t *tensor = take(*state, 10);
-    pthread_t thread;
+    tensors_t *tensors = *state;
+    uint64_t now = attn_now_ns(), later = TENSORS_KEPT_MS * ATTN_NS_PER_MS;
 
-    tensor_ref(tensor);
-    assert_true(tensor_wait(tensor, 2, attn_now_ns()));
-    assert_false(tensor_wait(tensor, 1, attn_now_ns() + 10 * ATTN_NS_PER_MS));
-    assert_int_equal(pthread_create(&thread, NULL, unref_later, tensor), 0);
-    assert_true(tensor_wait(tensor, 1, attn_now_ns() + 5000 * ATTN_NS_PER_MS));
-    pthread_join(thread, NULL);
+    tensor_t *tensor = take(tensors, 1 << 20);
+    tensors_sweep(tensors, now);
+    tensors_sweep(tensors, now + 2 * later); /* one is out: not idle */
     tensor_unref(tensor);
+    tensors_sweep(tensors, now + 2 * later + later - 1);
+    assert_int_equal(tensors_kept(tensors), 1 << 20);
+    tensors_sweep(tensors, now + 4 * later);
+    assert_int_equal(tensors_kept(tensors), 0);
+    tensor_unref(take(tensors, 5000));
+    tensors_sweep(tensors, now + 9 * later); /* used since: from now on */
+    assert_int_equal(tensors_kept(tensors), 8192);
+    tensors_sweep(tensors, now + 10 * later);
+    assert_int_equal(tensors_kept(tensors), 0);
 }
 
 static void
@@ -102,7 +101,7 @@ test_buffers_outlive_the_pool(void **state)
     tensors_t *tensors;
 
     (void)state;
-    assert_int_equal(tensors_create(&tensors), ATTN_OK);
+    assert_int_equal(tensors_create(OUT_MAX, &tensors), ATTN_OK);
     tensor_t *out = take(tensors, 5000), *kept = take(tensors, 5000);
     tensor_unref(kept);
     tensors_destroy(tensors);
@@ -118,7 +117,8 @@ main(void)
         cmocka_unit_test_setup_teardown(test_a_buffer_comes_back_when_nobody_refers_to_it, setup,
                                         teardown),
         cmocka_unit_test_setup_teardown(test_what_is_out_is_capped, setup, teardown),
-        cmocka_unit_test_setup_teardown(test_wait_for_references, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_what_is_kept_goes_when_nothing_is_asked_for, setup,
+                                        teardown),
         cmocka_unit_test(test_buffers_outlive_the_pool),
     };
 

@@ -12,6 +12,10 @@
  * RECV_CLOSE_ON_SERVER is started first and is the only word of a cancellation or of a
  * peer that is gone. Sends and the status follow one another: C core allows one of each
  * kind in flight, and wants batches of one kind started one after the other.
+ *
+ * A peer that is slow holds no thread. Its answers wait in the call's queue, most of their bytes
+ * being lent by whoever made them; while more than a few wait, nothing more is read; and one
+ * that takes nothing for long, or does not go on with a message it began, is cut off (watch.c).
  */
 #include "rpc/rpc_int.h"
 
@@ -31,16 +35,17 @@ struct rpc_call {
     rpc_server_t *server;
     rpc_entry_t *entry; /* NULL: refused */
     grpc_call *grpc;
+    char *peer;
     uint64_t deadline_ns;
     void *context;
     atomic_bool cancelled;
     rpc_call_t *ready_next;
+    rpc_watched_t watched;
     pthread_mutex_t lock;
 
     /* Under the lock from here. */
     grpc_metadata_array metadata;
     char **values; /* of the metadata, as strings, made when asked for */
-    char *peer;
 
     unsigned ops;     /* batches in flight */
     bool handling;    /* queued for a handler thread, or in it */
@@ -56,6 +61,10 @@ struct rpc_call {
     bool started;     /* SEND_INITIAL_METADATA was */
     bool ended;       /* the user ended it */
     bool status_sent;
+    attn_status_t cut_as;    /* ATTN_OK unless rpc_call_cut() has it or had it */
+    uint64_t send_since_ns;  /* of what is being sent */
+    uint32_t read_within_ms; /* for the next message; 0: as long as it takes */
+    uint64_t read_until_ns;  /* of the message that is being read; 0: as long as it takes */
     rpc_message_t *inbox;
     rpc_queue_t queue;
 
@@ -131,7 +140,7 @@ call_release(rpc_call_t *call)
     rpc_packet_free(unsent);
     rpc_message_free(unread);
     if (left) {
-        rpc_server_call_ended(server);
+        rpc_server_call_ended(server, call);
     }
     if (gone) {
         call_free(call);
@@ -180,22 +189,48 @@ next_send(rpc_call_t *call, grpc_op ops[3])
             op->data.send_status_from_server.trailing_metadata       = &call->trailing;
         }
     }
-    call->sending = true;
+    call->sending       = true;
+    call->send_since_ns = attn_now_ns();
     call->ops++;
     return n;
 }
 
-/* Send what there is; takes the lock's place like call_release(). */
-static void
-call_send(rpc_call_t *call)
+/* Whether the next message is to be read now: the handler wants it and is out of the way, and
+ * the peer reads what it is answered. It is then taken as being read. */
+static bool
+next_read(rpc_call_t *call)
 {
-    grpc_op ops[3];
+    uint64_t waiting =
+        call->queue.bytes + (call->send_packet != NULL ? call->send_packet->bytes : 0);
+
+    if (!call->read_wanted || call->reading || call->inbox_full || call->handling ||
+        call->half_closed || call->over || call->ended || waiting > RPC_BACKLOG) {
+        return false;
+    }
+    call->reading     = true;
+    call->read_wanted = false;
+    call->read_until_ns =
+        call->read_within_ms == 0 ? 0 : attn_now_ns() + call->read_within_ms * ATTN_NS_PER_MS;
+    call->ops++;
+    return true;
+}
+
+/* Send and read what there is; takes the lock's place like call_release(). */
+static void
+call_go(rpc_call_t *call)
+{
+    grpc_op ops[3], read = {.op = GRPC_OP_RECV_MESSAGE};
     grpc_call *grpc = call->grpc;
     size_t n        = next_send(call, ops);
+    bool reads      = next_read(call);
 
     call_release(call);
     if (n > 0) {
         rpc_start(grpc, ops, n, &call->op_send); /* the batch keeps the call alive */
+    }
+    if (reads) {
+        read.data.recv_message.recv_message = &call->read_buffer;
+        rpc_start(grpc, &read, 1, &call->op_read);
     }
 }
 
@@ -208,9 +243,10 @@ on_sent(rpc_op_t *op, bool ok)
     rpc_packet_t *packet = call->send_packet;
     call->send_packet    = NULL;
     call->sending        = false;
+    call->send_since_ns  = 0;
     call->ops--;
     rpc_packet_t *unsent = ok ? NULL : rpc_queue_take(&call->queue); /* RECV_CLOSE tells why */
-    call_send(call);
+    call_go(call);
     rpc_packet_free(packet);
     rpc_packet_free(unsent);
 }
@@ -237,7 +273,7 @@ rpc_call_end(rpc_call_t *call, attn_status_t status, const char *sentence)
 {
     pthread_mutex_lock(&call->lock);
     set_end(call, status, sentence);
-    call_send(call);
+    call_go(call);
 }
 
 void
@@ -254,7 +290,7 @@ rpc_call_reply(rpc_call_t *call, const rpc_outgoing_t *message)
     } else {
         unsent = packet;
     }
-    call_send(call);
+    call_go(call);
     rpc_packet_free(unsent);
 }
 
@@ -270,53 +306,27 @@ rpc_call_send(rpc_call_t *call, const rpc_outgoing_t *message)
     pthread_mutex_lock(&call->lock);
     if (call->over || call->ended) {
         status = attn_fail(ATTN_ERR_CANCELLED, "%s: the call is over", call->entry->path);
-    } else if (call->queue.head != NULL && call->queue.bytes + packet->bytes > RPC_QUEUE_MAX) {
+    } else if (call->queue.head != NULL && call->queue.held + packet->held > RPC_QUEUE_MAX) {
         status = attn_fail(ATTN_ERR_EXHAUSTED, "%s: %llu bytes wait for a peer that does not read",
-                           call->entry->path, (unsigned long long)call->queue.bytes);
+                           call->entry->path, (unsigned long long)call->queue.held);
     } else {
         rpc_queue_push(&call->queue, packet);
         packet = NULL;
     }
-    call_send(call);
+    call_go(call);
     rpc_packet_free(packet);
     return status;
 }
 
 /* ---- reading ---- */
 
-static bool
-wants_read(const rpc_call_t *call)
-{
-    return call->read_wanted && !call->reading && !call->inbox_full && !call->handling &&
-           !call->half_closed && !call->over && !call->ended;
-}
-
-/* Read if the handler wants it and is out of the way; takes the lock's place. */
-static void
-call_read(rpc_call_t *call)
-{
-    grpc_call *grpc = call->grpc;
-    bool read       = wants_read(call);
-
-    if (read) {
-        call->reading     = true;
-        call->read_wanted = false;
-        call->ops++;
-    }
-    call_release(call);
-    if (read) {
-        grpc_op op                        = {.op = GRPC_OP_RECV_MESSAGE};
-        op.data.recv_message.recv_message = &call->read_buffer;
-        rpc_start(grpc, &op, 1, &call->op_read);
-    }
-}
-
 void
-rpc_call_next(rpc_call_t *call)
+rpc_call_next(rpc_call_t *call, uint32_t within_ms)
 {
     pthread_mutex_lock(&call->lock);
-    call->read_wanted = true;
-    call_read(call);
+    call->read_wanted    = true;
+    call->read_within_ms = within_ms;
+    call_go(call);
 }
 
 /* Whether a handler thread is to be called; it is then taken as called. */
@@ -356,7 +366,8 @@ on_read(rpc_op_t *op, bool ok)
 
     pthread_mutex_lock(&call->lock);
     call->ops--;
-    call->reading = false;
+    call->reading       = false;
+    call->read_until_ns = 0;
     if (ok && call->read_buffer != NULL) {
         call->inbox = rpc_message_new(call->read_buffer);
     } else {
@@ -368,7 +379,7 @@ on_read(rpc_op_t *op, bool ok)
         call->inbox_full = false;
         set_end(call, ATTN_ERR_INVALID, "the call ended before its request came");
         call->closed = true;
-        call_send(call);
+        call_go(call);
         return;
     }
     call_wake(call);
@@ -387,6 +398,72 @@ on_close(rpc_op_t *op, bool ok)
         atomic_store(&call->cancelled, true);
     }
     call_wake(call);
+}
+
+/* ---- peers that keep us waiting ---- */
+
+rpc_watched_t *
+rpc_call_watched(rpc_call_t *call)
+{
+    return &call->watched;
+}
+
+/* A peer may take so long for a message: the more, the larger it is. */
+static uint64_t
+patience(uint64_t bytes, uint64_t stall_ns)
+{
+    return stall_ns * (1 + bytes / RPC_DATA_PART_MAX);
+}
+
+bool
+rpc_call_take_stalled(rpc_call_t *call, uint64_t now_ns, uint64_t stall_ns)
+{
+    bool taken = false;
+
+    pthread_mutex_lock(&call->lock);
+    if (!call->over && call->cut_as == ATTN_OK) {
+        uint64_t bytes = call->send_packet != NULL ? call->send_packet->bytes : 0;
+        if (call->sending && now_ns >= call->send_since_ns + patience(bytes, stall_ns)) {
+            call->cut_as = ATTN_ERR_EXHAUSTED;
+        } else if (call->read_until_ns != 0 && now_ns >= call->read_until_ns) {
+            call->cut_as = ATTN_ERR_DEADLINE; /* no handler has seen what is being read */
+        }
+        taken = call->cut_as != ATTN_OK;
+        if (taken) {
+            set_end(call, call->cut_as, ""); /* whoever sends from now on is told that it is over */
+            call->status_sent = true;        /* by the cancellation, which overtakes what waits */
+            call->ops++;                     /* keeps the call alive until rpc_call_cut() */
+        }
+    }
+    pthread_mutex_unlock(&call->lock);
+    return taken;
+}
+
+void
+rpc_call_cut(rpc_call_t *call, uint64_t stall_ns)
+{
+    char sentence[RPC_SENTENCE_MAX];
+    const char *path = call->entry != NULL ? call->entry->path : "a refused call";
+
+    if (call->cut_as == ATTN_ERR_EXHAUSTED) {
+        snprintf(sentence, sizeof(sentence),
+                 "%s: its answers are not being read: cut off after %llu ms without progress", path,
+                 (unsigned long long)(stall_ns / ATTN_NS_PER_MS));
+    } else {
+        snprintf(sentence, sizeof(sentence),
+                 "%s: a message was begun, or due, and did not come whole within %u ms", path,
+                 call->read_within_ms);
+    }
+    pthread_mutex_lock(&call->lock);
+    rpc_packet_t *unsent = rpc_queue_take(&call->queue);
+    pthread_mutex_unlock(&call->lock);
+
+    rpc_packet_free(unsent);
+    grpc_call_cancel_with_status(call->grpc, (grpc_status_code)attn_status_to_grpc(call->cut_as),
+                                 sentence, NULL);
+    pthread_mutex_lock(&call->lock);
+    call->ops--;
+    call_release(call);
 }
 
 /*
@@ -444,7 +521,7 @@ rpc_call_run(rpc_call_t *call, bool as_short)
     if (call->over) {
         call_wake(call);
     } else {
-        call_read(call);
+        call_go(call);
     }
 }
 
@@ -460,6 +537,7 @@ rpc_call_begin(rpc_server_t *server, const rpc_accepted_t *accepted, rpc_entry_t
     call->entry        = entry;
     call->grpc         = accepted->grpc;
     call->metadata     = accepted->metadata;
+    call->peer         = accepted->peer;
     call->deadline_ns  = rpc_deadline_from(accepted->details.deadline);
     call->sentence     = grpc_empty_slice();
     call->status_value = grpc_empty_slice();
@@ -473,17 +551,18 @@ rpc_call_begin(rpc_server_t *server, const rpc_accepted_t *accepted, rpc_entry_t
     grpc_op op                             = {.op = GRPC_OP_RECV_CLOSE_ON_SERVER};
     op.data.recv_close_on_server.cancelled = &call->close_cancelled;
     call->ops                              = 2; /* the one more is this function's */
+    rpc_server_call_began(server, call);
     rpc_start(call->grpc, &op, 1, &call->op_close);
 
     pthread_mutex_lock(&call->lock);
     call->ops--;
     if (entry == NULL) {
         set_end(call, refused, sentence);
-        call_send(call);
     } else {
-        call->read_wanted = true;
-        call_read(call);
+        call->read_wanted    = true;
+        call->read_within_ms = entry->streaming ? 0 : rpc_server_receive_ms(server);
     }
+    call_go(call);
 }
 
 rpc_call_t **
@@ -509,15 +588,7 @@ rpc_call_cancelled(const rpc_call_t *call)
 const char *
 rpc_call_peer(const rpc_call_t *call)
 {
-    rpc_call_t *c = (rpc_call_t *)call; /* the string is made when first asked for */
-
-    pthread_mutex_lock(&c->lock);
-    if (c->peer == NULL) {
-        c->peer = grpc_call_get_peer(c->grpc);
-    }
-    const char *peer = c->peer;
-    pthread_mutex_unlock(&c->lock);
-    return peer;
+    return call->peer;
 }
 
 const char *

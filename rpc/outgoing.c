@@ -161,6 +161,7 @@ rpc_packet_make(const rpc_outgoing_t *message, rpc_client_t *client, rpc_packet_
             data_add(message, client, &packet->buffer->data.raw.slice_buffer);
         }
         packet->bytes = head_size + data_size + PACKET_COST;
+        packet->held  = PACKET_COST + head_size + (copied ? data_size : 0);
         *packet_p     = packet;
     }
     if (copied && message->sent != NULL) {
@@ -194,6 +195,7 @@ rpc_queue_push(rpc_queue_t *queue, rpc_packet_t *packet)
     }
     queue->tail = packet;
     queue->bytes += packet->bytes;
+    queue->held += packet->held;
 }
 
 rpc_packet_t *
@@ -207,6 +209,7 @@ rpc_queue_pop(rpc_queue_t *queue)
             queue->tail = NULL;
         }
         queue->bytes -= packet->bytes;
+        queue->held -= packet->held;
         packet->next = NULL;
     }
     return packet;

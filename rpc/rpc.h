@@ -95,6 +95,12 @@ typedef struct rpc_server_options {
     rpc_tls_t *tls;      /**< with cert and key; NULL: plaintext. Kept as long as it is needed */
     uint32_t calls_max;  /**< open calls, of which streams may be seven in eight; more are refused
                             with RESOURCE_EXHAUSTED; 0: 4,096 */
+    uint32_t peer_calls_max; /**< of them, of one TCP connection; 0: half */
+    uint32_t stall_ms;   /**< a peer that takes none of the 2 MiB before it for so long, or thrice
+                            as long to send a message that is due, is cut off; 0: 10,000 */
+    uint64_t memory_max; /**< bytes for connections and for messages on their way in and out, as
+                            far as they are not lent: beyond it C core closes idle connections,
+                            then breaks streams with RESOURCE_EXHAUSTED; 0: 1 GiB */
 } rpc_server_options_t;
 
 /**
@@ -123,12 +129,16 @@ void rpc_server_destroy(rpc_server_t *server); /* stops first; NULL is allowed *
 void rpc_call_reply(rpc_call_t *call, const rpc_outgoing_t *message);
 void rpc_call_end(rpc_call_t *call, attn_status_t status, const char *sentence);
 
-/** Streaming: queue a message; any thread. @return ATTN_ERR_EXHAUSTED when more than 64 MiB wait
- * for a peer that does not read (each message counts as 512 bytes more than it has),
- * ATTN_ERR_CANCELLED when the call is over, ATTN_ERR_TOO_LARGE over RPC_MESSAGE_MAX; in all three
- * nothing is queued, and sent was called. */
+/** Streaming: queue a message; any thread; never waits. @return ATTN_ERR_EXHAUSTED when more than
+ * 64 MiB wait for a peer that does not read (data that is lent until `sent` does not count, and
+ * each message counts as 512 bytes more than it has), ATTN_ERR_CANCELLED when the call is over,
+ * ATTN_ERR_TOO_LARGE over RPC_MESSAGE_MAX; in all three nothing is queued, and sent was called. */
 attn_status_t rpc_call_send(rpc_call_t *call, const rpc_outgoing_t *message);
-void rpc_call_next(rpc_call_t *call); /* read the next message */
+
+/** Streaming: read the next message, once at most 8 MiB of answers wait to be read by the peer. If
+ * it does not come whole within_ms after that, the call is cut off with ATTN_ERR_DEADLINE; 0: it
+ * may take as long as it likes. */
+void rpc_call_next(rpc_call_t *call, uint32_t within_ms);
 
 uint64_t rpc_call_deadline_ns(const rpc_call_t *call); /* as attn_now_ns(); UINT64_MAX: none */
 bool rpc_call_cancelled(const rpc_call_t *call);

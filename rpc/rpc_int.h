@@ -22,7 +22,9 @@
 #include <stdatomic.h>
 #include <string.h>
 
-#define RPC_QUEUE_MAX (UINT64_C(64) << 20) /* bytes that wait for one slow peer */
+#define RPC_QUEUE_MAX (UINT64_C(64) << 20) /* bytes of ours that wait for one slow peer */
+#define RPC_BACKLOG (UINT64_C(8) << 20)    /* answers that wait before nothing more is read */
+#define RPC_STALL_MS 10000u                /* for a peer to take, or send, 2 MiB */
 #define RPC_SENTENCE_MAX 1024              /* bytes of a status' sentence on the wire */
 #define RPC_METADATA_MAX (16 << 10)        /* bytes of all headers of a call */
 
@@ -119,12 +121,13 @@ typedef struct rpc_packet {
     struct rpc_packet *next;
     grpc_byte_buffer *buffer;
     uint64_t bytes; /* with what the packet itself costs */
+    uint64_t held;  /* of memory that is ours: without data that its owner lends */
 } rpc_packet_t;
 
 /** Packets in order, and the bytes of all. */
 typedef struct rpc_queue {
     rpc_packet_t *head, *tail;
-    uint64_t bytes;
+    uint64_t bytes, held;
 } rpc_queue_t;
 
 /**
@@ -176,13 +179,21 @@ typedef struct rpc_accepted {
     grpc_call *grpc;
     grpc_call_details details;
     grpc_metadata_array metadata;
+    char *peer; /* made by server.c, once per call */
 } rpc_accepted_t;
 
 /** A call has work for a handler thread; called while an event is dispatched. */
 void rpc_server_ready(rpc_server_t *server, rpc_call_t *call);
 
-/** A call is over on the wire and no handler has it: it no longer holds up a stop. */
-void rpc_server_call_ended(rpc_server_t *server);
+/** A call has begun: it is watched (watch.c) until rpc_server_call_ended(). */
+void rpc_server_call_began(rpc_server_t *server, rpc_call_t *call);
+
+/** A call is over on the wire and no handler has it: it no longer holds up a stop, and is not
+ * touched by the server any more. */
+void rpc_server_call_ended(rpc_server_t *server, rpc_call_t *call);
+
+/** How long a message that is due may take to come. */
+uint32_t rpc_server_receive_ms(const rpc_server_t *server);
 
 /** The server's memory lives as long as it and its calls do. */
 void rpc_server_unref(rpc_server_t *server);
@@ -204,6 +215,40 @@ bool rpc_call_is_short(const rpc_call_t *call);
 
 /** The link of a call in the server's list of ready calls. */
 rpc_call_t **rpc_call_link(rpc_call_t *call);
+
+/** Take a call whose peer keeps us waiting for longer than it may: it stays until
+ * rpc_call_cut(). @return whether it was taken */
+bool rpc_call_take_stalled(rpc_call_t *call, uint64_t now_ns, uint64_t stall_ns);
+
+/** End a call that was taken, on both sides at once: what waits for its peer is dropped. */
+void rpc_call_cut(rpc_call_t *call, uint64_t stall_ns);
+
+/** A server's calls that are open, as watch.c lists them. */
+typedef struct rpc_watched {
+    rpc_call_t *next, **link;
+} rpc_watched_t;
+
+rpc_watched_t *rpc_call_watched(rpc_call_t *call);
+
+/* ---- peers.c ---- */
+
+/** How many calls each connection has open. Not thread-safe: under its owner's lock. */
+typedef struct rpc_peers rpc_peers_t;
+
+/** Count a call of the connection of this name. @return how many it has, this one included */
+uint32_t rpc_peers_began(rpc_peers_t **peers, const char *name);
+void rpc_peers_ended(rpc_peers_t **peers, const char *name);
+
+/* ---- watch.c ---- */
+
+/** The thread that cuts off peers which keep a server waiting. */
+typedef struct rpc_watch rpc_watch_t;
+
+rpc_watch_t *rpc_watch_create(uint32_t stall_ms);
+attn_status_t rpc_watch_start(rpc_watch_t *watch);
+void rpc_watch_add(rpc_watch_t *watch, rpc_call_t *call);
+void rpc_watch_remove(rpc_watch_t *watch, rpc_call_t *call);
+void rpc_watch_destroy(rpc_watch_t *watch); /* ends the thread; NULL is allowed */
 
 /* ---- health.c ---- */
 

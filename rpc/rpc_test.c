@@ -401,10 +401,11 @@ static void
 test_calls_over_the_maximum_are_refused(void **state)
 {
     fixture_t f;
-    rpc_server_options_t options = {.address = "127.0.0.1:0", .threads = 4, .calls_max = 2};
-    echo_log_t log[2]            = {{0}};
-    Echo__Echo head              = ECHO__ECHO__INIT;
-    rpc_outgoing_t request       = {.head = &head.base};
+    rpc_server_options_t options = {
+        .address = "127.0.0.1:0", .threads = 4, .calls_max = 2, .peer_calls_max = 2};
+    echo_log_t log[2]      = {{0}};
+    Echo__Echo head        = ECHO__ECHO__INIT;
+    rpc_outgoing_t request = {.head = &head.base};
     (void)state;
     head.text   = "sleep";
     head.number = 200;
@@ -431,10 +432,11 @@ static void
 test_streams_leave_room_for_unary_calls(void **state)
 {
     fixture_t f;
-    rpc_server_options_t options = {.address = "127.0.0.1:0", .threads = 4, .calls_max = 8};
-    echo_log_t log[8]            = {{0}};
-    rpc_stream_t *stream[8]      = {0};
-    Echo__Echo head              = ECHO__ECHO__INIT;
+    rpc_server_options_t options = {
+        .address = "127.0.0.1:0", .threads = 4, .calls_max = 8, .peer_calls_max = 8};
+    echo_log_t log[8]       = {{0}};
+    rpc_stream_t *stream[8] = {0};
+    Echo__Echo head         = ECHO__ECHO__INIT;
     (void)state;
 
     begin(&f, &options, 0);

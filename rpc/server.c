@@ -31,6 +31,9 @@
 #define REFUSALS_MAX 256 /* calls of a connection that wait to be told that there are too many */
 #define METHODS_MAX 256
 #define UNARY_SHARE 8 /* one call in so many is kept for unary calls */
+#define PEER_SHARE 2  /* by default one connection has at most one call in so many */
+#define MEMORY_DEFAULT (UINT64_C(1) << 30)
+#define RECEIVE_STALLS 3 /* a message has so many times the limit of a stall to come whole */
 
 #define HANDSHAKE_MS 10000 /* for a new connection to speak HTTP/2 */
 #define KEEPALIVE_MS 10000
@@ -52,7 +55,8 @@ struct rpc_server {
     rpc_tls_use_t tls;
     char *address;
     uint16_t port;
-    uint32_t calls_max;
+    uint32_t calls_max, peer_calls_max, stall_ms;
+    rpc_watch_t *watch;
     atomic_uint refs;
     slot_t slots[REQUESTS];
     rpc_entry_t entries[METHODS_MAX];
@@ -62,6 +66,7 @@ struct rpc_server {
     pthread_mutex_t lock;
     pthread_cond_t cond; /* of what rpc_server_stop() waits for */
     uint32_t calls_open;
+    rpc_peers_t *peers; /* their calls */
     bool started, stopping, stopped;
     bool shut; /* C core has shut down */
 };
@@ -96,6 +101,33 @@ find_entry(rpc_server_t *server, grpc_slice path)
     return NULL;
 }
 
+/* Count a call. @return false, with a sentence, if there are too many */
+static bool
+admit(rpc_server_t *server, const char *peer, bool stream, char sentence[RPC_SENTENCE_MAX])
+{
+    /* A stream stays for as long as its peer likes. However many are left open, there is room for
+     * unary calls, which end by themselves: heartbeats, say. */
+    uint32_t most   = server->calls_max - (stream ? server->calls_max / UNARY_SHARE : 0);
+    uint32_t own    = server->peer_calls_max;
+    bool connection = strncmp(peer, "unix:", 5) != 0; /* those have no names to tell them apart */
+
+    pthread_mutex_lock(&server->lock);
+    bool full       = server->calls_open >= most;
+    bool too_greedy = rpc_peers_began(&server->peers, peer) > own && connection;
+    server->calls_open++;
+    pthread_mutex_unlock(&server->lock);
+    if (full) {
+        snprintf(sentence, RPC_SENTENCE_MAX,
+                 "%s has %u calls open, as many as it allows%s: retry later", server->address, most,
+                 stream ? " when a stream comes" : "");
+    } else if (too_greedy) {
+        snprintf(sentence, RPC_SENTENCE_MAX,
+                 "%s has %u calls of this connection open, as many as it allows one: end some",
+                 server->address, own);
+    }
+    return !full && !too_greedy;
+}
+
 static void
 begin(rpc_server_t *server, rpc_accepted_t *accepted)
 {
@@ -103,21 +135,10 @@ begin(rpc_server_t *server, rpc_accepted_t *accepted)
     attn_status_t status            = ATTN_OK;
     char sentence[RPC_SENTENCE_MAX] = "";
 
-    /* A stream stays for as long as its peer likes. However many are left open, there is room for
-     * unary calls, which end by themselves: heartbeats, say. */
-    bool stream   = entry != NULL && entry->streaming;
-    uint32_t most = server->calls_max - (stream ? server->calls_max / UNARY_SHARE : 0);
-
-    pthread_mutex_lock(&server->lock);
-    bool full = server->calls_open >= most;
-    server->calls_open++;
-    pthread_mutex_unlock(&server->lock);
-    if (full) {
+    accepted->peer = grpc_call_get_peer(accepted->grpc);
+    if (!admit(server, accepted->peer, entry != NULL && entry->streaming, sentence)) {
         entry  = NULL;
         status = ATTN_ERR_EXHAUSTED;
-        snprintf(sentence, sizeof(sentence),
-                 "%s has %u calls open, as many as it allows%s: retry later", server->address, most,
-                 stream ? " when a stream comes" : "");
     } else if (entry == NULL) {
         status = ATTN_ERR_UNSUPPORTED;
         snprintf(sentence, sizeof(sentence), "%s has no method %.*s", server->address,
@@ -151,15 +172,29 @@ rpc_server_ready(rpc_server_t *server, rpc_call_t *call)
 }
 
 void
-rpc_server_call_ended(rpc_server_t *server)
+rpc_server_call_began(rpc_server_t *server, rpc_call_t *call)
 {
+    rpc_watch_add(server->watch, call);
+}
+
+void
+rpc_server_call_ended(rpc_server_t *server, rpc_call_t *call)
+{
+    rpc_watch_remove(server->watch, call);
     pthread_mutex_lock(&server->lock);
     assert(server->calls_open > 0);
     server->calls_open--;
+    rpc_peers_ended(&server->peers, rpc_call_peer(call));
     if (server->calls_open == 0 && server->stopping) {
         pthread_cond_broadcast(&server->cond);
     }
     pthread_mutex_unlock(&server->lock);
+}
+
+uint32_t
+rpc_server_receive_ms(const rpc_server_t *server)
+{
+    return RECEIVE_STALLS * server->stall_ms;
 }
 
 /* ---- making one ---- */
@@ -210,15 +245,28 @@ bind_address(rpc_server_t *server)
     return ATTN_OK;
 }
 
+/*
+ * What C core limits for us. Its quota is of all memory for connections and for messages on their
+ * way, in particular of those that have come in part, which nobody else sees. Beyond it C core
+ * first closes connections without calls, which their clients open again when they need them, and
+ * then breaks streams, one of each connection in turn, with RESOURCE_EXHAUSTED.
+ */
 static grpc_server *
-make_core_server(uint32_t calls_max)
+make_core_server(uint32_t peer_calls_max, uint64_t memory_max)
 {
+    grpc_resource_quota *quota = grpc_resource_quota_create("attn.rpc.server");
+    grpc_resource_quota_resize(quota, memory_max);
+    grpc_arg memory = {.type          = GRPC_ARG_POINTER,
+                       .key           = GRPC_ARG_RESOURCE_QUOTA,
+                       .value.pointer = {quota, grpc_resource_quota_arg_vtable()}};
     grpc_arg args[] = {
+        memory,
         rpc_arg(GRPC_ARG_MAX_RECEIVE_MESSAGE_LENGTH, RPC_MESSAGE_MAX),
         rpc_arg(GRPC_ARG_MAX_SEND_MESSAGE_LENGTH, RPC_MESSAGE_MAX),
         rpc_arg(GRPC_ARG_MAX_METADATA_SIZE, RPC_METADATA_MAX),
-        rpc_arg(GRPC_ARG_MAX_CONCURRENT_STREAMS, (int)calls_max + REFUSALS_MAX), /* a connection */
-        rpc_arg(GRPC_ARG_ALLOW_REUSEPORT, 0), /* a second server on a port is an error */
+        rpc_arg(GRPC_ARG_MAX_CONCURRENT_STREAMS,
+                (int)peer_calls_max + REFUSALS_MAX), /* of a connection */
+        rpc_arg(GRPC_ARG_ALLOW_REUSEPORT, 0),        /* a second server on a port is an error */
         rpc_arg(GRPC_ARG_SERVER_HANDSHAKE_TIMEOUT_MS, HANDSHAKE_MS),
         rpc_arg(GRPC_ARG_KEEPALIVE_TIME_MS, KEEPALIVE_MS),
         rpc_arg(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, KEEPALIVE_TIMEOUT_MS),
@@ -230,7 +278,9 @@ make_core_server(uint32_t calls_max)
     };
     grpc_channel_args all = {.num_args = sizeof(args) / sizeof(args[0]), .args = args};
 
-    return grpc_server_create(&all, NULL);
+    grpc_server *server = grpc_server_create(&all, NULL);
+    grpc_resource_quota_unref(quota);
+    return server;
 }
 
 attn_status_t
@@ -251,10 +301,15 @@ rpc_server_create(const rpc_server_options_t *options, rpc_server_t **server_p)
     server->address      = gpr_strdup(options->address);
     server->tls.tls      = rpc_tls_ref(options->tls);
     server->calls_max    = options->calls_max == 0 ? CALLS_DEFAULT : options->calls_max;
+    server->stall_ms     = options->stall_ms == 0 ? RPC_STALL_MS : options->stall_ms;
+    server->peer_calls_max =
+        options->peer_calls_max == 0 ? server->calls_max / PEER_SHARE : options->peer_calls_max;
+    server->watch = rpc_watch_create(server->stall_ms);
     atomic_init(&server->refs, 1);
     pthread_mutex_init(&server->lock, NULL);
     rpc_cond_init(&server->cond);
-    server->grpc  = make_core_server(server->calls_max);
+    server->grpc = make_core_server(
+        server->peer_calls_max, options->memory_max == 0 ? MEMORY_DEFAULT : options->memory_max);
     server->queue = grpc_completion_queue_create_for_next(NULL);
     server->crew =
         rpc_crew_create(server->queue, options->threads == 0 ? THREADS_DEFAULT : options->threads,
@@ -341,6 +396,9 @@ rpc_server_start(rpc_server_t *server)
         request_call(&server->slots[i]);
     }
     attn_status_t status = rpc_crew_start(server->crew);
+    if (status == ATTN_OK) {
+        status = rpc_watch_start(server->watch);
+    }
     return status == ATTN_OK ? status : attn_fail_in(status, "server %s: ", server->address);
 }
 
@@ -442,6 +500,7 @@ rpc_server_destroy(rpc_server_t *server)
         return;
     }
     rpc_server_stop(server, 0);
+    rpc_watch_destroy(server->watch);
     grpc_server_destroy(server->grpc);
     rpc_crew_destroy(server->crew);
     grpc_completion_queue_destroy(server->queue);

@@ -346,8 +346,10 @@ coordinator_serve_attention(coordinator_t *c)
                                      sizeof(methods) / sizeof(methods[0]), c, &c->attention);
 
     if (status == ATTN_OK) {
-        status =
-            steps_create(c->server, "/attn.v1.Attention", &thin_ops, c->thin, c->jobs, &c->steps);
+        steps_limits_t limits = {.part_ms      = 3 * (uint32_t)c->options.stall_ms,
+                                 .buffer_bytes = c->options.run_memory};
+        status = steps_create(c->server, "/attn.v1.Attention", &thin_ops, c->thin, c->jobs, &limits,
+                              &c->steps);
     }
     return status;
 }

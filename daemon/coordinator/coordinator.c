@@ -11,6 +11,7 @@
 #include <time.h>
 
 #define TICK_MS 100u
+#define TRIM_TICKS 20u
 #define LOOK_MS 10u       /* how often a draining coordinator looks for open steps */
 #define DRAIN_MS 5000u    /* for open steps of thin clients to end */
 #define GRACE_MS 500u     /* for replies that are on their way at the end */
@@ -139,11 +140,14 @@ start(coordinator_t *c)
     attn_status_t status = certs_open(&c->certs, &c->options.tls);
 
     if (status == ATTN_OK) {
-        status = rpc_server_create(&(rpc_server_options_t){.address = c->options.listen,
-                                                           .threads = SERVER_THREADS,
-                                                           .spin_us = SPIN_US,
-                                                           .tls     = c->certs.tls},
-                                   &c->server);
+        status =
+            rpc_server_create(&(rpc_server_options_t){.address    = c->options.listen,
+                                                      .threads    = SERVER_THREADS,
+                                                      .spin_us    = SPIN_US,
+                                                      .tls        = c->certs.tls,
+                                                      .stall_ms   = (uint32_t)c->options.stall_ms,
+                                                      .memory_max = c->options.message_memory},
+                              &c->server);
     }
 
     if (status == ATTN_OK) {
@@ -240,8 +244,12 @@ coordinator_main(int argc, char **argv)
         status = start(&c);
     }
     if (status == ATTN_OK) {
-        while (!process_stopping(TICK_MS)) {
+        for (uint32_t ticks = 1; !process_stopping(TICK_MS); ticks++) {
             certs_tick(&c.certs);
+            steps_tick(c.steps, attn_now_ns());
+            if (ticks % TRIM_TICKS == 0) {
+                process_trim();
+            }
         }
         drain(&c);
     } else {

@@ -356,7 +356,9 @@ worker_serve(worker_t *worker)
                                      sizeof(methods) / sizeof(methods[0]), worker, &worker->unary);
 
     if (status == ATTN_OK) {
-        status = steps_create(worker->server, "/attn.v1.Worker", &step_ops, worker, NULL,
+        steps_limits_t limits = {.part_ms      = 3 * (uint32_t)worker->options.stall_ms,
+                                 .buffer_bytes = worker->options.run_memory};
+        status = steps_create(worker->server, "/attn.v1.Worker", &step_ops, worker, NULL, &limits,
                               &worker->steps);
     }
     return status;

@@ -11,6 +11,7 @@
 #include <string.h>
 
 #define TICK_MS 100u
+#define TRIM_TICKS 20u
 #define DRAIN_LOOK_MS 10u /* how often a draining worker looks for open steps */
 #define GRACE_MS 500u     /* for replies that are on their way at the end */
 #define SPARE_MS 500u     /* to put things away after that */
@@ -45,9 +46,11 @@ start(worker_t *worker)
 
     attn_status_t status = certs_open(&worker->certs, &o->tls);
     if (status == ATTN_OK) {
-        status = rpc_server_create(&(rpc_server_options_t){.address = o->listen,
-                                                           .spin_us = (uint32_t)o->spin_us,
-                                                           .tls     = worker->certs.tls},
+        status = rpc_server_create(&(rpc_server_options_t){.address    = o->listen,
+                                                           .spin_us    = (uint32_t)o->spin_us,
+                                                           .tls        = worker->certs.tls,
+                                                           .stall_ms   = (uint32_t)o->stall_ms,
+                                                           .memory_max = o->message_memory},
                                    &worker->server);
     }
     if (status == ATTN_OK) {
@@ -81,6 +84,28 @@ start(worker_t *worker)
              worker->certs.tls != NULL ? "yes" : "no", info.kind,
              (unsigned long long)info.slab_bytes, info.read_bandwidth);
     return registrar_start(worker, &worker->registrar);
+}
+
+static void
+check_store(worker_t *worker)
+{
+    if (worker->options.check_store && engine_check(worker->engine) != ATTN_OK) {
+        attn_log(ATTN_LOG_ERROR, "store.broken", "reason=\"%s\"", attn_last_error());
+    }
+}
+
+static void
+tick(worker_t *worker)
+{
+    static uint32_t ticks;
+
+    certs_tick(&worker->certs);
+    engine_tick(worker->engine, attn_now_ns());
+    steps_tick(worker->steps, attn_now_ns());
+    check_store(worker);
+    if (++ticks % TRIM_TICKS == 0) {
+        process_trim();
+    }
 }
 
 static uint64_t
@@ -146,10 +171,10 @@ worker_main(int argc, char **argv)
     }
     if (status == ATTN_OK) {
         while (!process_stopping(TICK_MS)) {
-            certs_tick(&worker.certs);
-            engine_tick(worker.engine, attn_now_ns());
+            tick(&worker);
         }
         drain(&worker);
+        check_store(&worker);
     } else {
         attn_log(ATTN_LOG_ERROR, "worker.failed", "status=%s reason=\"%s\"", attn_strerror(status),
                  attn_last_error());

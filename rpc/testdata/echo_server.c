@@ -192,7 +192,7 @@ handle(echo_server_t *echo, rpc_call_t *call, rpc_message_t *message, bool strea
         rpc_message_free(message);
     }
     if (more) {
-        rpc_call_next(call);
+        rpc_call_next(call, 0);
     }
 }
 
