@@ -20,11 +20,8 @@
 #include <string.h>
 
 void *
-plan_room(builder_t *b, void *at, uint32_t *room, uint32_t n, size_t size)
+plan_room(builder_t *b, void *at, uint32_t *room, size_t size)
 {
-    if (n < *room) {
-        return at;
-    }
     uint32_t wanted = *room == 0 ? b->problem->n + 16 : *room * 2;
     void *grown     = realloc(at, wanted * size);
     if (grown == NULL) {
@@ -33,20 +30,6 @@ plan_room(builder_t *b, void *at, uint32_t *room, uint32_t n, size_t size)
     }
     *room = wanted;
     return grown;
-}
-
-uint64_t
-plan_first_key(const builder_t *b, uint32_t entry, const attn_span_t *span)
-{
-    return attn_leaf_key(&b->plan->entries[entry], b->problem->entries[entry].runs[span->run].chunk,
-                         span->leaf_first);
-}
-
-uint64_t
-plan_last_key(const builder_t *b, uint32_t entry, const attn_span_t *span)
-{
-    return attn_leaf_key(&b->plan->entries[entry], b->problem->entries[entry].runs[span->run].chunk,
-                         span->leaf_end - 1);
 }
 
 /* ---- entries ---- */

@@ -35,25 +35,47 @@ cost_limit(const builder_t *b)
     return attn_max(1, total * heads / ((uint64_t)b->parallelism * PIECES_PER_THREAD));
 }
 
+/*
+ * Push the leaves [leaf, end) of a span, a whole subtree at a time: what lies inside one merges
+ * before anything after it is pushed, and nothing before it reaches in, so a fold that sees only
+ * its first key ends with the same states.
+ */
+static void
+fold_span(attn_fold_t *fold, const attn_walk_t *walk, uint32_t *depth)
+{
+    const attn_plan_t *plan = walk->plan;
+    uint32_t chunk = walk->runs[plan->spans[walk->work->span_first + walk->span].run].chunk;
+    uint64_t first = attn_leaf_key(walk->entry, chunk, 0);
+
+    for (uint32_t leaf = walk->leaf, bits; leaf < walk->leaf_end; leaf += 1u << bits) {
+        uint32_t room  = 31 - (uint32_t)__builtin_clz(walk->leaf_end - leaf);
+        uint64_t key   = first | leaf;
+        uint32_t level = attn_fold_level(fold, key);
+
+        bits = leaf == 0 ? room : (uint32_t)attn_min(room, (uint32_t)__builtin_ctz(leaf));
+        while (attn_fold_pops(fold, level)) {
+        }
+        attn_fold_push(fold, key);
+        /* Leaf by leaf, the subtree takes a state a level. */
+        *depth = fold->n + bits > *depth ? fold->n + bits : *depth;
+    }
+}
+
 /* Give a work its states: their keys are what a fold leaves. */
 static void
 number_states(builder_t *b, attn_work_t *work)
 {
     attn_fold_t fold;
     attn_walk_t walk;
-    attn_leaf_t leaf;
     uint32_t depth = 1;
 
     b->plan->spans   = b->spans.at; /* for the walk */
     b->plan->members = b->members.at;
     attn_fold_init(&fold, work->left_level);
     attn_walk_init(&walk, b->plan, work);
-    while (attn_walk_next(&walk, &leaf)) {
-        uint32_t level = attn_fold_level(&fold, leaf.key);
-        while (attn_fold_pops(&fold, level)) {
-        }
-        attn_fold_push(&fold, leaf.key);
-        depth = fold.n > depth ? fold.n : depth;
+    for (; walk.span < work->n_spans; walk.span++) {
+        attn_walk_span(&walk);
+        fold_span(&fold, &walk, &depth);
     }
     while (attn_fold_pops(&fold, work->right_level)) {
     }
@@ -73,27 +95,33 @@ static uint64_t
 count_leaves(builder_t *b, const attn_work_t *work)
 {
     attn_walk_t walk;
-    attn_leaf_t leaf;
     uint64_t n = 0;
 
     attn_walk_init(&walk, b->plan, work);
-    while (attn_walk_next(&walk, &leaf)) {
-        n++;
+    for (; walk.span < work->n_spans; walk.span++) {
+        attn_walk_span(&walk);
+        n += walk.leaf < walk.leaf_end ? walk.leaf_end - walk.leaf : 0;
     }
     return n;
 }
 
-/* One piece: the leaves between two places of a walk over the range. */
+/* A leaf of a work's span, and its key. */
+typedef struct place {
+    uint32_t span, leaf;
+    uint64_t key;
+} place_t;
+
+/* One piece: the leaves from one place of a range to another. */
 static void
-add_piece(builder_t *b, const attn_work_t *whole, const attn_walk_t *from, const attn_walk_t *to,
+add_piece(builder_t *b, const attn_work_t *whole, const place_t *from, const place_t *to,
           uint32_t left, uint32_t right, uint64_t n, uint64_t of)
 {
     attn_work_t piece = *whole;
 
     piece.span_first  = whole->span_first + from->span;
     piece.n_spans     = to->span - from->span + 1;
-    piece.leaf_first  = from->leaf - 1;
-    piece.leaf_end    = to->leaf;
+    piece.leaf_first  = from->leaf;
+    piece.leaf_end    = to->leaf + 1;
     piece.left_level  = left;
     piece.right_level = right;
     piece.cost        = whole->cost * n / of;
@@ -104,27 +132,33 @@ add_piece(builder_t *b, const attn_work_t *whole, const attn_walk_t *from, const
 static void
 add_pieces(builder_t *b, const attn_work_t *work, uint64_t leaves, uint64_t pieces)
 {
-    attn_walk_t walk, from, last;
-    attn_leaf_t leaf;
-    uint64_t seen = 0, begun = 0, piece = 1, key = 0;
+    attn_walk_t walk;
+    place_t from = {0}, last = {0};
+    uint64_t seen = 0, begun = 0, piece = 1;
     uint32_t left = work->left_level;
 
     attn_walk_init(&walk, b->plan, work);
-    from = last = walk;
-    while (attn_walk_next(&walk, &leaf)) {
-        if (seen == leaves * piece / pieces) {
-            uint32_t level = attn_key_lca(key, leaf.key);
-            add_piece(b, work, &from, &last, left, level, seen - begun, leaves);
-            left  = level;
-            begun = seen;
-            piece++;
+    for (; walk.span < work->n_spans; walk.span++) {
+        attn_walk_span(&walk);
+        const attn_span_t *span = &b->plan->spans[work->span_first + walk.span];
+        uint64_t first          = attn_leaf_key(walk.entry, walk.runs[span->run].chunk, 0);
+        while (walk.leaf < walk.leaf_end) {
+            uint64_t cut  = leaves * piece / pieces; /* leaves before the next piece */
+            place_t place = {.span = walk.span, .leaf = walk.leaf, .key = first | walk.leaf};
+            if (seen == cut) {
+                uint32_t level = attn_key_lca(last.key, place.key);
+                add_piece(b, work, &from, &last, left, level, seen - begun, leaves);
+                left  = level;
+                begun = seen;
+                cut   = leaves * ++piece / pieces;
+            }
+            from       = seen == begun ? place : from;
+            uint64_t n = attn_min(walk.leaf_end - walk.leaf, cut - seen);
+            walk.leaf += (uint32_t)n;
+            seen += n;
+            last =
+                (place_t){.span = walk.span, .leaf = walk.leaf - 1, .key = first | (walk.leaf - 1)};
         }
-        if (seen == begun) {
-            from = walk;
-        }
-        last = walk;
-        key  = leaf.key;
-        seen++;
     }
     add_piece(b, work, &from, &last, left, work->right_level, seen - begun, leaves);
 }

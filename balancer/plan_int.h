@@ -19,8 +19,9 @@
 
 #define PUSH(builder, vector, ...)                                                                 \
     do {                                                                                           \
-        (vector).at =                                                                              \
-            plan_room((builder), (vector).at, &(vector).room, (vector).n, sizeof(*(vector).at));   \
+        if ((vector).n == (vector).room) {                                                         \
+            (vector).at = plan_room((builder), (vector).at, &(vector).room, sizeof(*(vector).at)); \
+        }                                                                                          \
         if ((vector).n < (vector).room) {                                                          \
             (vector).at[(vector).n++] = (__VA_ARGS__);                                             \
         }                                                                                          \
@@ -83,7 +84,8 @@ typedef struct builder {
     uint32_t *span_first; /* [n + 1] of the entry */
 } builder_t;
 
-void *plan_room(builder_t *b, void *at, uint32_t *room, uint32_t n, size_t size);
+/** More room for a vector that is full. */
+void *plan_room(builder_t *b, void *at, uint32_t *room, size_t size);
 
 /** Is the problem well formed? */
 attn_status_t plan_check(const attn_problem_t *problem, uint32_t parallelism, uint32_t few,
@@ -105,9 +107,21 @@ void plan_link_shared(builder_t *b);
 /** Cut ranges into works, number the states between them, and set the order. */
 void plan_cut(builder_t *b);
 
-/** Key of the first and of the last leaf of a span of an entry. */
-uint64_t plan_first_key(const builder_t *b, uint32_t entry, const attn_span_t *span);
-uint64_t plan_last_key(const builder_t *b, uint32_t entry, const attn_span_t *span);
+/** Key of the first leaf of a span of an entry. */
+static inline uint64_t
+plan_first_key(const builder_t *b, uint32_t entry, const attn_span_t *span)
+{
+    return attn_leaf_key(&b->plan->entries[entry], b->problem->entries[entry].runs[span->run].chunk,
+                         span->leaf_first);
+}
+
+/** And of the last one. */
+static inline uint64_t
+plan_last_key(const builder_t *b, uint32_t entry, const attn_span_t *span)
+{
+    return attn_leaf_key(&b->plan->entries[entry], b->problem->entries[entry].runs[span->run].chunk,
+                         span->leaf_end - 1);
+}
 
 /** Index of the entry's node that holds a key; 0 if it has none. */
 uint32_t plan_node_of(const attn_problem_entry_t *entry, uint32_t chunk_key);

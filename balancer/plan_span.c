@@ -70,7 +70,7 @@ add_spans_of_run(builder_t *b, uint32_t e, uint32_t r, uint32_t segment, int64_t
 {
     const attn_problem_entry_t *entry = &b->problem->entries[e];
     const attn_kv_run_t *run          = &entry->runs[r];
-    uint32_t leaf                     = b->plan->entries[e].leaf_tokens;
+    uint32_t leaf_shift               = (uint32_t)__builtin_ctz(b->plan->entries[e].leaf_tokens);
     int64_t start                     = (int64_t)run->chunk * b->problem->chunk_size;
 
     if (see_first >= start + run->length || see_end <= start) {
@@ -84,7 +84,8 @@ add_spans_of_run(builder_t *b, uint32_t e, uint32_t r, uint32_t segment, int64_t
     if (first >= end) {
         return;
     }
-    attn_span_t span = {.run = r, .leaf_first = first / leaf, .leaf_end = (end + leaf - 1) / leaf};
+    attn_span_t span = {
+        .run = r, .leaf_first = first >> leaf_shift, .leaf_end = ((end - 1) >> leaf_shift) + 1};
     for (; segment != 0 && b->segments.at[segment - 1].run == r;
          segment = b->segments.at[segment - 1].next) {
         const segment_t *shared = &b->segments.at[segment - 1];

@@ -29,7 +29,15 @@ typedef struct attn_node {
     uint32_t index; /**< key >> level */
 } attn_node_t;
 
-uint32_t attn_tree_key(uint32_t chunk);
+static inline uint32_t
+attn_tree_key(uint32_t chunk)
+{
+    uint32_t lane = chunk % 64; /* its bits in pairs, then the three pairs */
+
+    lane = (lane & 0x15) << 1 | (lane >> 1 & 0x15);
+    lane = (lane & 0x03) << 4 | (lane & 0x0c) | lane >> 4;
+    return lane << 26 | chunk / 64;
+}
 uint32_t attn_tree_chunk(uint32_t key);
 
 /** Level of the lowest common ancestor of two different keys: 1 to 32. */

@@ -21,12 +21,6 @@ bit_reverse_6(uint32_t lane)
 }
 
 uint32_t
-attn_tree_key(uint32_t chunk)
-{
-    return bit_reverse_6(chunk % 64u) << LANE_SHIFT | chunk / 64u;
-}
-
-uint32_t
 attn_tree_chunk(uint32_t key)
 {
     return (key & ((1u << LANE_SHIFT) - 1)) * 64u + bit_reverse_6(key >> LANE_SHIFT);
