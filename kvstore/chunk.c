@@ -11,6 +11,34 @@ kv_chunk_find(const kv_region_t *region, uint64_t id)
     return chunk;
 }
 
+static const UT_hash_bucket *
+bucket_of(const UT_hash_table *table, uint64_t id)
+{
+    uint32_t bucket;
+
+    HASH_TO_BKT(kv_hash_id(&id), table->num_buckets, bucket);
+    return &table->buckets[bucket];
+}
+
+void
+kv_chunk_prefetch_table(const kv_region_t *region, uint64_t id)
+{
+    if (region->chunks != NULL) {
+        __builtin_prefetch(bucket_of(region->chunks->hh.tbl, id));
+    }
+}
+
+void
+kv_chunk_prefetch(const kv_region_t *region, uint64_t id)
+{
+    if (region->chunks != NULL) {
+        /* The handle is the chunk's first member. */
+        const char *first = (const char *)bucket_of(region->chunks->hh.tbl, id)->hh_head;
+        __builtin_prefetch(first);
+        __builtin_prefetch(first + 64);
+    }
+}
+
 kv_chunk_t *
 kv_chunk_make(kv_region_t *region, uint64_t id)
 {

@@ -25,12 +25,26 @@
 /* A full heap is answered with a status, so the tables must not exit the process: after
  * HASH_ADD, hh.tbl is NULL if the element could not be added. */
 #define HASH_NONFATAL_OOM 1
+
+/* All keys here are 64-bit ids: one multiplication mixes them, in place of a hash of bytes. */
+#define HASH_FUNCTION(key, bytes, hashv) ((hashv) = kv_hash_id(key))
+
+static inline uint32_t
+kv_hash_id(const void *key)
+{
+    uint64_t id;
+    __builtin_memcpy(&id, key, sizeof(id));
+    return (uint32_t)(id * UINT64_C(0x9e3779b97f4a7c15) >> 32);
+}
+
 #include <uthash.h>
 
 #define KV_EXTENT_BYTES UINT64_C(4096)
 #define KV_NO_PAGE UINT32_MAX
 
+/* What begin looks at lies together: two cache lines, the first with the key. */
 typedef struct kv_chunk {
+    UT_hash_handle hh;
     uint64_t id;
     uint32_t generation;  /* 0 while the step that makes it is open */
     uint32_t length;      /* committed tokens */
@@ -43,9 +57,8 @@ typedef struct kv_chunk {
     bool stamp_new;       /* what the begin of `stamp` wants of it, and */
     uint32_t stamp_entry; /* in which entry: this is how twice in one step is found */
     uint64_t stamp;
-    uint32_t counted, counted_new; /* kv_store_check's own counts of the steps that name it */
     uint32_t *pages;
-    UT_hash_handle hh;
+    uint32_t counted, counted_new; /* kv_store_check's own counts of the steps that name it */
 } kv_chunk_t;
 
 typedef struct kv_hold {
@@ -113,6 +126,11 @@ kv_pages_for(const kv_region_t *region, uint32_t tokens)
 /* Also finds a chunk that an open step is making. */
 kv_chunk_t *kv_chunk_find(const kv_region_t *region, uint64_t id);
 
+/* Bring what kv_chunk_find() will touch into the cache: first the table's part, and a while later
+ * the chunk's. */
+void kv_chunk_prefetch_table(const kv_region_t *region, uint64_t id);
+void kv_chunk_prefetch(const kv_region_t *region, uint64_t id);
+
 /* A record without pages, of generation 0, in the region's table; NULL: out of memory. */
 kv_chunk_t *kv_chunk_make(kv_region_t *region, uint64_t id);
 
@@ -140,15 +158,21 @@ kv_chunk_tail_is_shared(const kv_region_t *region, const kv_chunk_t *chunk)
 
 /* ---- step_begin.c, step.c ---- */
 
+/* A place in the chunks of all entries, one after the other. */
+typedef struct kv_cursor {
+    uint32_t entry, chunk;
+} kv_cursor_t;
+
 /* What begin has found out, before it changes anything. */
 typedef struct kv_begin {
     kv_store_t *store;
     kv_region_t *region;
     const kv_step_entry_t *entries;
-    kv_step_t *step;    /* filled, but not yet known to anybody */
-    uint64_t n_pages;   /* that it needs */
-    uint32_t n_missing; /* chunks named that are not here */
-    uint32_t n_made;    /* of these, appended to */
+    kv_step_t *step;                      /* filled, but not yet known to anybody */
+    uint64_t n_pages;                     /* that it needs */
+    uint32_t n_missing;                   /* chunks named that are not here */
+    uint32_t n_made;                      /* of these, appended to */
+    kv_cursor_t ahead_table, ahead_chunk; /* what is fetched into the cache next */
 } kv_begin_t;
 
 /* All of begin's checks but those of its own arguments; finds the chunks. */

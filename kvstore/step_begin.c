@@ -198,6 +198,46 @@ check_chunk(kv_begin_t *begin, uint32_t entry, const kv_step_chunk_t *want, kv_n
     return status;
 }
 
+/* ---- looking ahead ---- */
+
+/* Chunks lie all over the heap: each is asked for some chunks before it is looked at. */
+#define AHEAD_TABLE 32u
+#define AHEAD_CHUNK 16u
+
+static const kv_step_chunk_t *
+cursor_next(const kv_begin_t *begin, kv_cursor_t *at)
+{
+    while (at->entry < begin->step->n_entries) {
+        const kv_step_entry_t *entry = &begin->entries[at->entry];
+        if (at->chunk < entry->n_chunks) {
+            return &entry->chunks[at->chunk++];
+        }
+        at->entry++;
+        at->chunk = 0;
+    }
+    return NULL;
+}
+
+static void
+fetch_table(kv_begin_t *begin)
+{
+    const kv_step_chunk_t *want = cursor_next(begin, &begin->ahead_table);
+
+    if (want != NULL) {
+        kv_chunk_prefetch_table(begin->region, want->chunk);
+    }
+}
+
+static void
+fetch_chunk(kv_begin_t *begin)
+{
+    const kv_step_chunk_t *want = cursor_next(begin, &begin->ahead_chunk);
+
+    if (want != NULL) {
+        kv_chunk_prefetch(begin->region, want->chunk);
+    }
+}
+
 static attn_status_t
 check_entry(kv_begin_t *begin, uint32_t i)
 {
@@ -210,6 +250,8 @@ check_entry(kv_begin_t *begin, uint32_t i)
                 ATTN_ERR_INVALID, "step %" PRIu64 ": entry %u: chunk number %u comes after %u",
                 begin->step->id, i, entry->chunks[c].number, entry->chunks[c - 1].number);
         }
+        fetch_table(begin);
+        fetch_chunk(begin);
         attn_status_t status = check_chunk(begin, i, &entry->chunks[c], &named[c]);
         if (status != ATTN_OK) {
             return status;
@@ -246,6 +288,12 @@ kv_begin_check(kv_begin_t *begin)
 {
     begin->store->stamp++;
     attn_status_t status = check_sequences(begin);
+    for (uint32_t i = 0; i < AHEAD_TABLE; i++) {
+        fetch_table(begin);
+    }
+    for (uint32_t i = 0; i < AHEAD_CHUNK; i++) {
+        fetch_chunk(begin);
+    }
     for (uint32_t i = 0; status == ATTN_OK && i < begin->step->n_entries; i++) {
         status = check_entry(begin, i);
     }
