@@ -10,26 +10,58 @@
 
 #define STEP_TIMEOUT_MS_DEFAULT 60000u
 
+#if defined(__SANITIZE_ADDRESS__)
+#define PIECE_BYTES_MAX UINT64_C(0) /* a piece for each array, so that reading beyond one is seen  \
+                                     */
+#else
+#define PIECE_BYTES_MAX (UINT64_C(256) << 10)
+#endif
+#define PIECE_BYTES_MIN 1024u
+
+/* A message has many small arrays: they are cut from pieces that double in size. */
 struct wire_piece {
     struct wire_piece *next;
+    uint64_t size, used; /* of bytes */
     _Alignas(16) uint8_t bytes[];
 };
+
+static struct wire_piece *
+piece_new(wire_block_t *block, uint64_t least)
+{
+    uint64_t size = block->pieces == NULL ? PIECE_BYTES_MIN
+                                          : attn_min(2 * block->pieces->size, PIECE_BYTES_MAX);
+
+    size                     = attn_max(size, least);
+    struct wire_piece *piece = calloc(1, sizeof(*piece) + size);
+    if (piece != NULL) {
+        piece->size   = size;
+        piece->next   = block->pieces;
+        block->pieces = piece;
+    }
+    return piece;
+}
 
 void *
 wire_alloc(wire_block_t *block, uint64_t n, uint64_t size)
 {
+    struct wire_piece *piece = block->pieces;
     uint64_t bytes;
 
-    struct wire_piece *piece = attn_mul(n, size, &bytes) && bytes < SIZE_MAX / 2
-                                   ? calloc(1, sizeof(*piece) + bytes + 1)
-                                   : NULL;
+    if (attn_mul(n, size, &bytes) && bytes < SIZE_MAX / 2) {
+        bytes = attn_max(attn_div_up(bytes, 16), 1) * 16; /* no two arrays share an address */
+        if (piece == NULL || bytes > piece->size - piece->used) {
+            piece = piece_new(block, bytes);
+        }
+    } else {
+        piece = NULL;
+    }
     if (piece == NULL) {
         attn_fail(ATTN_ERR_NO_MEMORY, "no memory for a message");
         return NULL;
     }
-    piece->next   = block->pieces;
-    block->pieces = piece;
-    return piece->bytes;
+    void *at = piece->bytes + piece->used;
+    piece->used += bytes;
+    return at;
 }
 
 void
