@@ -386,7 +386,7 @@ report(const result_options_t *options, const sim_t *s, const char *name, double
     if (target > 0) {
         result_json(options, "balance",
                     "\"sequences\":%llu,\"workers\":%u,\"case\":\"%s\",\"value\":%.6g,"
-                    "\"unit\":\"%s\",\"target\":%g",
+                    "\"unit\":\"%s\",\"target\":%g,\"sense\":\"most\"",
                     (unsigned long long)s->n, s->workers, name, value, unit, target);
     } else {
         result_json(options, "balance",

@@ -124,14 +124,15 @@ def draw_ratios(results, machine, out):
 
 
 def draw_lines(results, machine, out, bench, x, label, title, ylabel, by=None):
-    """Values over a number that each result carries under `x`, log-log, a line for each `by`."""
-    rows = [row for row in of_bench(results, bench) if row.get(x)]
+    """Values over a number that results carry under `x`, log-log, a line for each `by`; results
+    without it are for the tables."""
+    rows = [row for row in of_bench(results, bench) if row.get(x) and (by is None or by in row)]
     if not rows:
         return None
     figure, axis = plt.subplots(figsize=(7.5, 4.6))
     lines = {}
     for row in rows:
-        lines.setdefault(row.get(by, row["case"]) if by else row["case"], []).append(row)
+        lines.setdefault(row[by] if by else row["case"], []).append(row)
     for name, line in lines.items():
         line.sort(key=lambda row: row[x])
         drawn, = axis.plot([row[x] for row in line], [row["value"] for row in line], "o-", ms=4,
@@ -154,7 +155,7 @@ def draw(results, machine, out):
         draw_ratios(results, machine, out),
         draw_layer(results, machine, out),
         draw_lines(results, machine, out, "begin", "sequences", "sequences of the batch",
-                   "begin of a step; dashes are the targets", "microseconds", by="of"),
+                   "begin of a step, 32k tokens each; dashes are the targets", "microseconds", by="of"),
         draw_lines(results, machine, out, "throughput", "outstanding", "calls outstanding",
                    "Throughput as load grows", "calls a second", by="clients"),
         draw_token(results, machine, out),
