@@ -3,8 +3,9 @@
  * coordinator daemon puts it behind rpc; libattn has one of its own for inproc://.
  *
  * Threads: all functions may be called from any thread. The directory is under one lock,
- * never held while a worker is asked. An operation that changes a sequence (fork, truncate,
- * free) holds that sequence meanwhile: another one is refused with ATTN_ERR_BUSY.
+ * never held while a worker is asked. An operation on a sequence (fork, truncate, free) holds
+ * that sequence meanwhile: another one is refused with ATTN_ERR_BUSY, but any number of forks go
+ * at once.
  */
 #ifndef ATTN_CLUSTER_H
 #define ATTN_CLUSTER_H

@@ -10,7 +10,8 @@
 #define WORKER_TIMEOUT_MS 2000u /* of a control call to a worker */
 
 typedef struct held_seq {
-    uint64_t id; /* key */
+    uint64_t id;    /* key */
+    uint32_t forks; /* calls that are forking it, any number at once; 0: one that changes it */
     UT_hash_handle hh;
 } held_seq_t;
 

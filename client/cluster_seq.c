@@ -9,8 +9,10 @@
 
 /* ---- holding a sequence while an operation changes it ---- */
 
+/* Forks leave the sequence as it is, and any number of them go at once: many requests begin with
+ * the same prefix. Whatever changes it is alone. */
 static attn_status_t
-hold(cluster_t *cluster, uint64_t cache, attn_seq_t seq)
+hold(cluster_t *cluster, uint64_t cache, attn_seq_t seq, bool fork)
 {
     held_seq_t *held;
     attn_status_t status;
@@ -18,13 +20,14 @@ hold(cluster_t *cluster, uint64_t cache, attn_seq_t seq)
     pthread_mutex_lock(&cluster->lock);
     status = directory_seq_check(cluster->directory, cache, seq);
     HASH_FIND(hh, cluster->held, &seq.id, sizeof(seq.id), held);
-    if (status == ATTN_OK && held != NULL) {
-        status = attn_fail(ATTN_ERR_BUSY, "sequence %llx is being changed by another call",
-                           (unsigned long long)seq.id);
-    }
-    held = status == ATTN_OK ? calloc(1, sizeof(*held)) : NULL;
-    if (held != NULL) {
-        held->id = seq.id;
+    if (status == ATTN_OK && held != NULL && fork && held->forks > 0) {
+        held->forks++;
+    } else if (status == ATTN_OK && held != NULL) {
+        status = attn_fail(ATTN_ERR_BUSY, "sequence %llx is being %s by another call",
+                           (unsigned long long)seq.id, held->forks > 0 ? "forked" : "changed");
+    } else if (status == ATTN_OK && (held = calloc(1, sizeof(*held))) != NULL) {
+        held->id    = seq.id;
+        held->forks = fork;
         HASH_ADD(hh, cluster->held, id, sizeof(held->id), held);
     } else if (status == ATTN_OK) {
         status = attn_fail(ATTN_ERR_NO_MEMORY, "no memory to change a sequence");
@@ -40,7 +43,9 @@ let_go(cluster_t *cluster, attn_seq_t seq)
 
     pthread_mutex_lock(&cluster->lock);
     HASH_FIND(hh, cluster->held, &seq.id, sizeof(seq.id), held);
-    if (held != NULL) {
+    if (held != NULL && held->forks > 1) {
+        held->forks--;
+    } else if (held != NULL) {
         HASH_DEL(cluster->held, held);
         free(held);
     }
@@ -411,7 +416,7 @@ cluster_seq_fork(cluster_t *cluster, uint64_t cache, uint32_t client, attn_seq_t
     attn_seq_info_t info;
     attn_seq_t fork;
     uint32_t chunk_size;
-    attn_status_t status = hold(cluster, cache, seq);
+    attn_status_t status = hold(cluster, cache, seq, true);
 
     if (status != ATTN_OK) {
         return status;
@@ -497,7 +502,7 @@ truncate_held(cluster_t *cluster, uint64_t cache, attn_seq_t seq, uint64_t lengt
 attn_status_t
 cluster_seq_truncate(cluster_t *cluster, uint64_t cache, attn_seq_t seq, uint64_t length)
 {
-    attn_status_t status = hold(cluster, cache, seq);
+    attn_status_t status = hold(cluster, cache, seq, false);
 
     if (status == ATTN_OK) {
         status = truncate_held(cluster, cache, seq, length);
@@ -513,7 +518,7 @@ cluster_seq_free(cluster_t *cluster, uint64_t cache, attn_seq_t seq)
     attn_seq_info_t info;
     uint32_t chunk_size;
     bool in_step         = false;
-    attn_status_t status = hold(cluster, cache, seq);
+    attn_status_t status = hold(cluster, cache, seq, false);
 
     if (status != ATTN_OK) {
         return status;

@@ -144,6 +144,13 @@ test_a_sequence_that_another_call_changes_is_busy(void **state)
     assert_int_equal(cluster_seq_truncate(f.cluster, f.cache, m.seq, 10), ATTN_ERR_BUSY);
     assert_int_equal(cluster_seq_free(f.cluster, f.cache, m.seq), ATTN_ERR_BUSY);
     assert_int_equal(fork_model(&f, &m, 10, &fork), ATTN_ERR_BUSY);
+    /* Another one that forks it is no hindrance to a fork, but to a change. */
+    held.forks = 1;
+    OK(fork_model(&f, &m, 10, &fork));
+    check_model(&f, &fork);
+    assert_int_equal(held.forks, 1);
+    assert_int_equal(cluster_seq_truncate(f.cluster, f.cache, m.seq, 10), ATTN_ERR_BUSY);
+    assert_int_equal(cluster_seq_free(f.cluster, f.cache, m.seq), ATTN_ERR_BUSY);
     HASH_DEL(f.cluster->held, mine);
     check_model(&f, &m);
     OK(fork_model(&f, &m, 10, &fork));
