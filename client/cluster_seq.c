@@ -63,6 +63,28 @@ by_worker(const void *a, const void *b)
     return (x->worker > y->worker) - (x->worker < y->worker);
 }
 
+/* Did the worker go while it was asked? Then what it answered says nothing: stopped for a while
+ * and back again, it has joined as another, with nothing in it. */
+static bool
+is_lost_now(cluster_t *cluster, uint32_t worker)
+{
+    char address[64];
+    bool alive;
+
+    return cluster_worker_address(cluster, worker, address, &alive) == ATTN_OK && !alive;
+}
+
+/* The failure of a worker that was asked about its tokens, or the loss of both. */
+static attn_status_t
+said_of_tokens(cluster_t *cluster, uint32_t worker, attn_status_t status)
+{
+    if (status == ATTN_OK || !is_lost_now(cluster, worker)) {
+        return status;
+    }
+    return attn_fail(ATTN_ERR_LOST, "the tokens were on worker %u, which was lost just now",
+                     worker);
+}
+
 /* Ask one worker about the chunks list[0..n), all its own. */
 static attn_status_t
 ask_owner(cluster_t *cluster, uint64_t cache, attn_chunk_info_t **list, uint32_t n,
@@ -88,6 +110,13 @@ ask_owner(cluster_t *cluster, uint64_t cache, attn_chunk_info_t **list, uint32_t
     for (uint32_t i = 0; status == ATTN_OK && i < n; i++) {
         list[i]->length     = infos[i].length;
         list[i]->generation = infos[i].generation;
+    }
+    if (status != ATTN_OK && status != ATTN_ERR_NO_MEMORY &&
+        is_lost_now(cluster, list[0]->worker)) {
+        for (uint32_t i = 0; i < n; i++) {
+            list[i]->lost = true;
+        }
+        status = ATTN_OK;
     }
     if (in_step_p != NULL) {
         *in_step_p = *in_step_p || in_step;
@@ -380,10 +409,11 @@ fork_tail(cluster_t *cluster, uint64_t cache, const attn_chunk_info_t *source, u
     link_t *link;
     attn_status_t status = cluster_link(cluster, source->worker, &link);
 
-    return status != ATTN_OK
-               ? status
-               : link->ops->chunk_fork(link, cluster_epoch(cluster), cache, source->chunk, length,
+    if (status == ATTN_OK) {
+        status = link->ops->chunk_fork(link, cluster_epoch(cluster), cache, source->chunk, length,
                                        to, cluster_worker_deadline());
+    }
+    return said_of_tokens(cluster, source->worker, status);
 }
 
 static attn_status_t
@@ -454,9 +484,10 @@ cut_chunk(cluster_t *cluster, uint64_t cache, attn_seq_t seq, const attn_chunk_i
     copy        = directory_chunk_id(cluster->directory);
     pthread_mutex_unlock(&cluster->lock);
     if (!shared) {
-        return link->ops->chunk_truncate(link, cluster_epoch(cluster), cache, chunk->chunk,
-                                         chunk->generation, rest, &generation,
-                                         cluster_worker_deadline());
+        status = link->ops->chunk_truncate(link, cluster_epoch(cluster), cache, chunk->chunk,
+                                           chunk->generation, rest, &generation,
+                                           cluster_worker_deadline());
+        return said_of_tokens(cluster, chunk->worker, status);
     }
     /* First the copy, then the list: a failure leaves the sequence as it was. */
     status = fork_tail(cluster, cache, chunk, rest, copy);

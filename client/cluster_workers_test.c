@@ -73,6 +73,98 @@ test_a_lost_worker_takes_its_chunks_along(void **state)
     fixture_close(&f);
 }
 
+/* ---- a worker that is lost while it is asked, and answers when it is back, and empty ---- */
+
+static struct asked {
+    fixture_t *f;
+    uint32_t worker;
+} asked;
+
+static attn_status_t
+answer_when_back(void)
+{
+    lose(asked.f, asked.worker);
+    return attn_fail(ATTN_ERR_NOT_FOUND, "cache 1 has no region here");
+}
+
+static attn_status_t
+describe_when_back(link_t *link, uint64_t cache, const uint64_t *chunks, uint32_t n,
+                   kv_chunk_info_t *infos, const uint64_t *seqs, uint32_t n_seqs, bool *in_step,
+                   uint64_t deadline_ns)
+{
+    (void)link, (void)cache, (void)chunks, (void)n, (void)infos;
+    (void)seqs, (void)n_seqs, (void)in_step, (void)deadline_ns;
+    return answer_when_back();
+}
+
+static attn_status_t
+fork_when_back(link_t *link, uint64_t epoch, uint64_t cache, uint64_t from, uint32_t length,
+               uint64_t to, uint64_t deadline_ns)
+{
+    (void)link, (void)epoch, (void)cache, (void)from, (void)length, (void)to, (void)deadline_ns;
+    return answer_when_back();
+}
+
+static attn_status_t
+truncate_when_back(link_t *link, uint64_t epoch, uint64_t cache, uint64_t chunk,
+                   uint32_t generation, uint32_t length, uint32_t *generation_p,
+                   uint64_t deadline_ns)
+{
+    (void)link, (void)epoch, (void)cache, (void)chunk;
+    (void)generation, (void)length, (void)generation_p, (void)deadline_ns;
+    return answer_when_back();
+}
+
+enum { DESCRIBE, FORK, TRUNCATE };
+
+static void
+lose_in(int call)
+{
+    fixture_t f;
+    model_t m, fork;
+    attn_seq_info_t info;
+    uint64_t epoch;
+    link_ops_t ops;
+    link_t *link;
+
+    fixture_open(&f, 2, ATTN_PLACE_SPREAD, 300 * ATTN_NS_PER_MS);
+    create(&f, &m, 0);
+    append(&f, &m, 600);
+    OK(cluster_layout(f.cluster, f.cache, &m.seq, NULL, 1, &info, &epoch));
+    uint32_t gone = info.chunks[1].worker;
+    attn_seq_info_free(&info);
+    asked = (struct asked){.f = &f, .worker = gone};
+    OK(links_get(f.links, f.hello[gone - 1].address, &link));
+    const link_ops_t *before = link->ops;
+    ops                      = *before;
+    ops.chunks_describe      = call == DESCRIBE ? describe_when_back : ops.chunks_describe;
+    ops.chunk_fork           = call == FORK ? fork_when_back : ops.chunk_fork;
+    ops.chunk_truncate       = call == TRUNCATE ? truncate_when_back : ops.chunk_truncate;
+    link->ops                = &ops;
+    if (call == DESCRIBE) {
+        OK(cluster_layout(f.cluster, f.cache, &m.seq, NULL, 1, &info, &epoch));
+        assert_true(!info.chunks[0].lost && info.chunks[1].lost && info.chunks[0].length == 256);
+        attn_seq_info_free(&info);
+    } else if (call == FORK) {
+        assert_int_equal(fork_model(&f, &m, 300, &fork), ATTN_ERR_LOST);
+    } else {
+        assert_int_equal(cluster_seq_truncate(f.cluster, f.cache, m.seq, 300), ATTN_ERR_LOST);
+    }
+    link->ops = before;
+    OK(cluster_seq_free(f.cluster, f.cache, m.seq));
+    expect_empty(&f, gone);
+    fixture_close(&f);
+}
+
+static void
+test_what_a_worker_says_that_was_lost_meanwhile_is_no_answer(void **state)
+{
+    (void)state;
+    lose_in(DESCRIBE);
+    lose_in(FORK);
+    lose_in(TRUNCATE);
+}
+
 static void
 test_chunks_in_advance_on_a_lost_worker_are_placed_anew(void **state)
 {
@@ -198,6 +290,7 @@ main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_a_lost_worker_takes_its_chunks_along),
+        cmocka_unit_test(test_what_a_worker_says_that_was_lost_meanwhile_is_no_answer),
         cmocka_unit_test(test_chunks_in_advance_on_a_lost_worker_are_placed_anew),
         cmocka_unit_test(test_a_sequence_without_living_owners_can_be_freed),
         cmocka_unit_test(test_a_worker_that_joins_late_gets_its_regions),
