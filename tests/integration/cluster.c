@@ -207,14 +207,23 @@ add_certs(const cluster_options_t *o, const char **argv, uint32_t n, char paths[
     argv[n] = NULL;
 }
 
+/* The daemon to test: the one built beside, unless the environment names another. */
+static const char *
+attnd(void)
+{
+    const char *path = getenv("ATTN_TEST_ATTND");
+
+    return path != NULL ? path : ATTND_PATH;
+}
+
 void
 cluster_start_coordinator(test_cluster_t *cluster, const char *listen)
 {
     const cluster_options_t *o = &cluster->options;
     const char *lost           = o->lost_ms != NULL ? o->lost_ms : "600";
     const char *lease          = o->lease_ms != NULL ? o->lease_ms : "30000";
-    const char *argv[24] = {ATTND_PATH, "coordinator",    "--listen", listen,       "--lost-ms",
-                            lost,       "--heartbeat-ms", "100",      "--lease-ms", lease};
+    const char *argv[24]       = {attnd(), "coordinator",    "--listen", listen,       "--lost-ms",
+                                  lost,    "--heartbeat-ms", "100",      "--lease-ms", lease};
     char paths[3][128];
 
     add_certs(o, argv, 10, paths);
@@ -229,12 +238,15 @@ worker_launch(test_cluster_t *cluster, uint32_t i)
     const char *slab           = o->slab != NULL ? o->slab : "32MiB";
     const char *drain          = o->drain_ms != NULL ? o->drain_ms : "5000";
     char name[16], paths[3][128];
-    const char *argv[24] = {ATTND_PATH,   "worker", "--coordinator", cluster->coordinator.address,
+    const char *argv[24] = {attnd(),      "worker", "--coordinator", cluster->coordinator.address,
                             "--slab",     slab,     "--threads",     "1",
                             "--drain-ms", drain,    "--name",        name};
 
     snprintf(name, sizeof(name), "w%u", i);
-    add_certs(o, argv, 12, paths);
+    if (o->check_store) {
+        argv[12] = "--check-store";
+    }
+    add_certs(o, argv, o->check_store ? 13 : 12, paths);
     process_start(&cluster->workers[i], argv);
 }
 
@@ -308,6 +320,15 @@ cluster_down(test_cluster_t *cluster)
         unlink(i == 0 ? cluster->coordinator.log : cluster->workers[i - 1].log);
     }
     assert_true(well);
+}
+
+void
+cluster_kill(test_cluster_t *cluster)
+{
+    process_kill(&cluster->coordinator);
+    for (uint32_t i = 0; i < cluster->options.workers; i++) {
+        process_kill(&cluster->workers[i]);
+    }
 }
 
 process_t *

@@ -46,6 +46,7 @@ typedef struct cluster_options {
     const char *lease_ms; /**< NULL: 30000 */
     const char *drain_ms; /**< NULL: 5000 */
     const char *certs;    /**< folder of server.pem, server.key and ca.pem: mTLS; NULL: plaintext */
+    bool check_store;     /**< workers verify their stores all the time */
 } cluster_options_t;
 
 typedef struct cluster {
@@ -59,6 +60,9 @@ void cluster_up(test_cluster_t *cluster, const cluster_options_t *options);
 
 /** SIGTERM to all that run: each must end well. Prints the logs if one does not. */
 void cluster_down(test_cluster_t *cluster);
+
+/** kill -9 to all that run; their logs stay. */
+void cluster_kill(test_cluster_t *cluster);
 
 void cluster_start_coordinator(test_cluster_t *cluster, const char *listen);
 void cluster_start_worker(test_cluster_t *cluster, uint32_t i); /* and wait until it joined */

@@ -1,0 +1,227 @@
+#include "tests/stress/supervisor.h"
+
+#include "base/checked.h"
+#include "base/clock.h"
+
+#include <cjson/cJSON.h>
+#include <errno.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/prctl.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#define UNENDED_MS 10000u /* behind its deadline a call will not end any more */
+#define LEFT_MS 8000u     /* behind the longest lease, for what clients left */
+#define LOOK_MS 20u
+
+void
+stress_fail(stress_t *stress, const char *format, ...)
+{
+    va_list list;
+    bool first = false;
+
+    if (atomic_compare_exchange_strong(&stress->failing, &first, true)) {
+        va_start(list, format);
+        vsnprintf(stress->failure, sizeof(stress->failure), format, list);
+        va_end(list);
+        atomic_store(&stress->failed, true);
+    }
+    atomic_store(&stress->stop, true);
+}
+
+/* ---- clients ---- */
+
+void
+supervisor_start_client(supervisor_t *s, uint32_t process)
+{
+    fflush(stdout);
+    pid_t pid = fork();
+    if (pid == 0) {
+        prctl(PR_SET_PDEATHSIG, SIGKILL);
+        exit(client_main(&s->plans[process]));
+    }
+    s->pids[process] = pid;
+    if (pid < 0) {
+        stress_fail(s->stress, "fork: %s\n", strerror(errno));
+    }
+}
+
+/* A client process that ended: well only when all are to end. */
+static void
+client_ended(supervisor_t *s, uint32_t process, int status)
+{
+    s->pids[process] = 0;
+    if (!WIFEXITED(status) || WEXITSTATUS(status) != 0) {
+        stress_fail(s->stress, "CRASH: %s client process %u ended with %s %d\n",
+                    target_names[s->plans[process].kind], process,
+                    WIFEXITED(status) ? "code" : "signal",
+                    WIFEXITED(status) ? WEXITSTATUS(status) : WTERMSIG(status));
+    } else if (!atomic_load(&s->stress->stop)) {
+        stress_fail(s->stress, "client process %u ended before it was told to\n", process);
+    }
+}
+
+static void
+look_at_daemon(supervisor_t *s, process_t *process, const char *what)
+{
+    int status;
+
+    if (process->pid > 0 && waitpid(process->pid, &status, WNOHANG) == process->pid) {
+        stress_fail(s->stress, "CRASH: the %s at %s ended with %s %d; its log is %s\n", what,
+                    process->address, WIFEXITED(status) ? "code" : "signal",
+                    WIFEXITED(status) ? WEXITSTATUS(status) : WTERMSIG(status), process->log);
+        process->pid = 0;
+    }
+}
+
+static void
+look_at_calls(supervisor_t *s)
+{
+    uint64_t now = attn_now_ns();
+
+    for (uint32_t i = 0; i < ACTORS_MAX; i++) {
+        const actor_figures_t *f = &s->stress->actors[i];
+        uint64_t began = atomic_load(&f->call_began_ns), ends = atomic_load(&f->call_ends_ns);
+        if (began != 0 && now > ends + UNENDED_MS * ATTN_NS_PER_MS &&
+            began == atomic_load(&f->call_began_ns)) {
+            stress_fail(s->stress,
+                        "UNENDED: actor %u is in %s since %.1f s, %.1f s behind its "
+                        "deadline\n",
+                        i, atomic_load(&f->call_name), (double)(now - began) / 1e9,
+                        (double)(now - ends) / 1e9);
+        }
+    }
+}
+
+bool
+supervisor_watch(supervisor_t *s, uint32_t ms)
+{
+    uint64_t end = now_ms() + ms;
+    int status;
+
+    do {
+        for (uint32_t i = 0; i < s->n_processes; i++) {
+            if (s->pids[i] > 0 && waitpid(s->pids[i], &status, WNOHANG) == s->pids[i]) {
+                client_ended(s, i, status);
+            }
+        }
+        look_at_daemon(s, &s->cluster.coordinator, "coordinator");
+        for (uint32_t w = 0; w < s->cluster.options.workers; w++) {
+            look_at_daemon(s, &s->cluster.workers[w], "worker");
+        }
+        look_at_calls(s);
+        if (now_ms() < end) {
+            sleep_ms((uint32_t)attn_min(LOOK_MS, end - now_ms()));
+        }
+    } while (now_ms() < end && !atomic_load(&s->stress->failed));
+    return !atomic_load(&s->stress->failed);
+}
+
+/* ---- the cluster ---- */
+
+static uint64_t
+number(const cJSON *object, const char *name)
+{
+    const cJSON *item = cJSON_GetObjectItemCaseSensitive(object, name);
+
+    return cJSON_IsNumber(item) ? (uint64_t)item->valuedouble : 0;
+}
+
+bool
+supervisor_view(const supervisor_t *s, cluster_view_t *view)
+{
+    static char text[1 << 20];
+    char command[512];
+    const cJSON *worker;
+
+    *view = (cluster_view_t){0};
+    snprintf(command, sizeof(command),
+             "%s --target %s --timeout 2000 status --json --interval 0 2>/dev/null",
+             s->stress->options.attnctl, s->stress->address);
+    FILE *pipe = popen(command, "r");
+    size_t n   = pipe != NULL ? fread(text, 1, sizeof(text) - 1, pipe) : 0;
+    if (pipe == NULL || pclose(pipe) != 0) {
+        return false;
+    }
+    text[n]         = '\0';
+    cJSON *root     = cJSON_Parse(text);
+    view->alive     = (uint32_t)number(root, "workers_alive");
+    view->clients   = (uint32_t)number(root, "clients");
+    view->caches    = (uint32_t)number(root, "caches");
+    view->sequences = number(root, "sequences");
+    cJSON_ArrayForEach(worker, cJSON_GetObjectItemCaseSensitive(root, "workers"))
+    {
+        if (cJSON_IsTrue(cJSON_GetObjectItemCaseSensitive(worker, "alive"))) {
+            view->used_bytes += number(worker, "used_bytes");
+            view->chunks += number(worker, "chunks");
+            view->open_steps += number(worker, "open_steps");
+        }
+    }
+    bool parsed = root != NULL;
+    cJSON_Delete(root);
+    return parsed;
+}
+
+/* ---- leaks ---- */
+
+static void
+check_counts(supervisor_t *s, const process_t *process, const char *what,
+             const proc_counts_t *before)
+{
+    uint64_t end = now_ms() + LEFT_MS;
+    proc_counts_t now;
+
+    while (proc_count(process->pid, &now) &&
+           (now.threads > before->threads || now.descriptors > before->descriptors)) {
+        if (now_ms() >= end) {
+            stress_fail(s->stress,
+                        "LEAK: the %s at %s has %u threads and %u descriptors; it had "
+                        "%u and %u\n",
+                        what, process->address, now.threads, now.descriptors, before->threads,
+                        before->descriptors);
+            return;
+        }
+        sleep_ms(50);
+    }
+}
+
+void
+supervisor_check_leaks(supervisor_t *s)
+{
+    uint64_t end = now_ms() + s->stress->options.lease_ms + LEFT_MS;
+    cluster_view_t v;
+
+    while (!supervisor_view(s, &v) || v.sequences + v.caches + v.used_bytes + v.chunks > 0 ||
+           v.open_steps > 0 || v.clients > s->clients_before) {
+        if (now_ms() >= end) {
+            stress_fail(s->stress,
+                        "LEAK: all clients have left, and there are %llu sequences, %u caches, %u "
+                        "clients, %llu bytes in use, %llu chunks, %llu open steps\n",
+                        (unsigned long long)v.sequences, v.caches, v.clients,
+                        (unsigned long long)v.used_bytes, (unsigned long long)v.chunks,
+                        (unsigned long long)v.open_steps);
+            return;
+        }
+        sleep_ms(100);
+    }
+    check_counts(s, &s->cluster.coordinator, "coordinator", &s->coordinator_before);
+    for (uint32_t w = 0; w < s->cluster.options.workers; w++) {
+        check_counts(s, &s->cluster.workers[w], "worker", &s->worker_before);
+    }
+}
+
+void
+supervisor_check_logs(supervisor_t *s)
+{
+    for (uint32_t i = 0; i <= s->cluster.options.workers; i++) {
+        const process_t *p = i == 0 ? &s->cluster.coordinator : &s->cluster.workers[i - 1];
+        if (p->pid > 0 && process_logged(p, "level=error")) {
+            stress_fail(s->stress, "AN ERROR WAS LOGGED by the %s at %s: %s\n",
+                        i == 0 ? "coordinator" : "worker", p->address, p->log);
+        }
+    }
+}
