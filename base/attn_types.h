@@ -54,7 +54,7 @@ typedef enum attn_status {
 
     /* The connection or the service. */
     ATTN_ERR_UNAVAILABLE = -60, /**< no route to the daemon now: retry, it reconnects by itself */
-    ATTN_ERR_DENIED      = -61, /**< not allowed */
+    ATTN_ERR_DENIED      = -61, /**< not allowed: the coordinator did not introduce the caller */
     ATTN_ERR_INTERNAL    = -62, /**< a defect of attnd; the sentence says where */
 } attn_status_t;
 

@@ -14,6 +14,7 @@
 #include <uthash.h>
 
 #define CLOSE_TIMEOUT_MS 1000u
+#define TICKET_ROOM 512u /* bytes of a ticket, its end included */
 
 /* A worker that some layout named. */
 typedef struct known_worker {
@@ -25,9 +26,11 @@ typedef struct known_worker {
 
 typedef struct grpc_control {
     control_t control;
+    rpc_client_t *rpc;
     rpc_channel_t *channel;
     uint32_t client;
     pthread_mutex_t lock;
+    char ticket[TICKET_ROOM];
     known_worker_t *workers;
 } grpc_control_t;
 
@@ -43,6 +46,29 @@ call(control_t *control, const char *path, const void *request, uint64_t deadlin
 {
     return rpc_call_typed(of(control)->channel, path, request, deadline_ns, type, reply_p,
                           message_p);
+}
+
+/* From now on every call shows it, here and at workers. A ticket as it was leaves streams that were
+ * opened with it as good as they were. */
+static attn_status_t
+take_ticket(grpc_control_t *control, const char *ticket)
+{
+    size_t n = strlen(ticket);
+
+    for (size_t i = 0; i < n; i++) {
+        n = ticket[i] >= ' ' && ticket[i] < 127 ? n : TICKET_ROOM;
+    }
+    if (n >= TICKET_ROOM) {
+        return attn_fail(ATTN_ERR_INTERNAL,
+                         "the coordinator gave a ticket that is no line of text");
+    }
+    pthread_mutex_lock(&control->lock);
+    if (strcmp(ticket, control->ticket) != 0) {
+        memcpy(control->ticket, ticket, n + 1);
+        rpc_client_set_header(control->rpc, "attn-ticket", ticket);
+    }
+    pthread_mutex_unlock(&control->lock);
+    return ATTN_OK;
 }
 
 static void
@@ -68,9 +94,17 @@ static attn_status_t
 remote_renew(control_t *control, uint64_t deadline_ns)
 {
     Attn__V1__ClientRequest request = ATTN__V1__CLIENT_REQUEST__INIT;
+    Attn__V1__KeepAliveReply *reply;
+    rpc_message_t *message;
 
-    request.client_id = of(control)->client;
-    return call(control, "/attn.v1.Attention/KeepAlive", &request, deadline_ns, NULL, NULL, NULL);
+    request.client_id    = of(control)->client;
+    attn_status_t status = call(control, "/attn.v1.Attention/KeepAlive", &request, deadline_ns,
+                                &attn__v1__keep_alive_reply__descriptor, &reply, &message);
+    if (status == ATTN_OK) {
+        status = take_ticket(of(control), reply->ticket);
+        rpc_message_free(message);
+    }
+    return status;
 }
 
 static attn_status_t
@@ -323,6 +357,7 @@ open_client(grpc_control_t *control, const char *name, uint64_t deadline_ns)
     if (status == ATTN_OK) {
         control->client           = reply->client_id;
         control->control.lease_ms = reply->lease_ms;
+        status                    = take_ticket(control, reply->ticket);
         rpc_message_free(message);
     }
     return status;
@@ -338,6 +373,7 @@ control_grpc_open(rpc_client_t *rpc, const char *address, const char *name, uint
         return attn_fail(ATTN_ERR_NO_MEMORY, "no memory for a client");
     }
     control->control.ops = &grpc_control_ops;
+    control->rpc         = rpc;
     pthread_mutex_init(&control->lock, NULL);
     attn_status_t status = rpc_channel_open(rpc, address, &control->channel);
     if (status == ATTN_OK && (status = open_client(control, name, deadline_ns)) != ATTN_OK) {

@@ -33,6 +33,7 @@ typedef struct walk {
 struct pipe {
     pipes_t *pipes;
     rpc_stream_t *stream;
+    uint64_t ticket; /* rpc_client_header_version() when it was opened */
     pthread_mutex_t lock;
     uint32_t references; /* the stream's until its end came, and the owner's */
     bool ended;          /* the stream's end came */
@@ -368,6 +369,7 @@ pipe_open(pipes_t *pipes, pipe_t **pipe_p)
     }
     pipe->pipes      = pipes;
     pipe->references = 2;
+    pipe->ticket     = rpc_client_header_version(pipes->rpc);
     pthread_mutex_init(&pipe->lock, NULL);
     attn_status_t status = rpc_stream_open(pipes->channel, "/attn.v1.Worker/Steps", UINT64_MAX,
                                            on_received, pipe, &pipe->stream);
@@ -395,7 +397,8 @@ pipe_take(pipes_t *pipes, pipe_t **pipe_p)
             return pipe_open(pipes, pipe_p);
         }
         pthread_mutex_lock(&pipe->lock);
-        bool stands = !pipe->ended && !pipe->astray;
+        bool stands =
+            !pipe->ended && !pipe->astray && pipe->ticket == rpc_client_header_version(pipes->rpc);
         pthread_mutex_unlock(&pipe->lock);
         if (stands) {
             *pipe_p = pipe;
@@ -502,7 +505,8 @@ pipe_cancel(pipe_t *pipe)
 attn_status_t
 pipes_init(pipes_t *pipes, rpc_client_t *rpc, const char *address)
 {
-    *pipes = (pipes_t){0};
+    *pipes     = (pipes_t){0};
+    pipes->rpc = rpc;
     snprintf(pipes->address, sizeof(pipes->address), "%s", address);
     attn_status_t status = rpc_channel_open(rpc, address, &pipes->channel);
     if (status == ATTN_OK) {

@@ -24,6 +24,7 @@ typedef enum pipe_op {
 /** The pipes to one worker. Their fields are pipe.c's. */
 typedef struct pipes {
     char address[128];
+    rpc_client_t *rpc;
     rpc_channel_t *channel;
     pthread_mutex_t lock;
     pipe_t *idle; /* under the lock */
@@ -32,7 +33,8 @@ typedef struct pipes {
 attn_status_t pipes_init(pipes_t *pipes, rpc_client_t *rpc, const char *address);
 void pipes_fini(pipes_t *pipes); /* no pipe is taken any more */
 
-/** An idle pipe that still stands, or a new one. */
+/** An idle pipe that still stands, or a new one. A worker goes by the ticket that a stream was
+ * opened with; so one of a former ticket is not taken again. */
 attn_status_t pipe_take(pipes_t *pipes, pipe_t **pipe_p);
 
 /** Give it up: to the idle list if its step ended in order (clean). Nothing is outstanding. */

@@ -371,12 +371,12 @@ begin_once(attn_cache_t *cache, const attn_batch_t *batch, uint64_t deadline_ns,
     return ATTN_OK;
 }
 
-/* May a fresh layout cure this? */
+/* May a fresh layout cure this, or a fresh ticket? */
 static bool
-is_about_layout(attn_status_t status)
+is_about_age(attn_status_t status)
 {
     return status == ATTN_ERR_STALE || status == ATTN_ERR_NOT_FOUND ||
-           status == ATTN_ERR_UNAVAILABLE || status == ATTN_ERR_LOST;
+           status == ATTN_ERR_UNAVAILABLE || status == ATTN_ERR_LOST || status == ATTN_ERR_DENIED;
 }
 
 attn_status_t
@@ -399,7 +399,10 @@ attn_step_begin(attn_cache_t *cache, const attn_batch_t *batch, attn_step_t **st
         batch->timeout_ms != 0 ? batch->timeout_ms : cache->client->options.step_timeout_ms;
     uint64_t deadline = attn_now_ns() + timeout * ATTN_NS_PER_MS;
     status            = begin_once(cache, batch, deadline, false, step_p);
-    for (uint32_t attempt = 1; is_about_layout(status) && attempt < BEGIN_ATTEMPTS; attempt++) {
+    for (uint32_t attempt = 1; is_about_age(status) && attempt < BEGIN_ATTEMPTS; attempt++) {
+        if (status == ATTN_ERR_DENIED) { /* what the next attempt meets tells more than this */
+            cache->client->control->ops->renew(cache->client->control, deadline);
+        }
         attn_status_t again = begin_once(cache, batch, deadline, true, step_p);
         bool same           = again == status;
         status              = again;

@@ -21,4 +21,15 @@ void certs_tick(certs_t *certs);
 
 void certs_close(certs_t *certs);
 
+/* What workers show the coordinator to be let in as such. */
+#define JOIN_HEADER "attn-join" /* the metadata that it goes in */
+#define JOIN_SECRET_MAX 257u    /* bytes, its end included */
+
+/**
+ * Read the join secret: the first line of a file, 16 to 256 printable ASCII characters without
+ * blanks. path "": none, secret is empty.
+ * @return ATTN_ERR_INVALID  it cannot be read, or is not of that form
+ */
+attn_status_t join_secret_read(const char *path, char secret[JOIN_SECRET_MAX]);
+
 #endif

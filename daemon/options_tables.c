@@ -116,6 +116,12 @@ check_tls(const tls_options_t *tls, const char *option, const char *address)
                 "later.",                                                                           \
     }
 
+#define JOIN_ROW(type, text)                                                                       \
+    {                                                                                              \
+        .name = "join-secret-file", .kind = OPTION_TEXT, OPTION_FIELD(type, join_secret_file),     \
+        .initial = "", .value_name = "FILE", .help = text,                                         \
+    }
+
 /* ---- worker ---- */
 
 static attn_status_t
@@ -194,6 +200,9 @@ static const option_t worker_table[] = {
              "and log an error if a number is wrong."},
     LOG_LEVEL_ROW(worker_options_t),
     TLS_ROWS(worker_options_t),
+    JOIN_ROW(worker_options_t,
+             "A file whose first line (16 to 256 printable characters) this worker shows the "
+             "coordinator to be let in. Empty: it shows nothing."),
 };
 
 const option_set_t worker_option_set = {
@@ -272,6 +281,9 @@ static const option_t coordinator_table[] = {
     PEER_ROWS(coordinator_options_t),
     LOG_LEVEL_ROW(coordinator_options_t),
     TLS_ROWS(coordinator_options_t),
+    JOIN_ROW(coordinator_options_t,
+             "Workers are let in if they show the first line of this file (16 to 256 printable "
+             "characters). Empty: whoever may connect may join as a worker, and is given KV."),
 };
 
 const option_set_t coordinator_option_set = {

@@ -29,6 +29,7 @@ typedef struct worker_options {
     bool check_store;
     uint32_t log_level; /**< attn_log_level_t */
     tls_options_t tls;
+    char join_secret_file[OPTIONS_TEXT_MAX];
 } worker_options_t;
 
 /** `attnd coordinator` */
@@ -43,6 +44,7 @@ typedef struct coordinator_options {
     uint64_t message_memory, run_memory; /**< bytes */
     uint32_t log_level;
     tls_options_t tls;
+    char join_secret_file[OPTIONS_TEXT_MAX];
 } coordinator_options_t;
 
 /** `attnd dev` */

@@ -4,6 +4,7 @@
 #include "base/log.h"
 #include "base/status.h"
 
+#include <assert.h>
 #include <errno.h>
 #include <limits.h>
 #include <malloc.h>
@@ -251,15 +252,21 @@ process_address_is_wildcard(const char *address)
 
 /* ---- the rest ---- */
 
+void
+process_random_bytes(void *bytes, size_t n)
+{
+    assert(n <= 256);                              /* such a request is served whole ... */
+    while (getrandom(bytes, n, 0) != (ssize_t)n) { /* ... unless it is interrupted */
+    }
+}
+
 uint64_t
 process_random(void)
 {
     uint64_t bits = 0;
 
     while (bits == 0) {
-        if (getrandom(&bits, sizeof(bits), 0) != (ssize_t)sizeof(bits)) {
-            bits = 0; /* interrupted */
-        }
+        process_random_bytes(&bits, sizeof(bits));
     }
     return bits;
 }

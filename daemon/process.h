@@ -39,6 +39,9 @@ attn_status_t process_address(const char *listen, uint16_t port, char address[PR
 /** Does HOST of HOST:PORT mean every address of the machine, so that nobody can connect to it? */
 bool process_address_is_wildcard(const char *address);
 
+/** Bytes that nobody can guess. */
+void process_random_bytes(void *bytes, size_t n); /* at most 256 */
+
 /** 64 random bits, not 0. */
 uint64_t process_random(void);
 

@@ -1,6 +1,7 @@
 #include "daemon/steps_int.h"
 
 #include "base/status.h"
+#include "daemon/ticket.h"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -10,6 +11,12 @@
 #define HEAD_ROOM 256 /* bytes of a reply beside its data, at most */
 
 /* ---- runs, of either kind of call ---- */
+
+attn_status_t
+steps_admit(steps_t *steps, const char *ticket)
+{
+    return steps->ops->admit == NULL ? ATTN_OK : steps->ops->admit(steps->service, ticket);
+}
 
 attn_status_t
 steps_begin(steps_t *steps, const ProtobufCMessage *request, steps_begun_t *begun)
@@ -94,6 +101,12 @@ steps_run_close(steps_run_t *run)
 /* ---- unary calls ---- */
 
 static attn_status_t
+admit_unary(void *service, const rpc_call_t *call)
+{
+    return steps_admit(service, rpc_call_metadata(call, TICKET_HEADER));
+}
+
+static attn_status_t
 serve_begin(void *service, const ProtobufCMessage *request, wire_block_t *block,
             ProtobufCMessage **reply_p)
 {
@@ -168,28 +181,42 @@ unary_run(steps_t *steps, const Attn__V1__RunRequest *head, rpc_message_t *messa
     return status;
 }
 
-static void
-serve_run(steps_t *steps, rpc_call_t *call, rpc_message_t *message)
+/* @return ATTN_OK: replied */
+static attn_status_t
+serve_admitted_run(steps_t *steps, rpc_call_t *call, rpc_message_t *message)
 {
     ProtobufCMessage *request;
     tensor_t *answer         = NULL;
     Attn__V1__RunReply reply = ATTN__V1__RUN_REPLY__INIT;
+    attn_status_t status =
+        rpc_message_unpack(message, &attn__v1__run_request__descriptor, &request);
+    const Attn__V1__RunRequest *head = (const Attn__V1__RunRequest *)request;
 
-    if (unary_unpack(call, message, &attn__v1__run_request__descriptor, &request)) {
-        const Attn__V1__RunRequest *head = (const Attn__V1__RunRequest *)request;
-        attn_status_t status             = unary_run(steps, head, message, &reply, &answer);
-        if (status != ATTN_OK) {
-            unary_fail(call, status);
-        } else {
-            struct iovec data = {.iov_base = answer != NULL ? answer->data : NULL,
-                                 .iov_len  = answer != NULL ? answer->size : 0};
-            reply.total       = data.iov_len;
-            rpc_call_reply(call, &(rpc_outgoing_t){.head   = &reply.base,
-                                                   .data   = &data,
-                                                   .n_data = answer != NULL,
-                                                   .sent   = answer != NULL ? tensor_unref : NULL,
-                                                   .arg    = answer});
-        }
+    if (status != ATTN_OK ||
+        (status = unary_run(steps, head, message, &reply, &answer)) != ATTN_OK) {
+        return status;
+    }
+    struct iovec data = {.iov_base = answer != NULL ? answer->data : NULL,
+                         .iov_len  = answer != NULL ? answer->size : 0};
+    reply.total       = data.iov_len;
+    rpc_call_reply(call, &(rpc_outgoing_t){.head   = &reply.base,
+                                           .data   = &data,
+                                           .n_data = answer != NULL,
+                                           .sent   = answer != NULL ? tensor_unref : NULL,
+                                           .arg    = answer});
+    return ATTN_OK;
+}
+
+static void
+serve_run(steps_t *steps, rpc_call_t *call, rpc_message_t *message)
+{
+    attn_status_t status = admit_unary(steps, call);
+
+    if (status == ATTN_OK) {
+        status = serve_admitted_run(steps, call, message);
+    }
+    if (status != ATTN_OK) {
+        unary_fail(call, status);
     }
     rpc_message_free(message);
 }
@@ -245,16 +272,19 @@ add_methods(steps_t *steps, rpc_server_t *server, const char *prefix)
     unary_method_t unary[] = {
         {.path    = paths[0],
          .serve   = serve_begin,
+         .admit   = admit_unary,
          .blocks  = true,
          .request = steps->ops->worker ? &attn__v1__worker_begin_request__descriptor
                                        : &attn__v1__begin_step_request__descriptor},
         {.path    = paths[1],
          .request = &attn__v1__commit_request__descriptor,
          .serve   = serve_commit,
+         .admit   = admit_unary,
          .blocks  = true},
         {.path    = paths[2],
          .request = &attn__v1__abort_request__descriptor,
          .serve   = serve_abort,
+         .admit   = admit_unary,
          .blocks  = true},
     };
     rpc_method_t raw[] = {

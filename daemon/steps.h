@@ -45,6 +45,9 @@ typedef struct steps_layer {
 
 /** What a step is. Functions may block, and are called from many threads. */
 typedef struct steps_ops {
+    /** May who showed this ticket (NULL: none) take steps? NULL: everybody may. Asked for every
+     * unary call, and on a stream when it opens and for every begin. */
+    attn_status_t (*admit)(void *service, const char *ticket);
     bool worker; /**< its begin is WorkerBeginRequest; otherwise BeginStepRequest */
     attn_status_t (*begin)(void *service, const ProtobufCMessage *request, steps_begun_t *begun);
     attn_status_t (*sizes)(void *service, uint64_t step_id, steps_sizes_t *sizes);

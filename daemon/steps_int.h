@@ -33,6 +33,9 @@ typedef struct steps_run {
     uint64_t compute_ns; /* set by steps_run_do() */
 } steps_run_t;
 
+/** May who showed this take steps? */
+attn_status_t steps_admit(steps_t *steps, const char *ticket);
+
 attn_status_t steps_begin(steps_t *steps, const ProtobufCMessage *request, steps_begun_t *begun);
 
 /** Check the head of a run against its step, and take a buffer for its `total` bytes. */

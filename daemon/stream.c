@@ -10,8 +10,10 @@
 #include "daemon/stream_int.h"
 
 #include "base/status.h"
+#include "daemon/ticket.h"
 
 #include <stdlib.h>
+#include <string.h>
 
 /* ---- life ---- */
 
@@ -39,6 +41,7 @@ stream_unref(stream_t *stream)
     steps_run_close(&stream->run);
     pthread_mutex_destroy(&stream->lock);
     free(stream->ids);
+    free(stream->ticket);
     free(stream);
 }
 
@@ -65,13 +68,19 @@ stream_closed(void *service, rpc_call_t *call)
 
 static void stream_message_job(job_t *job);
 
-static stream_t *
-stream_new(steps_t *steps, rpc_call_t *call)
+static attn_status_t
+stream_new(steps_t *steps, rpc_call_t *call, stream_t **stream_p)
 {
-    stream_t *stream = calloc(1, sizeof(*stream));
+    const char *ticket   = rpc_call_metadata(call, TICKET_HEADER);
+    attn_status_t status = steps_admit(steps, ticket);
 
-    if (stream == NULL) {
-        return NULL;
+    if (status != ATTN_OK) {
+        return status;
+    }
+    stream_t *stream = calloc(1, sizeof(*stream));
+    if (stream == NULL || (ticket != NULL && (stream->ticket = strdup(ticket)) == NULL)) {
+        free(stream);
+        return attn_fail(ATTN_ERR_NO_MEMORY, "no memory for a stream");
     }
     stream->message_job.run = stream_message_job;
     stream->end_job.run     = stream_end_job;
@@ -89,7 +98,8 @@ stream_new(steps_t *steps, rpc_call_t *call)
     }
     steps->streams = stream;
     pthread_mutex_unlock(&steps->lock);
-    return stream;
+    *stream_p = stream;
+    return ATTN_OK;
 }
 
 /* ---- the call, as long as it is there ---- */
@@ -192,9 +202,10 @@ stream_handle(void *service, rpc_call_t *call, rpc_message_t *message)
         rpc_call_end(call, ATTN_ERR_CANCELLED, "draining: this daemon is going down");
         return;
     }
-    if (stream == NULL && (stream = stream_new(steps, call)) == NULL) {
+    attn_status_t status = stream == NULL ? stream_new(steps, call, &stream) : ATTN_OK;
+    if (status != ATTN_OK) {
         rpc_message_free(message);
-        rpc_call_end(call, ATTN_ERR_NO_MEMORY, "no memory for a stream");
+        rpc_call_end(call, status, attn_last_error());
         return;
     }
     stream->message = message;

@@ -9,6 +9,7 @@ struct stream {
     steps_t *steps;
     rpc_call_t *call;
     pthread_mutex_t lock;
+    char *ticket;           /* that it was opened with; NULL: none */
     bool over;              /* under the lock: the call is not to be used */
     uint32_t references;    /* under the lock */
     stream_t *next, **link; /* in the list of open ones, under its lock */

@@ -84,7 +84,8 @@ do_begin(stream_t *stream, const ProtobufCMessage *request, bool worker)
         status =
             attn_fail(ATTN_ERR_INVALID, worker ? "op is worker_begin: the coordinator takes begin"
                                                : "op is begin: a worker takes worker_begin");
-    } else if ((status = ids_reserve(stream)) == ATTN_OK) {
+    } else if ((status = steps_admit(steps, stream->ticket)) == ATTN_OK &&
+               (status = ids_reserve(stream)) == ATTN_OK) {
         status = steps_begin(steps, request, &begun);
     }
     if (status != ATTN_OK) {

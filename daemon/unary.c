@@ -42,31 +42,37 @@ unary_fail(rpc_call_t *call, attn_status_t status)
     rpc_call_end(call, status, attn_last_error());
 }
 
-bool
-unary_unpack(rpc_call_t *call, rpc_message_t *message, const ProtobufCMessageDescriptor *type,
-             ProtobufCMessage **head_p)
+static attn_status_t
+serve_admitted(const row_t *row, const rpc_call_t *call, rpc_message_t *message,
+               wire_block_t *block, ProtobufCMessage **reply_p)
 {
-    attn_status_t status = rpc_message_unpack(message, type, head_p);
+    const unary_method_t *method = &row->method;
+    ProtobufCMessage *request;
+    attn_status_t status = rpc_message_unpack(message, method->request, &request);
 
-    if (status != ATTN_OK) {
-        unary_fail(call, status);
+    if (status == ATTN_OK && method->admit_request != NULL) {
+        status = method->admit_request(row->service, call, request);
     }
-    return status == ATTN_OK;
+    return status == ATTN_OK ? method->serve(row->service, request, block, reply_p) : status;
 }
 
 static void
 serve(const row_t *row, rpc_call_t *call, rpc_message_t *message)
 {
-    ProtobufCMessage *request, *reply = NULL;
-    wire_block_t block = {0};
+    ProtobufCMessage *reply = NULL;
+    wire_block_t block      = {0};
+    attn_status_t status    = ATTN_OK;
 
-    if (unary_unpack(call, message, row->method.request, &request)) {
-        attn_status_t status = row->method.serve(row->service, request, &block, &reply);
-        if (status == ATTN_OK) {
-            rpc_call_reply(call, &(rpc_outgoing_t){.head = reply});
-        } else {
-            unary_fail(call, status);
-        }
+    if (row->method.admit != NULL) {
+        status = row->method.admit(row->service, call);
+    }
+    if (status == ATTN_OK) {
+        status = serve_admitted(row, call, message, &block, &reply);
+    }
+    if (status == ATTN_OK) {
+        rpc_call_reply(call, &(rpc_outgoing_t){.head = reply});
+    } else {
+        unary_fail(call, status);
     }
     wire_free(&block);
     rpc_message_free(message);

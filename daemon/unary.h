@@ -18,6 +18,13 @@ typedef struct unary_method {
      */
     attn_status_t (*serve)(void *service, const ProtobufCMessage *request, wire_block_t *block,
                            ProtobufCMessage **reply_p);
+    /** May this caller call it, by what its metadata show (daemon/ticket.h)? Asked before the
+     * request is looked at, on the thread that serves. NULL: everybody. @return ATTN_ERR_DENIED if
+     * not */
+    attn_status_t (*admit)(void *service, const rpc_call_t *call);
+    /** The same, if it depends on what is requested. */
+    attn_status_t (*admit_request)(void *service, const rpc_call_t *call,
+                                   const ProtobufCMessage *request);
     bool blocks; /**< it may wait for others: run as a job, if there are jobs */
 } unary_method_t;
 
@@ -32,10 +39,6 @@ void unary_destroy(unary_t *unary); /* NULL is allowed */
 /** An initialised message of that type in block, also set as the reply; NULL when out of memory. */
 void *unary_reply(wire_block_t *block, const ProtobufCMessageDescriptor *type,
                   ProtobufCMessage **reply_p);
-
-/** Unpack a call's request. On failure the call is ended; message stays the caller's. */
-bool unary_unpack(rpc_call_t *call, rpc_message_t *message, const ProtobufCMessageDescriptor *type,
-                  ProtobufCMessage **head_p);
 
 /** End a call with a failure of this thread. */
 void unary_fail(rpc_call_t *call, attn_status_t status);

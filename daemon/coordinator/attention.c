@@ -3,10 +3,50 @@
 
 #include "base/status.h"
 
+#include <assert.h>
 #include <stdlib.h>
 #include <string.h>
 
 /* ---- clients ---- */
+
+/* Who names a client, to act for it, is to show its ticket; of any age, for here the lease tells
+ * whether there is such a client. */
+static attn_status_t
+admit_client(void *service, const rpc_call_t *call, const ProtobufCMessage *request)
+{
+    coordinator_t *c = service;
+    const char *text = rpc_call_metadata(call, TICKET_HEADER);
+    uint32_t client;
+    ticket_t ticket;
+
+    const ProtobufCFieldDescriptor *field =
+        protobuf_c_message_descriptor_get_field_by_name(request->descriptor, "client_id");
+    assert(field != NULL && field->type == PROTOBUF_C_TYPE_UINT32);
+    memcpy(&client, (const char *)request + field->offset, sizeof(client));
+    if (client == 0) {
+        return ATTN_OK; /* nobody's lease */
+    }
+    attn_status_t status = ticket_read(text, c->ticket_secret, 0, &ticket);
+    if (status == ATTN_OK && (ticket.role != TICKET_CLIENT || ticket.client != client)) {
+        status = attn_fail(ATTN_ERR_DENIED,
+                           "the call is for client %u, and its " TICKET_HEADER " is of client %u",
+                           client, ticket.client);
+    }
+    return status;
+}
+
+static attn_status_t
+reply_ticket(coordinator_t *c, wire_block_t *block, uint32_t client, char **text_p)
+{
+    char *text = wire_alloc(block, TICKET_MAX, 1);
+
+    if (text == NULL) {
+        return ATTN_ERR_NO_MEMORY;
+    }
+    coordinator_ticket(c, TICKET_CLIENT, client, text);
+    *text_p = text;
+    return ATTN_OK;
+}
 
 static attn_status_t
 serve_open_client(void *service, const ProtobufCMessage *request, wire_block_t *block,
@@ -26,7 +66,7 @@ serve_open_client(void *service, const ProtobufCMessage *request, wire_block_t *
         status = cluster_client_open(c->cluster, name, &reply->client_id);
     }
     reply->lease_ms = (uint32_t)c->options.lease_ms;
-    return status;
+    return status == ATTN_OK ? reply_ticket(c, block, reply->client_id, &reply->ticket) : status;
 }
 
 static attn_status_t
@@ -36,9 +76,14 @@ serve_keep_alive(void *service, const ProtobufCMessage *request, wire_block_t *b
     const Attn__V1__ClientRequest *r = (const Attn__V1__ClientRequest *)request;
     coordinator_t *c                 = service;
 
-    return unary_reply(block, &attn__v1__empty__descriptor, reply_p) != NULL
-               ? cluster_client_renew(c->cluster, r->client_id)
-               : ATTN_ERR_NO_MEMORY;
+    Attn__V1__KeepAliveReply *reply =
+        unary_reply(block, &attn__v1__keep_alive_reply__descriptor, reply_p);
+
+    if (reply == NULL) {
+        return ATTN_ERR_NO_MEMORY;
+    }
+    attn_status_t status = cluster_client_renew(c->cluster, r->client_id);
+    return status == ATTN_OK ? reply_ticket(c, block, r->client_id, &reply->ticket) : status;
 }
 
 static attn_status_t
@@ -300,28 +345,34 @@ static const unary_method_t methods[] = {
     {.path    = "/attn.v1.Attention/OpenClient",
      .serve   = serve_open_client,
      .request = &attn__v1__open_client_request__descriptor},
-    {.path    = "/attn.v1.Attention/KeepAlive",
-     .serve   = serve_keep_alive,
-     .request = &attn__v1__client_request__descriptor},
-    {.path    = "/attn.v1.Attention/CloseClient",
-     .serve   = serve_close_client,
-     .blocks  = true,
-     .request = &attn__v1__client_request__descriptor},
-    {.path    = "/attn.v1.Attention/OpenCache",
-     .serve   = serve_open_cache,
-     .blocks  = true,
-     .request = &attn__v1__open_cache_request__descriptor},
-    {.path    = "/attn.v1.Attention/CloseCache",
-     .serve   = serve_close_cache,
-     .blocks  = true,
-     .request = &attn__v1__close_cache_request__descriptor},
-    {.path    = "/attn.v1.Attention/CreateSequence",
-     .serve   = serve_create,
-     .request = &attn__v1__create_sequence_request__descriptor},
-    {.path    = "/attn.v1.Attention/ForkSequence",
-     .serve   = serve_fork,
-     .blocks  = true,
-     .request = &attn__v1__fork_sequence_request__descriptor},
+    {.path          = "/attn.v1.Attention/KeepAlive",
+     .serve         = serve_keep_alive,
+     .admit_request = admit_client,
+     .request       = &attn__v1__client_request__descriptor},
+    {.path          = "/attn.v1.Attention/CloseClient",
+     .serve         = serve_close_client,
+     .admit_request = admit_client,
+     .blocks        = true,
+     .request       = &attn__v1__client_request__descriptor},
+    {.path          = "/attn.v1.Attention/OpenCache",
+     .serve         = serve_open_cache,
+     .admit_request = admit_client,
+     .blocks        = true,
+     .request       = &attn__v1__open_cache_request__descriptor},
+    {.path          = "/attn.v1.Attention/CloseCache",
+     .serve         = serve_close_cache,
+     .admit_request = admit_client,
+     .blocks        = true,
+     .request       = &attn__v1__close_cache_request__descriptor},
+    {.path          = "/attn.v1.Attention/CreateSequence",
+     .serve         = serve_create,
+     .admit_request = admit_client,
+     .request       = &attn__v1__create_sequence_request__descriptor},
+    {.path          = "/attn.v1.Attention/ForkSequence",
+     .serve         = serve_fork,
+     .admit_request = admit_client,
+     .blocks        = true,
+     .request       = &attn__v1__fork_sequence_request__descriptor},
     {.path    = "/attn.v1.Attention/TruncateSequence",
      .serve   = serve_truncate,
      .blocks  = true,

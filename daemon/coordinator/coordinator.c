@@ -19,6 +19,30 @@
 #define SERVER_THREADS 4u /* they never block: what may block is a job */
 #define SPIN_US 50u
 
+/* ---- tickets ---- */
+
+void
+coordinator_ticket(const coordinator_t *c, ticket_role_t role, uint32_t client,
+                   char text[TICKET_MAX])
+{
+    ticket_t ticket = {.role = role, .client = client, .period = atomic_load(&c->period)};
+
+    ticket_write(&ticket, c->ticket_secret, text);
+}
+
+/* A new period, in which our own calls have a new ticket too. Periods are counted here and not
+ * taken from the clock: after a pause of our own, when nobody could renew his ticket, all that
+ * were good are good for a lease still. */
+static void
+next_period(coordinator_t *c)
+{
+    char text[TICKET_MAX];
+
+    atomic_fetch_add(&c->period, 1);
+    coordinator_ticket(c, TICKET_COORDINATOR, 0, text);
+    rpc_client_set_header(c->rpc, TICKET_HEADER, text);
+}
+
 /* ---- the ticker ---- */
 
 /* Log who joined and who was lost since. alive: of the workers by number, as last seen. */
@@ -73,9 +97,15 @@ ticker_thread(void *arg)
     coordinator_t *c = arg;
     uint64_t epoch   = 0;
     uint64_t slept   = 0; /* when we went to sleep */
+    uint64_t lease   = c->options.lease_ms * ATTN_NS_PER_MS;
+    uint64_t next    = attn_now_ns() + lease; /* period */
 
     while (!atomic_load(&c->stop_ticking)) {
         forgive_own_pause(c, &slept);
+        if (attn_now_ns() >= next) {
+            next_period(c);
+            next = attn_now_ns() + lease;
+        }
         cluster_tick(c->cluster);
         thin_tick(c->thin, attn_now_ns());
         if (cluster_epoch(c->cluster) != epoch) {
@@ -120,6 +150,7 @@ start_cluster(coordinator_t *c)
     attn_status_t status = rpc_client_create(SPIN_US, &c->rpc);
     if (status == ATTN_OK) {
         rpc_client_set_tls(c->rpc, c->certs.tls, NULL);
+        next_period(c);
         status = links_create(c->rpc, &c->links);
     }
     if (status == ATTN_OK) {
@@ -139,6 +170,10 @@ start(coordinator_t *c)
 {
     attn_status_t status = certs_open(&c->certs, &c->options.tls);
 
+    process_random_bytes(c->ticket_secret, sizeof(c->ticket_secret));
+    if (status == ATTN_OK) {
+        status = join_secret_read(c->options.join_secret_file, c->join_secret);
+    }
     if (status == ATTN_OK) {
         status =
             rpc_server_create(&(rpc_server_options_t){.address    = c->options.listen,
@@ -179,6 +214,10 @@ start(coordinator_t *c)
                  "address=%s tls=%s instance=%016llx epoch=%llu", c->address,
                  c->certs.tls != NULL ? "yes" : "no", (unsigned long long)c->instance,
                  (unsigned long long)cluster_epoch(c->cluster));
+        if (c->join_secret[0] == '\0' && !options_address_is_loopback(c->options.listen)) {
+            attn_log(ATTN_LOG_WARN, "coordinator.anybody_joins",
+                     "reason=\"no --join-secret-file: who may connect may be a worker\"");
+        }
         process_ready(c->address);
     }
     return status;

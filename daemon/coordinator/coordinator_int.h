@@ -5,6 +5,7 @@
 #include "daemon/certs.h"
 #include "daemon/coordinator/thin.h"
 #include "daemon/process.h"
+#include "daemon/ticket.h"
 
 #include <pthread.h>
 #include <stdatomic.h>
@@ -12,6 +13,9 @@
 typedef struct coordinator {
     coordinator_options_t options;
     certs_t certs;
+    char join_secret[JOIN_SECRET_MAX];    /* that workers show; empty: any may join */
+    uint8_t ticket_secret[TICKET_SECRET]; /* random: it goes with instance */
+    _Atomic uint64_t period;              /* of tickets; counted by the ticker */
     char address[PROCESS_ADDRESS_MAX];
     uint64_t instance; /* random: another one is another coordinator */
     rpc_client_t *rpc; /* towards workers */
@@ -33,6 +37,10 @@ attn_status_t coordinator_serve_attention(coordinator_t *coordinator);
 
 /** members.c: add attn.v1.Coordinator. */
 attn_status_t coordinator_serve_members(coordinator_t *coordinator);
+
+/** A ticket of now. */
+void coordinator_ticket(const coordinator_t *coordinator, ticket_role_t role, uint32_t client,
+                        char text[TICKET_MAX]);
 
 /** Copy a peer's string. @return ATTN_ERR_INVALID naming the field when it has room bytes or more
  */

@@ -162,6 +162,24 @@ take_worker(const Attn__V1__WorkerInfo *info, dir_worker_t *worker)
                : status;
 }
 
+/* Is this caller of those that may be workers? */
+static attn_status_t
+admit_worker(void *service, const rpc_call_t *call)
+{
+    coordinator_t *c  = service;
+    const char *shown = rpc_call_metadata(call, JOIN_HEADER);
+
+    if (c->join_secret[0] == '\0' || (shown != NULL && ticket_texts_equal(shown, c->join_secret))) {
+        return ATTN_OK;
+    }
+    attn_log(ATTN_LOG_WARN, "member.refused", "peer=\"%s\" reason=\"%s join secret\"",
+             rpc_call_peer(call), shown == NULL ? "no" : "wrong");
+    return attn_fail(
+        ATTN_ERR_DENIED,
+        "workers are let in here if they show the join secret (--join-secret-file): %s",
+        shown == NULL ? "none came" : "another one came");
+}
+
 static attn_status_t
 serve_join(void *service, const ProtobufCMessage *request, wire_block_t *block,
            ProtobufCMessage **reply_p)
@@ -188,9 +206,11 @@ serve_join(void *service, const ProtobufCMessage *request, wire_block_t *block,
                  r->worker != NULL ? r->worker->address : "", attn_last_error());
         return status;
     }
-    reply->epoch        = cluster_epoch(c->cluster);
-    reply->instance     = c->instance;
-    reply->heartbeat_ms = (uint32_t)c->options.heartbeat_ms;
+    reply->epoch         = cluster_epoch(c->cluster);
+    reply->instance      = c->instance;
+    reply->heartbeat_ms  = (uint32_t)c->options.heartbeat_ms;
+    reply->ticket_period = atomic_load(&c->period);
+    reply->ticket_secret = (ProtobufCBinaryData){.len = TICKET_SECRET, .data = c->ticket_secret};
     return ATTN_OK;
 }
 
@@ -211,7 +231,8 @@ serve_heartbeat(void *service, const ProtobufCMessage *request, wire_block_t *bl
     if (status == ATTN_OK) {
         status = cluster_worker_heartbeat(c->cluster, &figures);
     }
-    reply->epoch = cluster_epoch(c->cluster);
+    reply->epoch         = cluster_epoch(c->cluster);
+    reply->ticket_period = atomic_load(&c->period);
     return status;
 }
 
@@ -225,9 +246,11 @@ static const unary_method_t methods[] = {
      .request = &attn__v1__layout_request__descriptor},
     {.path    = "/attn.v1.Coordinator/Join",
      .serve   = serve_join,
+     .admit   = admit_worker,
      .request = &attn__v1__join_request__descriptor},
     {.path    = "/attn.v1.Coordinator/Heartbeat",
      .serve   = serve_heartbeat,
+     .admit   = admit_worker,
      .request = &attn__v1__heartbeat_request__descriptor},
 };
 

@@ -106,19 +106,27 @@ join(registrar_t *r)
     Attn__V1__WorkerInfo info;
     Attn__V1__JoinRequest request = ATTN__V1__JOIN_REQUEST__INIT;
     rpc_message_t *message;
-    ProtobufCMessage *head;
+    ProtobufCMessage *head = NULL;
     engine_info_t engine;
 
     engine_describe(worker->engine, &engine);
     worker_describe(worker, &info);
     request.worker         = &info;
     request.read_bandwidth = engine.read_bandwidth;
-    attn_status_t status   = ask(r, "/attn.v1.Coordinator/Join", &request.base,
-                                 &attn__v1__join_reply__descriptor, &message, &head);
+    gate_joining(&worker->gate);
+    attn_status_t status             = ask(r, "/attn.v1.Coordinator/Join", &request.base,
+                                           &attn__v1__join_reply__descriptor, &message, &head);
+    const Attn__V1__JoinReply *reply = (const Attn__V1__JoinReply *)head;
+    if (status == ATTN_OK && reply->ticket_secret.len != TICKET_SECRET) {
+        status =
+            attn_fail(ATTN_ERR_UNSUPPORTED, "the coordinator's ticket_secret has %zu bytes, not %u",
+                      reply->ticket_secret.len, TICKET_SECRET);
+        rpc_message_free(message);
+    }
     if (status != ATTN_OK) {
+        gate_joined(&worker->gate, NULL, 0);
         return status;
     }
-    const Attn__V1__JoinReply *reply = (const Attn__V1__JoinReply *)head;
     atomic_store(&worker->id, reply->worker_id);
     r->heartbeat_ms =
         (uint32_t)attn_max(HEARTBEAT_LEAST_MS, attn_min(reply->heartbeat_ms, HEARTBEAT_MOST_MS));
@@ -126,6 +134,7 @@ join(registrar_t *r)
     attn_log(ATTN_LOG_INFO, "worker.joined", "worker=%u epoch=%llu coordinator=%s instance=%016llx",
              reply->worker_id, (unsigned long long)reply->epoch, worker->options.coordinator,
              (unsigned long long)reply->instance);
+    gate_joined(&worker->gate, reply->ticket_secret.data, reply->ticket_period);
     rpc_message_free(message);
     return ATTN_OK;
 }
@@ -143,7 +152,9 @@ heartbeat(registrar_t *r)
     attn_status_t status = ask(r, "/attn.v1.Coordinator/Heartbeat", &request.base,
                                &attn__v1__heartbeat_reply__descriptor, &message, &head);
     if (status == ATTN_OK) {
-        engine_set_epoch(r->worker->engine, ((const Attn__V1__HeartbeatReply *)head)->epoch);
+        const Attn__V1__HeartbeatReply *reply = (const Attn__V1__HeartbeatReply *)head;
+        engine_set_epoch(r->worker->engine, reply->epoch);
+        gate_period(&r->worker->gate, reply->ticket_period);
         rpc_message_free(message);
     }
     return status;
@@ -226,6 +237,9 @@ registrar_start(worker_t *worker, registrar_t **registrar_p)
     attn_status_t status = rpc_client_create(0, &r->rpc);
     if (status == ATTN_OK) {
         rpc_client_set_tls(r->rpc, worker->certs.tls, NULL);
+        if (worker->join_secret[0] != '\0') {
+            rpc_client_set_header(r->rpc, JOIN_HEADER, worker->join_secret);
+        }
         status = rpc_channel_open(r->rpc, worker->options.coordinator, &r->channel);
     }
     if (status == ATTN_OK && pthread_create(&r->thread, NULL, registrar_thread, r) != 0) {

@@ -8,7 +8,32 @@
 #include "base/clock.h"
 #include "base/status.h"
 
+#include <assert.h>
 #include <stdlib.h>
+
+/* ---- who may ---- */
+
+static attn_status_t
+admit_coordinator(void *service, const rpc_call_t *call)
+{
+    worker_t *worker = service;
+
+    return gate_admit(&worker->gate, rpc_call_metadata(call, TICKET_HEADER), true);
+}
+
+static attn_status_t
+admit_steps(void *service, const char *ticket)
+{
+    worker_t *worker = service;
+
+    return gate_admit(&worker->gate, ticket, false);
+}
+
+static attn_status_t
+admit_introduced(void *service, const rpc_call_t *call)
+{
+    return admit_steps(service, rpc_call_metadata(call, TICKET_HEADER));
+}
 
 /* ---- steps ---- */
 
@@ -82,6 +107,7 @@ step_abort(void *service, uint64_t step_id, const char *reason)
 
 static const steps_ops_t step_ops = {
     .worker = true,
+    .admit  = admit_steps,
     .begin  = step_begin,
     .sizes  = step_sizes,
     .run    = step_run,
@@ -328,30 +354,40 @@ serve_status(void *service, const ProtobufCMessage *request, wire_block_t *block
 static const unary_method_t methods[] = {
     {.path    = "/attn.v1.Worker/OpenCache",
      .serve   = serve_open_cache,
+     .admit   = admit_coordinator,
      .request = &attn__v1__worker_open_cache_request__descriptor},
     {.path    = "/attn.v1.Worker/CloseCache",
      .serve   = serve_close_cache,
+     .admit   = admit_coordinator,
      .request = &attn__v1__worker_close_cache_request__descriptor},
     {.path    = "/attn.v1.Worker/ForkChunk",
      .serve   = serve_fork_chunk,
+     .admit   = admit_coordinator,
      .request = &attn__v1__fork_chunk_request__descriptor},
     {.path    = "/attn.v1.Worker/TruncateChunk",
      .serve   = serve_truncate_chunk,
+     .admit   = admit_coordinator,
      .request = &attn__v1__truncate_chunk_request__descriptor},
     {.path    = "/attn.v1.Worker/ReleaseChunks",
      .serve   = serve_release_chunks,
+     .admit   = admit_coordinator,
      .request = &attn__v1__release_chunks_request__descriptor},
     {.path    = "/attn.v1.Worker/DescribeChunks",
      .serve   = serve_describe_chunks,
+     .admit   = admit_coordinator,
      .request = &attn__v1__describe_chunks_request__descriptor},
     {.path    = "/attn.v1.Worker/Status",
      .serve   = serve_status,
+     .admit   = admit_introduced,
      .request = &attn__v1__empty__descriptor},
 };
 
 attn_status_t
 worker_serve(worker_t *worker)
 {
+    for (size_t i = 0; i < sizeof(methods) / sizeof(methods[0]); i++) {
+        assert(methods[i].admit != NULL); /* whoever adds a method says who may call it */
+    }
     attn_status_t status = unary_add(worker->server, NULL, methods,
                                      sizeof(methods) / sizeof(methods[0]), worker, &worker->unary);
 

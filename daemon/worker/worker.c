@@ -46,6 +46,9 @@ start(worker_t *worker)
 
     attn_status_t status = certs_open(&worker->certs, &o->tls);
     if (status == ATTN_OK) {
+        status = join_secret_read(o->join_secret_file, worker->join_secret);
+    }
+    if (status == ATTN_OK) {
         status = rpc_server_create(&(rpc_server_options_t){.address    = o->listen,
                                                            .spin_us    = (uint32_t)o->spin_us,
                                                            .tls        = worker->certs.tls,
@@ -150,6 +153,7 @@ destroy(worker_t *worker)
     steps_destroy(worker->steps);
     engine_destroy(worker->engine);
     certs_close(&worker->certs);
+    gate_destroy(&worker->gate);
 }
 
 int
@@ -165,6 +169,7 @@ worker_main(int argc, char **argv)
     attn_log_set_who("role=worker");
     attn_status_t status = process_start();
     rpc_init();
+    gate_init(&worker.gate);
     atomic_store(&worker.incarnation, process_random());
     if (status == ATTN_OK) {
         status = start(&worker);

@@ -5,6 +5,7 @@
 #include "daemon/certs.h"
 #include "daemon/process.h"
 #include "daemon/steps.h"
+#include "daemon/worker/gate.h"
 #include "engine/engine.h"
 
 #include <stdatomic.h>
@@ -14,6 +15,7 @@ typedef struct registrar registrar_t;
 typedef struct worker {
     worker_options_t options;
     certs_t certs;
+    char join_secret[JOIN_SECRET_MAX]; /* empty: none */
     char name[OPTIONS_TEXT_MAX];       /* in logs and error sentences */
     char address[PROCESS_ADDRESS_MAX]; /* that clients are told */
     engine_t *engine;
@@ -21,6 +23,7 @@ typedef struct worker {
     unary_t *unary;
     steps_t *steps;
     registrar_t *registrar;
+    gate_t gate;
     atomic_uint id; /* as the coordinator knows us; 0: not joined yet */
     _Atomic uint64_t incarnation;
 } worker_t;

@@ -9,6 +9,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include <cmocka.h>
 
@@ -140,7 +141,7 @@ test_a_cluster_with_tls(void **state)
     (void)state;
     say_all(NULL, NULL, NULL);
     uint64_t digest = tell("inproc://cpu?workers=1&threads=1&slab=32MiB");
-    cluster_up(&cluster, &(cluster_options_t){.workers = 2, .certs = folder});
+    cluster_up(&cluster, &(cluster_options_t){.workers = 2, .lost_ms = "5000", .certs = folder});
     const char *address = cluster.coordinator.address;
 
     expect_no_entrance(address, "speak TLS?");
@@ -192,7 +193,7 @@ test_certificates_are_renewed(void **state)
     (void)state;
     make_certs();
     say_all("ca.pem", "client.pem", "client.key");
-    cluster_up(&cluster, &(cluster_options_t){.workers = 2, .certs = folder});
+    cluster_up(&cluster, &(cluster_options_t){.workers = 2, .lost_ms = "5000", .certs = folder});
     attn_client_t *client = open_client(cluster.coordinator.address, 10000);
     model_geometry(&geometry);
     geometry.region_bytes = 8 << 20;
@@ -222,6 +223,91 @@ test_certificates_are_renewed(void **state)
     attn_client_close(client);
     make_certs();
     cluster_down(&cluster);
+}
+
+/* ---- tickets ---- */
+
+static void
+test_a_client_outlives_its_tickets(void **state)
+{
+    test_cluster_t cluster;
+    attn_geometry_t geometry;
+    attn_cache_t *cache;
+    model_t model;
+
+    (void)state;
+    say_all(NULL, NULL, NULL);
+    cluster_up(&cluster, &(cluster_options_t){.workers = 2, .lost_ms = "5000", .lease_ms = "1000"});
+    attn_client_t *client = open_client(cluster.coordinator.address, 10000);
+    model_geometry(&geometry);
+    geometry.region_bytes = 8 << 20;
+    OK(attn_cache_open(client, "tickets", &geometry, &cache));
+    model_init(&model, cache, SEED);
+    model_create(&model, 0);
+    OK(model_append(&model, 0, 300));
+    /* Four periods: the ticket that the first streams were opened with is refused from the third
+     * on. */
+    for (uint64_t end = now_ms() + 3600; now_ms() < end; sleep_ms(20)) {
+        OK(model_append(&model, 0, 1));
+    }
+    model_free(&model);
+    attn_cache_close(cache);
+    attn_client_close(client);
+    cluster_down(&cluster);
+}
+
+/* A process with --join-secret-file (NULL: without). */
+static void
+start_with_secret(process_t *process, const char *command, const char *option, const char *address,
+                  const char *file)
+{
+    char path[256];
+    const char *argv[] = {ATTND_PATH, command, option, address, file != NULL ? path : NULL, NULL};
+
+    snprintf(path, sizeof(path), "--join-secret-file=%s/%s", folder, file != NULL ? file : "");
+    process_start(process, argv);
+}
+
+static void
+test_workers_show_the_join_secret(void **state)
+{
+    static const char *const wrong[] = {NULL, "other"};
+    process_t coordinator, worker;
+
+    (void)state;
+    write_file("secret", "a secret of some length\n");
+    write_file("other", "another-secret-of-some-length");
+    write_file("short", "short\nsecond line\n");
+    start_with_secret(&coordinator, "coordinator", "--listen", "127.0.0.1:0", "secret");
+    assert_int_equal(process_wait(&coordinator, 5000), 1); /* blanks */
+    assert_true(process_logged(&coordinator, "without blanks"));
+    remove(coordinator.log);
+    start_with_secret(&coordinator, "coordinator", "--listen", "127.0.0.1:0", "short");
+    assert_int_equal(process_wait(&coordinator, 5000), 1);
+    assert_true(process_logged(&coordinator, "16 to 256"));
+    remove(coordinator.log);
+
+    write_file("secret", "a-secret-of-some-length\n");
+    start_with_secret(&coordinator, "coordinator", "--listen", "127.0.0.1:0", "secret");
+    process_wait_ready(&coordinator);
+    for (int i = 0; i < 2; i++) {
+        start_with_secret(&worker, "worker", "--coordinator", coordinator.address, wrong[i]);
+        uint64_t end = now_ms() + EVENT_MS;
+        do {
+            assert_true(now_ms() < end);
+            sleep_ms(50);
+        } while (access(worker.log, F_OK) != 0 || !process_logged(&worker, "join secret"));
+        assert_false(process_logged(&worker, "worker.joined"));
+        process_kill(&worker);
+        remove(worker.log);
+    }
+    start_with_secret(&worker, "worker", "--coordinator", coordinator.address, "secret");
+    process_wait_ready(&worker);
+    assert_true(process_logged(&worker, "worker.joined"));
+    process_kill(&worker);
+    process_kill(&coordinator);
+    remove(worker.log);
+    remove(coordinator.log);
 }
 
 /* ---- loopback ---- */
@@ -257,6 +343,8 @@ main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_a_cluster_with_tls),
         cmocka_unit_test(test_certificates_are_renewed),
+        cmocka_unit_test(test_a_client_outlives_its_tickets),
+        cmocka_unit_test(test_workers_show_the_join_secret),
         cmocka_unit_test(test_without_certificates_only_loopback),
     };
     return cmocka_run_group_tests(tests, setup, teardown);

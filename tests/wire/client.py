@@ -78,10 +78,34 @@ def unary(method, request, timeout=20):
         raise from_rpc(error) from None
 
 
-def connect(address):
-    """A channel without limits of its own, so that the daemon's limits are what is tested."""
-    return grpc.insecure_channel(address, options=[("grpc.max_receive_message_length", -1),
-                                                   ("grpc.max_send_message_length", -1)])
+def connect(address, credentials=None):
+    """A channel without limits of its own, so that the daemon's limits are what is tested.
+    credentials: of grpc.ssl_channel_credentials(); None: plaintext."""
+    options = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
+    if credentials is None:
+        return grpc.insecure_channel(address, options=options)
+    return grpc.secure_channel(address, credentials, options=options)
+
+
+class Details(grpc.ClientCallDetails):
+    def __init__(self, details, metadata):
+        self.method, self.timeout, self.metadata = details.method, details.timeout, metadata
+        self.credentials, self.wait_for_ready = details.credentials, details.wait_for_ready
+        self.compression = details.compression
+
+
+class Ticket(grpc.UnaryUnaryClientInterceptor, grpc.StreamStreamClientInterceptor):
+    """Puts the ticket that OpenClient and KeepAlive gave into the metadata of every call."""
+
+    def __init__(self, text=None):
+        self.text = text
+
+    def show(self, proceed, details, request):
+        if self.text is not None:
+            details = Details(details, [*(details.metadata or ()), ("attn-ticket", self.text)])
+        return proceed(details, request)
+
+    intercept_unary_unary = intercept_stream_stream = show
 
 
 class Unary:
@@ -185,18 +209,24 @@ class Entry:
 class Client:
     """The thin client: everything through the coordinator."""
 
-    def __init__(self, address, name="wire-test"):
-        self.channel = connect(address)
+    def __init__(self, address, name="wire-test", credentials=None):
+        self.address, self.credentials, self.ticket = address, credentials, Ticket()
+        self.channel = self.connect(address)
         self.attention = stubs.AttentionStub(self.channel)
         reply = unary(self.attention.OpenClient, pb.OpenClientRequest(name=name))
-        self.id, self.lease_ms = reply.client_id, reply.lease_ms
+        self.id, self.lease_ms, self.ticket.text = reply.client_id, reply.lease_ms, reply.ticket
+
+    def connect(self, address):
+        """A channel to a daemon of the cluster that shows this client's ticket."""
+        return grpc.intercept_channel(connect(address, self.credentials), self.ticket)
 
     def close(self):
         unary(self.attention.CloseClient, pb.ClientRequest(client_id=self.id))
         self.channel.close()
 
     def keep_alive(self):
-        unary(self.attention.KeepAlive, pb.ClientRequest(client_id=self.id))
+        reply = unary(self.attention.KeepAlive, pb.ClientRequest(client_id=self.id))
+        self.ticket.text = reply.ticket
 
     def status(self):
         return unary(self.attention.ClusterStatus, pb.Empty())

@@ -11,10 +11,12 @@ from client import pb, stubs, unary
 
 
 class Direct:
-    """Goes to the workers itself. Sequences are made and freed by a thin client (client.Client)."""
+    """Goes to the workers itself. Sequences are made and freed by a thin client (client.Client),
+    whose ticket the workers are shown."""
 
-    def __init__(self, address, streams=False):
-        self.coordinator_channel = client.connect(address)
+    def __init__(self, thin, streams=False):
+        self.thin = thin
+        self.coordinator_channel = thin.connect(thin.address)
         self.coordinator = stubs.CoordinatorStub(self.coordinator_channel)
         self.streams = streams
         self.channels, self.workers = {}, {}  # by address
@@ -28,7 +30,7 @@ class Direct:
     def worker(self, address):
         """The transport to the worker at an address: one connection, kept."""
         if address not in self.workers:
-            self.channels[address] = client.connect(address)
+            self.channels[address] = self.thin.connect(address)
             stub = stubs.WorkerStub(self.channels[address])
             self.workers[address] = client.Stream(stub) if self.streams else client.Unary(stub)
         return self.workers[address]

@@ -9,7 +9,7 @@ from refusals import (ABORTED, BUSY, CONFLICT, EXHAUSTED, HUGE, INCOMPLETE, INVA
 
 class DirectRefusals(Clustered):
     def setUp(self):
-        self.road = direct.Direct(self.cluster.address)
+        self.road = direct.Direct(self.thin)
         self.own = self.thin.create(self.cache)
         self.step = self.road.begin(self.cache, [Entry(self.own, 0, 1, 1)], q_dtype=1)
         self.share = next(s for s in self.step.shares.values() if s.kv_rows)

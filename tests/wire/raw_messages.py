@@ -8,6 +8,7 @@ import time
 
 import grpc
 
+import admission
 import client
 import refusals
 from client import Entry, pb
@@ -30,6 +31,11 @@ def field(number, value):
 
 
 class RawMessages(refusals.Clustered):
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.own, _ = admission.coordinator_ticket(cls.thin)
 
     def send(self, method, message, channel=None, timeout=SECONDS):
         call = (channel or self.thin.channel).unary_unary(
@@ -122,7 +128,7 @@ class RawMessages(refusals.Clustered):
 
     def each_method(self):
         worker = self.thin.status().workers[0].address
-        with client.connect(worker) as channel:
+        with grpc.intercept_channel(client.connect(worker), client.Ticket(self.own)) as channel:
             yield from ((method, self.thin.channel) for method in self.METHODS)
             yield from ((method, channel) for method in self.WORKER_METHODS)
 

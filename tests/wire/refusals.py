@@ -21,7 +21,7 @@ ATTND = None  # set by test_wire.py
 
 INVALID, UNSUPPORTED, TOO_LARGE, EXHAUSTED, DEADLINE = -1, -2, -3, -4, -5
 STALE, ABORTED, CONFLICT, INCOMPLETE, BUSY, NUMERIC = -20, -21, -22, -23, -24, -25
-NOT_FOUND, EXISTS = -40, -41
+NOT_FOUND, EXISTS, DENIED = -40, -41, -61
 
 # The gRPC code that goes with a status, on unary calls.
 CODES = {INVALID: grpc.StatusCode.INVALID_ARGUMENT, UNSUPPORTED: grpc.StatusCode.UNIMPLEMENTED,
@@ -31,7 +31,8 @@ CODES = {INVALID: grpc.StatusCode.INVALID_ARGUMENT, UNSUPPORTED: grpc.StatusCode
          CONFLICT: grpc.StatusCode.FAILED_PRECONDITION,
          INCOMPLETE: grpc.StatusCode.FAILED_PRECONDITION,
          BUSY: grpc.StatusCode.FAILED_PRECONDITION, NUMERIC: grpc.StatusCode.INVALID_ARGUMENT,
-         NOT_FOUND: grpc.StatusCode.NOT_FOUND, EXISTS: grpc.StatusCode.ALREADY_EXISTS}
+         NOT_FOUND: grpc.StatusCode.NOT_FOUND, EXISTS: grpc.StatusCode.ALREADY_EXISTS,
+         DENIED: grpc.StatusCode.PERMISSION_DENIED}
 
 SECONDS = 5  # in which a refusal must come
 GEOMETRY = dict(layers=2, q_heads=4, kv_heads=2, head_dim_k=32, head_dim_v=40, kv_dtype=1,
@@ -140,12 +141,30 @@ class Refusals(Clustered):
         none = client.Cache(pb.OpenCacheReply(cache_id=999, geometry=self.cache.geometry))
         self.refused(NOT_FOUND, "cache", lambda: self.thin.close_cache(none))
         self.refused(NOT_FOUND, "cache", lambda: self.thin.create(none))
-        self.refused(NOT_FOUND, "client", lambda: unary(
-            self.thin.attention.CreateSequence,
-            pb.CreateSequenceRequest(cache_id=self.cache.id, client_id=HUGE)))
         self.refused(INVALID, "name", lambda: client.Client(self.cluster.address, "x" * 64))
-        self.refused(NOT_FOUND, "client", lambda: unary(
-            self.thin.attention.KeepAlive, pb.ClientRequest(client_id=12345)))
+
+    def test_clients(self):
+        """Who names a client shows its ticket; and a ticket does not outlive its client."""
+        other = client.Client(self.cluster.address)
+        gone = client.Client(self.cluster.address)
+        unary(gone.attention.CloseClient, pb.ClientRequest(client_id=gone.id))
+        create = lambda thin: lambda: unary(thin.attention.CreateSequence, pb.CreateSequenceRequest(
+            cache_id=self.cache.id, client_id=self.thin.id))
+        self.refused(NOT_FOUND, "client", gone.keep_alive)
+        self.refused(DENIED, f"{self.thin.id} {other.id}", create(other))
+        for text, words in ((None, "no attn-ticket"), ("", "malformed"), ("x" * 3000, "malformed"),
+                            (self.thin.ticket.text[:-1], "malformed"),
+                            (self.thin.ticket.text[:-1] + "g", "not of the coordinator"),
+                            (self.thin.ticket.text.replace(".c.", ".o."), "not of")):
+            with self.subTest(ticket=text and text[:40]):
+                other.ticket.text = text
+                self.refused(DENIED, words, create(other))
+                for method in ("KeepAlive", "CloseClient"):
+                    self.refused(DENIED, words, lambda: unary(
+                        getattr(other.attention, method), pb.ClientRequest(client_id=self.thin.id)))
+        self.thin.keep_alive()
+        for channel in (other.channel, gone.channel):
+            channel.close()
 
     def test_sequences(self):
         thin, cache = self.thin, self.cache

@@ -22,6 +22,7 @@ except ImportError as missing:
           "and numpy)")
     sys.exit(77)
 
+import admission
 import client
 import direct
 import direct_refusals
@@ -109,20 +110,20 @@ class Answers(unittest.TestCase):
     def setUpClass(cls):
         cls.stories = {name: scenario.Story(dtypes) for name, dtypes in cls.DTYPES.items()}
 
-    def roads(self, address, thin):
+    def roads(self, thin):
         """(name, begin): thin and direct, by unary calls and by streams."""
         for name, steps in (("thin unary", thin.unary()), ("thin stream", thin.stream())):
             yield name, lambda *a, s=steps, **o: thin.begin(s, *a, **o)
             steps.close()
         for name, streams in (("direct unary", False), ("direct stream", True)):
-            road = direct.Direct(address, streams)
+            road = direct.Direct(thin, streams)
             yield name, road.begin
             road.close()
 
     def play(self, address, story, names=None):
         """Tell a story by all roads; returns the answers by the road's name."""
         thin, answers = client.Client(address), {}
-        for road, begin in self.roads(address, thin):
+        for road, begin in self.roads(thin):
             if names and road not in names:
                 continue
             cache = thin.open_cache(f"story/{road.replace(' ', '-')}",
@@ -208,7 +209,7 @@ class Large(unittest.TestCase):
             step.commit()
             self.thin.free(cache, seq)
             steps.close()
-        road = direct.Direct(self.cluster.address, streams=True)
+        road = direct.Direct(self.thin, streams=True)
         seq = self.thin.create(cache, expected_tokens=n)
         step = road.begin(cache, [Entry(seq, 0, n, n)], q_dtype=F32, want_lse=True)
         answers.append(step.run(0, *tensors))
@@ -324,7 +325,7 @@ def main():
         sys.exit("usage: test_wire.py PATH_OF_ATTND [unittest arguments]")
     ATTND = os.path.abspath(sys.argv.pop(1))
     refusals.ATTND = ATTND
-    globals().update(Refusals=refusals.Refusals,
+    globals().update(Admission=admission.Admission, Refusals=refusals.Refusals,
                      DirectRefusals=direct_refusals.DirectRefusals,
                      RawMessages=raw_messages.RawMessages, Document=document.Document)
     unittest.main()

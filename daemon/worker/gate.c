@@ -1,0 +1,110 @@
+#include "daemon/worker/gate.h"
+
+#include "base/clock.h"
+#include "base/status.h"
+
+#include <string.h>
+#include <time.h>
+
+#define PATIENCE_S 1 /* for the answer to Join to be read */
+
+void
+gate_init(gate_t *gate)
+{
+    pthread_condattr_t monotonic;
+
+    *gate = (gate_t){0};
+    pthread_mutex_init(&gate->lock, NULL);
+    pthread_condattr_init(&monotonic);
+    pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
+    pthread_cond_init(&gate->joined, &monotonic);
+    pthread_condattr_destroy(&monotonic);
+}
+
+void
+gate_destroy(gate_t *gate)
+{
+    pthread_cond_destroy(&gate->joined);
+    pthread_mutex_destroy(&gate->lock);
+    explicit_bzero(gate->secret, sizeof(gate->secret));
+}
+
+void
+gate_joining(gate_t *gate)
+{
+    pthread_mutex_lock(&gate->lock);
+    gate->joining = true;
+    pthread_mutex_unlock(&gate->lock);
+}
+
+void
+gate_joined(gate_t *gate, const uint8_t secret[TICKET_SECRET], uint64_t period)
+{
+    pthread_mutex_lock(&gate->lock);
+    gate->joining = false;
+    if (secret != NULL) {
+        gate->open = true;
+        memcpy(gate->secret, secret, TICKET_SECRET);
+        gate->period = period;
+    }
+    pthread_cond_broadcast(&gate->joined);
+    pthread_mutex_unlock(&gate->lock);
+}
+
+void
+gate_period(gate_t *gate, uint64_t period)
+{
+    pthread_mutex_lock(&gate->lock);
+    gate->period = period;
+    pthread_mutex_unlock(&gate->lock);
+}
+
+/* With what holds now. The MAC is made outside the lock, from a copy of the secret. */
+static attn_status_t
+admit_now(gate_t *gate, const char *text, bool coordinator_only)
+{
+    uint8_t secret[TICKET_SECRET];
+    ticket_t ticket;
+
+    pthread_mutex_lock(&gate->lock);
+    bool open       = gate->open;
+    uint64_t period = gate->period;
+    memcpy(secret, gate->secret, sizeof(secret));
+    pthread_mutex_unlock(&gate->lock);
+    if (!open) {
+        return attn_fail(ATTN_ERR_DENIED, "this worker has not joined a coordinator yet");
+    }
+    attn_status_t status = ticket_read(text, secret, period, &ticket);
+    explicit_bzero(secret, sizeof(secret));
+    if (status == ATTN_OK && coordinator_only && ticket.role != TICKET_COORDINATOR) {
+        return attn_fail(ATTN_ERR_DENIED, "only the coordinator may call this");
+    }
+    return status;
+}
+
+/* @return whether there was an end of joining to wait for */
+static bool
+await_joined(gate_t *gate)
+{
+    struct timespec until;
+
+    clock_gettime(CLOCK_MONOTONIC, &until);
+    until.tv_sec += PATIENCE_S;
+    pthread_mutex_lock(&gate->lock);
+    bool waited = gate->joining;
+    while (gate->joining && pthread_cond_timedwait(&gate->joined, &gate->lock, &until) == 0) {
+    }
+    pthread_mutex_unlock(&gate->lock);
+    return waited;
+}
+
+attn_status_t
+gate_admit(gate_t *gate, const char *text, bool coordinator_only)
+{
+    attn_status_t status = admit_now(gate, text, coordinator_only);
+
+    if (status != ATTN_OK && text != NULL && await_joined(gate)) {
+        status = admit_now(gate, text, coordinator_only);
+    }
+    return status;
+}

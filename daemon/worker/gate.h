@@ -1,0 +1,42 @@
+/*
+ * gate.h: whom a worker lets in: its coordinator to everything, clients that the coordinator
+ * introduced to steps, nobody else. What it goes by, the secret behind tickets, comes with joining;
+ * until then it lets nobody in.
+ *
+ * A coordinator may call before its answer to Join has been read here; so a call that is refused
+ * while joining waits for the end of that and is looked at again.
+ */
+#ifndef ATTN_DAEMON_GATE_H
+#define ATTN_DAEMON_GATE_H
+
+#include "daemon/ticket.h"
+
+#include <pthread.h>
+
+typedef struct gate {
+    pthread_mutex_t lock;
+    pthread_cond_t joined; /* or failed to */
+    bool joining, open;
+    uint8_t secret[TICKET_SECRET];
+    uint64_t period;
+} gate_t;
+
+void gate_init(gate_t *gate);
+void gate_destroy(gate_t *gate);
+
+void gate_joining(gate_t *gate);
+
+/** Joined: from now on tickets of this secret count. NULL: it failed, what was stays. */
+void gate_joined(gate_t *gate, const uint8_t secret[TICKET_SECRET], uint64_t period);
+
+/** The coordinator counts on. */
+void gate_period(gate_t *gate, uint64_t period);
+
+/**
+ * May who shows this ticket (NULL: none) call here? Any thread; may block for a second at most, and
+ * only while joining.
+ * @return ATTN_ERR_DENIED  no
+ */
+attn_status_t gate_admit(gate_t *gate, const char *text, bool coordinator_only);
+
+#endif
