@@ -489,6 +489,81 @@ test_planning_is_quick(void **state)
     }
 }
 
+/* ---- states ---- */
+
+/* The states of a work are those of a fold over its leaves, one by one; and between two works of
+ * one reduction their levels say how their leaves part. */
+static void
+check_states(const attn_plan_t *plan, const attn_work_t *work)
+{
+    attn_fold_t fold;
+    attn_walk_t walk;
+    attn_leaf_t leaf;
+
+    attn_fold_init(&fold, work->left_level);
+    attn_walk_init(&walk, plan, work);
+    while (attn_walk_next(&walk, &leaf)) {
+        uint32_t level = attn_fold_level(&fold, leaf.key);
+        while (attn_fold_pops(&fold, level)) {
+        }
+        attn_fold_push(&fold, leaf.key);
+        assert_in_range(fold.n, 1, plan->max_depth);
+    }
+    while (attn_fold_pops(&fold, work->right_level)) {
+    }
+    assert_int_equal(work->n_out, fold.n);
+    assert_memory_equal(&plan->keys[work->key_first], fold.keys, fold.n * sizeof(fold.keys[0]));
+}
+
+static void
+check_levels(const attn_plan_t *plan, const attn_reduction_t *reduction)
+{
+    uint64_t last = 0;
+
+    for (uint32_t p = 0; p < reduction->n_parts; p++) {
+        const attn_work_t *work = &plan->works[plan->parts[reduction->part_first + p].work];
+        attn_walk_t walk;
+        attn_leaf_t leaf;
+        attn_walk_init(&walk, plan, work);
+        for (bool first = true; attn_walk_next(&walk, &leaf); first = false) {
+            if (first && p > 0 && work->n_members == 1) {
+                assert_int_equal(work->left_level, attn_key_lca(last, leaf.key));
+            }
+            last = leaf.key;
+        }
+    }
+}
+
+static void
+test_states_are_those_of_leaf_by_leaf(void **state)
+{
+    (void)state;
+    for (int round = 0; round < 300; round++) {
+        batch_t b;
+        batch_init(&b, 2, 4);
+        for (uint32_t n = chance_in(1, 8), i = 0; i < n; i++) {
+            uint32_t length = chance_in(1, 20 * CHUNK);
+            add(&b, length, chance_in(0, 3) > 0 || length < 40 ? 1 : 40);
+            uint32_t common = chance_in(0, 10 * CHUNK / PAGE), all = (length + PAGE - 1) / PAGE;
+            uint32_t first = (b.entries[0].kv_length + PAGE - 1) / PAGE;
+            for (uint32_t p = 0; round % 2 == 0 && p < common && p < all && p < first; p++) {
+                b.pages[i][p] = b.pages[0][p];
+            }
+        }
+        attn_plan_t *plan = plan_of(&b, chance_in(1, 16));
+        for (uint32_t w = 0; w < plan->n_works; w++) {
+            if (plan->works[w].n_out > 0) {
+                check_states(plan, &plan->works[w]);
+            }
+        }
+        for (uint32_t r = 0; r < plan->n_reductions; r++) {
+            check_levels(plan, &plan->reductions[r]);
+        }
+        attn_plan_free(plan);
+        batch_free(&b);
+    }
+}
+
 int
 main(void)
 {
@@ -497,6 +572,7 @@ main(void)
         cmocka_unit_test(test_threads_finish_together),
         cmocka_unit_test(test_nothing_is_cut_that_need_not_be),
         cmocka_unit_test(test_states_in_between_are_bounded),
+        cmocka_unit_test(test_states_are_those_of_leaf_by_leaf),
         cmocka_unit_test(test_shared_prefixes_are_found),
         cmocka_unit_test(test_only_whole_leaves_are_shared),
         cmocka_unit_test(test_a_group_has_no_more_rows_than_a_work),
