@@ -10,9 +10,14 @@
 
 #define STEP_TIMEOUT_MS_DEFAULT 60000u
 
+#if defined(__has_feature)
+#if __has_feature(address_sanitizer) /* clang's word for it */
+#define __SANITIZE_ADDRESS__ 1
+#endif
+#endif
+/* Under AddressSanitizer a piece for each array, so that reading beyond one is seen. */
 #if defined(__SANITIZE_ADDRESS__)
-#define PIECE_BYTES_MAX UINT64_C(0) /* a piece for each array, so that reading beyond one is seen  \
-                                     */
+#define PIECE_BYTES_MAX UINT64_C(0)
 #else
 #define PIECE_BYTES_MAX (UINT64_C(256) << 10)
 #endif
