@@ -56,6 +56,7 @@ number_entries(builder_t *b)
         plan->o_rows += entry->n_nodes == 0 ? entry->n_q : 0;
         plan->states += (uint64_t)entry->n_nodes * entry->n_q * p->q_heads;
         plan->max_leaf = leaf > plan->max_leaf ? leaf : plan->max_leaf;
+        plan->masked   = plan->masked || entry->mask != NULL;
     }
 }
 

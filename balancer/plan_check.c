@@ -124,6 +124,19 @@ check_lists(const attn_problem_t *p, const attn_problem_entry_t *entry)
     return ATTN_OK;
 }
 
+static attn_status_t
+check_mask(const attn_problem_entry_t *entry)
+{
+    if (entry->mask == NULL) {
+        return ATTN_OK;
+    }
+    if (entry->mask_tokens > entry->kv_length) {
+        return attn_fail(ATTN_ERR_INVALID, "mask_tokens is %u: the sequence has %llu tokens",
+                         entry->mask_tokens, (unsigned long long)entry->kv_length);
+    }
+    return attn_mask_check(entry->mask, entry->n_q, entry->mask_tokens);
+}
+
 attn_status_t
 plan_check(const attn_problem_t *problem, uint32_t parallelism, uint32_t few, uint32_t many)
 {
@@ -142,7 +155,8 @@ plan_check(const attn_problem_t *problem, uint32_t parallelism, uint32_t few, ui
                 attn_fail(ATTN_ERR_TOO_LARGE, "the batch has more than %llu queries up to here",
                           (unsigned long long)ATTN_PLAN_QUERIES_MAX);
         } else if ((status = check_runs(problem, entry)) == ATTN_OK &&
-                   (status = check_nodes(entry)) == ATTN_OK) {
+                   (status = check_nodes(entry)) == ATTN_OK &&
+                   (status = check_mask(entry)) == ATTN_OK) {
             status = check_lists(problem, entry);
         }
         if (status != ATTN_OK) {

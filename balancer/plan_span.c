@@ -20,6 +20,13 @@ plan_see(const attn_problem_t *p, const attn_problem_entry_t *entry, uint32_t fi
     int64_t position = (int64_t)entry->kv_length - entry->n_q + first;
     int64_t window   = (int64_t)attn_min(p->window, INT32_MAX);
 
+    if (entry->mask != NULL) {
+        /* Any of the tokens may be named, and a query that names one stands lowest. */
+        position   = (int64_t)entry->kv_length - entry->mask_tokens;
+        *see_first = p->window > 0 && position - window + 1 > 0 ? position - window + 1 : 0;
+        *see_end   = (int64_t)entry->kv_length;
+        return;
+    }
     *see_first = p->window > 0 && position - window + 1 > 0 ? position - window + 1 : 0;
     *see_end   = p->causal ? position + n : (int64_t)entry->kv_length;
 }

@@ -133,6 +133,9 @@ typedef struct attn_geometry {
                               free */
 } attn_geometry_t;
 
+/** New tokens of a batch entry with a mask (attn_entry_t), at most. */
+#define ATTN_MASK_TOKENS_MAX 1024u
+
 /** A sequence: slot and generation in one number, so that a freed id is refused. 0 is none. */
 typedef struct attn_seq {
     uint64_t id;

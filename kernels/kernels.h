@@ -90,6 +90,38 @@ void attn_state_from_row(const float *o, float lse, uint32_t d, float *a, float 
 void attn_convert(void *to, attn_dtype_t to_type, const void *from, attn_dtype_t from_type,
                   uint64_t n);
 
+/* ---- masks over new tokens ---- */
+
+/*
+ * A mask has a row for each query of an entry and a bit for each of its n_new new tokens: token j
+ * of row i is bit j % 8, least significant first, of byte i * attn_mask_row_bytes(n_new) + j / 8.
+ *
+ * A row names a path. Its query sees what it would see if the tokens named were the step's only
+ * new ones, one behind the other from position base on, and if it stood at the last of them.
+ */
+static inline uint64_t
+attn_mask_row_bytes(uint32_t n_new)
+{
+    return ((uint64_t)n_new + 7) / 8;
+}
+
+static inline bool
+attn_mask_bit(const uint8_t *row, uint32_t token)
+{
+    return row[token / 8] >> token % 8 & 1;
+}
+
+/** Tokens that a row names. */
+uint32_t attn_mask_count(const uint8_t *row, uint32_t n_new);
+
+/**
+ * Is the mask one? Reads n_q * attn_mask_row_bytes(n_new) bytes, once the numbers are in bounds.
+ * @return ATTN_ERR_TOO_LARGE  n_new is above ATTN_MASK_TOKENS_MAX
+ * @return ATTN_ERR_INVALID    n_q is 0 or above n_new, a row names no token, or has a bit set
+ *                             beyond n_new
+ */
+attn_status_t attn_mask_check(const uint8_t *mask, uint32_t n_q, uint32_t n_new);
+
 /* ---- the problem ---- */
 
 /** KV of one layer of one cache in a slab: what kernels read and write. */
@@ -116,7 +148,7 @@ typedef struct attn_kv_run {
 /** One sequence of the batch, as far as this worker holds it. */
 typedef struct attn_problem_entry {
     uint64_t kv_length; /**< tokens of the whole sequence, the step's own included */
-    uint32_t n_q;       /**< query i stands at position kv_length - n_q + i */
+    uint32_t n_q;       /**< query i stands at position kv_length - n_q + i, unless masked */
     uint32_t n_runs;
     const attn_kv_run_t *runs; /**< [n_runs] ascending in chunk; chunks held elsewhere are absent */
     /** Nodes to answer with, ascending in key; n_nodes = 0 answers with O (all KV is here). */
@@ -128,6 +160,10 @@ typedef struct attn_problem_entry {
     const uint32_t *sparse_indptr;
     const uint32_t *sparse_pages;
     uint64_t dense_from;
+    /** NULL, or the mask of the n_q queries over the last mask_tokens tokens: which of those a
+     * query sees, whether or not the layer is causal, and where it stands. */
+    const uint8_t *mask;
+    uint32_t mask_tokens;
 } attn_problem_entry_t;
 
 typedef struct attn_problem {

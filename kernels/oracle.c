@@ -112,14 +112,62 @@ gather(dense_t *dense, const attn_problem_t *p, const attn_problem_entry_t *entr
     dense->n = n;
 }
 
+/* One query, and where the tokens lie that it is asked about. */
+typedef struct query {
+    int64_t position;
+    const uint8_t *mask; /* its row, or NULL */
+    uint64_t mask_from;  /* position of the first token that the mask is about */
+} query_t;
+
 static bool
-sees(const attn_problem_t *p, const dense_t *dense, uint64_t t, int64_t q_position)
+is_named(const query_t *query, uint64_t position)
 {
-    int64_t position = (int64_t)dense->position[t];
-    if (!dense->listed[t] || (p->causal && position > q_position)) {
+    uint64_t j = position - query->mask_from;
+
+    return query->mask[j / 8] >> j % 8 & 1;
+}
+
+static query_t
+query_of(const attn_problem_entry_t *entry, uint32_t i)
+{
+    query_t query = {.position = (int64_t)entry->kv_length - entry->n_q + i};
+
+    if (entry->mask != NULL) {
+        query.mask      = entry->mask + (uint64_t)i * ((entry->mask_tokens + 7u) / 8u);
+        query.mask_from = entry->kv_length - entry->mask_tokens;
+        query.position  = (int64_t)query.mask_from - 1;
+        for (uint64_t t = query.mask_from; t < entry->kv_length; t++) {
+            query.position += is_named(&query, t);
+        }
+    }
+    return query;
+}
+
+/* Position of a token to a query: on the path that its mask names, those named count alone. */
+static int64_t
+position_to(const query_t *query, uint64_t token)
+{
+    if (query->mask == NULL || token < query->mask_from) {
+        return (int64_t)token;
+    }
+    int64_t position = (int64_t)query->mask_from;
+    for (uint64_t t = query->mask_from; t < token; t++) {
+        position += is_named(query, t);
+    }
+    return position;
+}
+
+static bool
+sees(const attn_problem_t *p, const dense_t *dense, uint64_t t, const query_t *query)
+{
+    int64_t position = position_to(query, dense->position[t]);
+    bool masked      = query->mask != NULL && dense->position[t] >= query->mask_from;
+
+    if (!dense->listed[t] || (masked && !is_named(query, dense->position[t])) ||
+        (!masked && p->causal && position > query->position)) {
         return false;
     }
-    return p->window == 0 || position > q_position - (int64_t)p->window;
+    return p->window == 0 || position > query->position - (int64_t)p->window;
 }
 
 /* sum q k and sum |q k|; n is a multiple of 4. */
@@ -142,7 +190,7 @@ dot_product(const double *q, const double *k, uint32_t n, double *dot, double *s
 /* One query and head: logits, then the two sums. */
 static void
 attend_row(const attn_problem_t *p, const attn_layer_t *layer, const dense_t *dense,
-           const double *q, int64_t q_position, uint32_t head, uint64_t row,
+           const double *q, const query_t *query, uint32_t head, uint64_t row,
            const attn_oracle_t *out)
 {
     double scale = layer->scale != 0 ? (double)layer->scale : 1 / sqrt(p->head_dim_k);
@@ -152,14 +200,15 @@ attend_row(const attn_problem_t *p, const attn_layer_t *layer, const dense_t *de
     for (uint64_t t = 0; t < dense->n; t++) {
         double dot, size;
         dense->x[t] = -INFINITY;
-        if (!sees(p, dense, t, q_position)) {
+        if (!sees(p, dense, t, query)) {
             continue;
         }
         dot_product(q, dense->k + t * p->head_dim_k, p->head_dim_k, &dot, &size);
         double x = dot * scale;
         x        = layer->softcap > 0 ? layer->softcap * tanh(x / layer->softcap) : x;
         x += layer->slopes != NULL
-                 ? layer->slopes[head] * ((double)dense->position[t] - (double)q_position)
+                 ? layer->slopes[head] *
+                       (double)(position_to(query, dense->position[t]) - query->position)
                  : 0;
         dense->x[t] = x;
         top         = fmax(top, x);
@@ -214,8 +263,8 @@ attend_entry(const attn_problem_t *p, const attn_problem_entry_t *entry, uint64_
             for (uint32_t j = 0; j < p->head_dim_k; j++) {
                 row_q[j] = element(q, q_dtype, row * p->head_dim_k + j);
             }
-            attend_row(p, layer, &dense, row_q, (int64_t)entry->kv_length - entry->n_q + i, head,
-                       row, out);
+            query_t query = query_of(entry, i);
+            attend_row(p, layer, &dense, row_q, &query, head, row, out);
         }
     }
     dense_free(&dense);

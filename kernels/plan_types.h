@@ -104,6 +104,7 @@ struct attn_plan {
     uint64_t cost;      /**< of all works, one head */
     uint64_t n_queries, o_rows, states;
     uint64_t shared_leaves;
+    bool masked; /**< an entry has a mask */
 };
 
 /* ---- keys and folds ---- */

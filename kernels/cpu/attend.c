@@ -29,6 +29,18 @@ cpu_row_of(const attn_plan_t *plan, const attn_work_t *work, uint32_t kv_head, u
                        .head  = kv_head * plan->group + work->head_first + row % work->n_heads};
 }
 
+/* Where a query stands: with a mask, at the last of the tokens that it names. */
+static int64_t
+position_of(const attn_problem_entry_t *entry, uint32_t query)
+{
+    if (entry->mask == NULL) {
+        return (int64_t)entry->kv_length - entry->n_q + query;
+    }
+    const uint8_t *row = entry->mask + query * attn_mask_row_bytes(entry->mask_tokens);
+    return (int64_t)entry->kv_length - entry->mask_tokens - 1 +
+           attn_mask_count(row, entry->mask_tokens);
+}
+
 /* Widen the rows' q, and note where each stands. */
 static void
 load_rows(const cpu_attend_t *x, const cpu_scratch_t *scratch, const attn_work_t *work,
@@ -46,7 +58,7 @@ load_rows(const cpu_attend_t *x, const cpu_scratch_t *scratch, const attn_work_t
             uint32_t query   = work->q_first + i;
             uint32_t head    = kv_head * x->plan->group + work->head_first;
             uint64_t at      = ((x->plan->entries[e].q_row + query) * problem->q_heads + head) * d;
-            int64_t position = (int64_t)entry->kv_length - entry->n_q + query;
+            int64_t position = position_of(entry, query);
             x->backend->isa->widen(scratch->q + (size_t)row * d,
                                    x->q + at * attn_dtype_size(x->q_dtype), x->q_dtype,
                                    work->n_heads * d);

@@ -27,7 +27,7 @@ typedef struct cpu_layout {
     uint64_t counters, slot_a, slot_l, slot_e;
     uint64_t scratch, scratch_size;
     /* within a scratch: */
-    uint64_t q, s, stage, row_ints, tokens, stack_a, stack_l, stack_e;
+    uint64_t q, s, stage, row_ints, tokens, place, stack_a, stack_l, stack_e;
     uint64_t rows; /* rounded up: distance of arrays per row */
     uint64_t bytes;
 } cpu_layout_t;
@@ -63,6 +63,7 @@ typedef struct cpu_attend {
 typedef struct cpu_scratch {
     float *q, *s, *stage, *w, *slope;
     int32_t *lo, *hi, *distance, *position;
+    int32_t *place; /* [rows][CPU_LEAF], if the plan is masked */
     const void **k, **v;
     uint8_t *slot;
     uint32_t *present;

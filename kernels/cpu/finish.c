@@ -38,6 +38,7 @@ cpu_layout_of(const attn_plan_t *plan, uint32_t threads, cpu_layout_t *layout)
     layout->stage        = take(&in, CPU_STAGE * attn_max(d_k, d_v) * sizeof(float));
     layout->row_ints     = take(&in, 6 * rows * sizeof(float));
     layout->tokens       = take(&in, CPU_LEAF * (2 * sizeof(void *) + sizeof(uint32_t) + 1));
+    layout->place        = take(&in, plan->masked ? rows * CPU_LEAF * sizeof(int32_t) : 0);
     layout->stack_a      = take(&in, states * d_v * sizeof(float));
     layout->stack_l      = take(&in, states * sizeof(float));
     layout->stack_e      = take(&in, states * sizeof(int32_t));
@@ -63,6 +64,7 @@ cpu_scratch_of(const cpu_attend_t *x, uint32_t participant, cpu_scratch_t *scrat
         .hi       = (int32_t *)rows + 3 * layout->rows,
         .distance = (int32_t *)rows + 4 * layout->rows,
         .position = (int32_t *)rows + 5 * layout->rows,
+        .place    = (int32_t *)(base + layout->place),
         .k        = (const void **)(base + layout->tokens),
         .stack    = {.a = (float *)(base + layout->stack_a),
                      .l = (float *)(base + layout->stack_l),

@@ -16,6 +16,9 @@
 /** Tokens whose K or V is widened at a time when many rows read it. */
 #define CPU_STAGE 16u
 
+/** In `place`: the row does not see the slot. */
+#define CPU_HIDDEN INT32_MIN
+
 /** |x log2 e| above this is an error. */
 #define CPU_LOGIT_MAX 1073741824.0f
 
@@ -26,6 +29,9 @@ typedef struct cpu_leaf {
     const int32_t *lo, *hi;  /**< [rows]: the slots that a row sees */
     const int32_t *distance; /**< [rows]: position of slot 0 less that of the query, for ALiBi */
     const float *slope;      /**< [rows], or NULL */
+    /** [rows][CPU_LEAF] of a leaf with tokens that a mask is about: position of the slot's key less
+     * that of the query, in place of slot + distance, or CPU_HIDDEN; NULL: no such tokens */
+    const int32_t *place;
     float scale, softcap;
     /* tokens, ascending in slot: masked for all rows are left out */
     uint32_t n;

@@ -45,6 +45,110 @@ mask_rows(const cpu_attend_t *x, const cpu_scratch_t *scratch, const attn_work_t
     return hull;
 }
 
+/* Whether the leaf has tokens that some entry's mask is about. */
+static bool
+is_masked(const cpu_attend_t *x, const attn_work_t *work, const attn_leaf_t *at)
+{
+    for (uint32_t m = 0; x->plan->masked && m < work->n_members; m++) {
+        const attn_problem_entry_t *entry =
+            &x->plan->problem.entries[x->plan->members[work->member_first + m].entry];
+        if (entry->mask != NULL &&
+            at->position + at->tokens > (int64_t)entry->kv_length - entry->mask_tokens) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/*
+ * What a row sees of a leaf with tokens that its query's mask is about: the committed ones by
+ * their position; of the others those named, each at the position that it has on the path.
+ */
+static void
+place_by_mask(const attn_problem_t *problem, const attn_problem_entry_t *entry, const uint8_t *mask,
+              int64_t position, const attn_leaf_t *at, int32_t *place)
+{
+    int64_t base  = (int64_t)entry->kv_length - entry->mask_tokens;
+    int64_t first = problem->window > 0
+                        ? position - (int64_t)attn_min(problem->window, INT32_MAX) + 1
+                        : INT64_MIN;
+    int64_t next  = base; /* position of the next token that is named */
+
+    for (int64_t t = base; t < at->position; t++) {
+        next += attn_mask_bit(mask, (uint32_t)(t - base));
+    }
+    for (uint32_t slot = 0; slot < at->tokens; slot++) {
+        int64_t t   = at->position + slot;
+        bool named  = t < base || attn_mask_bit(mask, (uint32_t)(t - base));
+        int64_t key = t < base ? t : next;
+        next += t >= base && named;
+        place[slot] = named && key >= first ? (int32_t)(key - position) : CPU_HIDDEN;
+    }
+}
+
+/* As place_by_mask(), of a row without a mask: its range is known. */
+static void
+place_by_range(const cpu_scratch_t *scratch, uint32_t row, uint32_t tokens, int32_t *place)
+{
+    for (int32_t slot = 0; slot < (int32_t)tokens; slot++) {
+        bool sees   = slot >= scratch->lo[row] && slot < scratch->hi[row];
+        place[slot] = sees ? slot + scratch->distance[row] : CPU_HIDDEN;
+    }
+}
+
+/* Narrow a row to what its places show, and the hull to its rows. */
+static void
+narrow_row(const cpu_scratch_t *scratch, uint32_t row, uint32_t tokens, hull_t *hull)
+{
+    const int32_t *place = scratch->place + (size_t)row * CPU_LEAF;
+    int32_t lo = 0, hi = (int32_t)tokens;
+
+    while (lo < hi && place[lo] == CPU_HIDDEN) {
+        lo++;
+    }
+    while (lo < hi && place[hi - 1] == CPU_HIDDEN) {
+        hi--;
+    }
+    scratch->lo[row] = lo;
+    scratch->hi[row] = hi;
+    if (lo < hi) {
+        hull->first = lo < hull->first ? lo : hull->first;
+        hull->end   = hi > hull->end ? hi : hull->end;
+    }
+}
+
+/* After mask_rows(): the places of all rows in a leaf that is_masked(). */
+static hull_t
+place_rows(const cpu_attend_t *x, const cpu_scratch_t *scratch, const attn_work_t *work,
+           const attn_leaf_t *at)
+{
+    const attn_problem_t *problem = &x->plan->problem;
+    hull_t hull                   = {.first = (int32_t)at->tokens, .end = 0, .full = false};
+    uint32_t row                  = 0;
+
+    for (uint32_t m = 0; m < work->n_members; m++) {
+        const attn_problem_entry_t *entry =
+            &problem->entries[x->plan->members[work->member_first + m].entry];
+        uint32_t n_q = work->n_members == 1 ? work->n_q : entry->n_q;
+        for (uint32_t i = 0; i < n_q * work->n_heads; i++, row++) {
+            uint64_t query = work->q_first + i / work->n_heads;
+            int32_t *place = scratch->place + (size_t)row * CPU_LEAF;
+            if (entry->mask != NULL) {
+                place_by_mask(problem, entry,
+                              entry->mask + query * attn_mask_row_bytes(entry->mask_tokens),
+                              scratch->position[row], at, place);
+            } else {
+                place_by_range(scratch, row, at->tokens, place);
+            }
+            for (uint32_t slot = at->tokens; slot < CPU_LEAF; slot++) {
+                place[slot] = CPU_HIDDEN;
+            }
+            narrow_row(scratch, row, at->tokens, &hull);
+        }
+    }
+    return hull;
+}
+
 /* The pages listed for a head: a cursor over them for the pages of one leaf. */
 typedef struct listed {
     const uint32_t *at, *end;
@@ -109,12 +213,17 @@ cpu_tokens_of(const cpu_attend_t *x, const cpu_scratch_t *scratch, const attn_wo
     const attn_problem_entry_t *entry = &x->plan->problem.entries[e];
     uint32_t page_size                = x->kv->page_size;
     hull_t hull                       = mask_rows(x, scratch, work, at);
+    bool masked                       = is_masked(x, work, at);
     bool sparse                       = entry->n_lists > 0;
     uint64_t pages                    = attn_div_up(x->kv->chunk_size, page_size); /* of a chunk */
     uint64_t page_base                = at->run->chunk * pages;
+    if (masked) {
+        hull = place_rows(x, scratch, work, at);
+    }
     uint32_t first = (uint32_t)hull.first, end = (uint32_t)hull.end;
     listed_t list = {0};
 
+    leaf->place   = masked ? scratch->place : NULL;
     leaf->k       = scratch->k;
     leaf->v       = scratch->v;
     leaf->slot    = scratch->slot;
