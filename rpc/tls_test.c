@@ -71,6 +71,14 @@ pair_connect(pair_t *p, const char *ca, const char *name, const char *server_nam
     assert_int_equal(rpc_channel_open(p->client, p->echo.address, &p->channel), ATTN_OK);
 }
 
+/* Another client's place at the same server. */
+static void
+pair_aside(pair_t *late, const pair_t *p)
+{
+    memset(late, 0, sizeof(*late));
+    memcpy(late->echo.address, p->echo.address, sizeof(late->echo.address));
+}
+
 static void
 pair_disconnect(pair_t *p)
 {
@@ -113,6 +121,7 @@ setup(void **state)
     certs_leaf(folder, "ca", "client", HOUR);
     certs_leaf(folder, "ca", "expired", -HOUR);
     certs_leaf(folder, "other", "stranger", HOUR);
+    certs_client(folder, "ca", "caller");
     return 0;
 }
 
@@ -144,6 +153,9 @@ static const meeting_t meetings[] = {
      "certificate from us"},
     {"an expired certificate", "ca", "server", false, "ca", "expired", NULL, "certificate from us"},
     {"a server of another CA", "other", "stranger", true, "ca", NULL, NULL,
+     "certificate verify failed"},
+    {"one for clients alone", "ca", "server", false, "ca", "caller", NULL, NULL},
+    {"a client that poses as a server", "ca", "caller", true, "ca", NULL, NULL,
      "certificate verify failed"},
     {"an expired server", "ca", "expired", true, "ca", NULL, NULL, "certificate verify failed"},
     {"a server of another name", "ca", "server", true, "ca", NULL, "elsewhere.example",
@@ -217,7 +229,8 @@ test_new_handshakes_take_new_certificates(void **state)
     echo_send(stream, "", 1, NULL, 0, NULL, NULL);
     assert_true(echo_wait_messages(&log, 2));
 
-    pair_t late = p;
+    pair_t late;
+    pair_aside(&late, &p);
     pair_connect(&late, "other", NULL, NULL);
     assert_int_equal(ask(&late).status, ATTN_OK);
     pair_disconnect(&late);
@@ -302,7 +315,8 @@ test_bad_files_change_nothing(void **state)
         }
         rpc_tls_refresh(p.server_tls, i % 2 == 0);
         assert_int_equal(rpc_tls_version(p.server_tls), 1);
-        pair_t late = p;
+        pair_t late;
+        pair_aside(&late, &p);
         pair_connect(&late, "ca", NULL, NULL);
         assert_int_equal(ask(&late).status, ATTN_OK); /* a new handshake, with the old ones */
         pair_disconnect(&late);

@@ -58,10 +58,14 @@ add_tls(const dev_options_t *o, uint32_t n, char *argv[ARGS_MAX])
     const tls_options_t *tls = &o->tls;
 
     if (tls->cert[0] != '\0') {
-        char *const all[] = {"--tls-cert",         (char *)tls->cert,
-                             "--tls-key",          (char *)tls->key,
-                             "--tls-ca",           (char *)tls->ca,
-                             "--tls-client-certs", tls->client_certs ? "yes" : "no"};
+        char *const all[] = {"--tls-cert",
+                             (char *)tls->cert,
+                             "--tls-key",
+                             (char *)tls->key,
+                             "--tls-ca",
+                             (char *)tls->ca,
+                             tls->client_certs ? "--tls-client-certs=yes"
+                                               : "--tls-client-certs=no"};
         memcpy(&argv[n], all, sizeof(all));
         n += sizeof(all) / sizeof(all[0]);
     }

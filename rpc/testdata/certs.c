@@ -72,7 +72,8 @@ add_extension(X509 *cert, X509 *issuer, int id, const char *value)
 
 /* A certificate with this key; no issuer: it signs itself. */
 static X509 *
-make(const char *name, EVP_PKEY *key, X509 *issuer, EVP_PKEY *issuer_key, long seconds)
+make(const char *name, EVP_PKEY *key, X509 *issuer, EVP_PKEY *issuer_key, long seconds,
+     const char *usage)
 {
     X509 *cert = X509_new();
     uint32_t serial;
@@ -90,6 +91,9 @@ make(const char *name, EVP_PKEY *key, X509 *issuer, EVP_PKEY *issuer_key, long s
                   issuer == NULL ? "critical,CA:TRUE" : "CA:FALSE");
     if (issuer != NULL) {
         add_extension(cert, issuer, NID_subject_alt_name, "DNS:localhost,IP:127.0.0.1");
+    }
+    if (usage != NULL) {
+        add_extension(cert, issuer, NID_ext_key_usage, usage);
     }
     int done = X509_sign(cert, issuer_key, EVP_sha256());
     assert(done > 0);
@@ -112,15 +116,15 @@ void
 certs_ca(const char *folder, const char *name)
 {
     EVP_PKEY *key = EVP_EC_gen("P-256");
-    X509 *cert    = make(name, key, NULL, key, 30 * DAY);
+    X509 *cert    = make(name, key, NULL, key, 30 * DAY, NULL);
 
     write_both(folder, name, cert, key);
     X509_free(cert);
     EVP_PKEY_free(key);
 }
 
-void
-certs_leaf(const char *folder, const char *ca, const char *name, long seconds)
+static void
+leaf(const char *folder, const char *ca, const char *name, long seconds, const char *usage)
 {
     FILE *f      = open_file(folder, ca, "pem", "r");
     X509 *issuer = PEM_read_X509(f, NULL, NULL, NULL);
@@ -130,12 +134,24 @@ certs_leaf(const char *folder, const char *ca, const char *name, long seconds)
     fclose(f);
 
     EVP_PKEY *key = EVP_EC_gen("P-256");
-    X509 *cert    = make(name, key, issuer, issuer_key, seconds);
+    X509 *cert    = make(name, key, issuer, issuer_key, seconds, usage);
     write_both(folder, name, cert, key);
     X509_free(cert);
     X509_free(issuer);
     EVP_PKEY_free(key);
     EVP_PKEY_free(issuer_key);
+}
+
+void
+certs_leaf(const char *folder, const char *ca, const char *name, long seconds)
+{
+    leaf(folder, ca, name, seconds, NULL);
+}
+
+void
+certs_client(const char *folder, const char *ca, const char *name)
+{
+    leaf(folder, ca, name, DAY, "clientAuth");
 }
 
 void

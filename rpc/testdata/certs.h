@@ -14,6 +14,9 @@ void certs_ca(const char *folder, const char *name);
 /** A certificate by a CA for localhost and 127.0.0.1, valid until so many seconds from now. */
 void certs_leaf(const char *folder, const char *ca, const char *name, long seconds);
 
+/** The same, good for nothing but calling others. */
+void certs_client(const char *folder, const char *ca, const char *name);
+
 /** The path of a file, "NAME.pem" say, in one of four buffers in turn. */
 const char *certs_path(const char *folder, const char *file);
 

@@ -16,16 +16,19 @@ COMPLAINT = re.compile(r"level=error|runtime error:|Sanitizer|Assertion")
 
 
 class Cluster:
-    """A coordinator and its workers; address is the coordinator's HOST:PORT."""
+    """A coordinator and its workers; address is the coordinator's HOST:PORT. certs: a
+    folder of deploy/make-test-certs, for mTLS."""
 
-    def __init__(self, attnd, workers, slab="64MiB"):
+    def __init__(self, attnd, workers, slab="64MiB", certs=None):
         self.folder = tempfile.mkdtemp(prefix="attn-cluster-")
         ready = os.path.join(self.folder, "ready")
         self.log = os.path.join(self.folder, "log")
+        tls = [] if certs is None else ["--tls-cert", f"{certs}/server.pem", "--tls-key",
+                                        f"{certs}/server.key", "--tls-ca", f"{certs}/ca.pem"]
         with open(self.log, "w") as log:
             self.process = subprocess.Popen(
                 [attnd, "dev", "--workers", str(workers), "--listen", "127.0.0.1:0",
-                 "--ready-file", ready, "--slab", slab], stdout=log, stderr=log)
+                 "--ready-file", ready, "--slab", slab, *tls], stdout=log, stderr=log)
         try:
             self.address = self.wait_for(ready)
         except BaseException:

@@ -32,6 +32,7 @@ import raw_messages
 import refusals
 import scenario
 import states
+import transport
 from client import Entry, pb, health_pb, health_stubs
 from cluster import Cluster
 from oracle import BF16, F16, F32
@@ -327,7 +328,8 @@ def main():
     refusals.ATTND = ATTND
     globals().update(Admission=admission.Admission, Refusals=refusals.Refusals,
                      DirectRefusals=direct_refusals.DirectRefusals,
-                     RawMessages=raw_messages.RawMessages, Document=document.Document)
+                     RawMessages=raw_messages.RawMessages,
+                     Transport=transport.Transport, Document=document.Document)
     unittest.main()
 
 
