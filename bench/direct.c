@@ -1,4 +1,5 @@
-/* direct.c: see direct.h. The step's id is libattn's own, so this looks into it. */
+/* direct.c: see direct.h. The step's id and the client's connection are libattn's own, so this
+ * looks into them. */
 #include "bench/direct.h"
 
 #include "attn/v1/attn.pb-c.h"
@@ -9,18 +10,16 @@
 #include <stdlib.h>
 
 struct direct {
-    rpc_client_t *client;
     rpc_channel_t *channel;
 };
 
 direct_t *
-direct_open(const char *address, uint32_t spin_us)
+direct_open(const attn_client_t *client, const char *address)
 {
     direct_t *direct = calloc(1, sizeof(*direct));
 
-    result_must(direct != NULL ? rpc_client_create(spin_us, &direct->client)
-                               : attn_fail(ATTN_ERR_NO_MEMORY, "no memory"));
-    result_must(rpc_channel_open(direct->client, address, &direct->channel));
+    result_must(direct != NULL ? ATTN_OK : attn_fail(ATTN_ERR_NO_MEMORY, "no memory"));
+    result_must(rpc_channel_open(client->rpc, address, &direct->channel));
     return direct;
 }
 
@@ -28,7 +27,6 @@ void
 direct_close(direct_t *direct)
 {
     rpc_channel_close(direct->channel);
-    rpc_client_destroy(direct->client);
     free(direct);
 }
 

@@ -11,8 +11,9 @@
 
 typedef struct direct direct_t;
 
-/** A connection to the worker at HOST:PORT; waits like a client with this spin_us. */
-direct_t *direct_open(const char *address, uint32_t spin_us);
+/** A connection of its own to the worker at HOST:PORT, on which the client is who calls: with its
+ * ticket and its way of waiting. The client outlives it. */
+direct_t *direct_open(const attn_client_t *client, const char *address);
 void direct_close(direct_t *direct);
 
 /** One layer of a step that libattn began, all of it owned by this worker: q, k, v there, and

@@ -243,7 +243,7 @@ measure_layer(const cluster_t *cluster, const echoes_t *echoes, const shape_t *s
 
     ours_open(&ours, cluster->coordinator.line, shape, spin_us, 512, ATTN_PLACE_WHOLE);
     echo_t *echo     = echo_open(echoes->ports, 1, streaming, spin_us);
-    direct_t *direct = streaming ? NULL : direct_open(cluster->workers[0].line, spin_us);
+    direct_t *direct = streaming ? NULL : direct_open(ours.client, cluster->workers[0].line);
     uint32_t request = (uint32_t)(ours.q_bytes + 2 * ours.kv_bytes) + REQUEST_HEAD;
     uint32_t reply   = (uint32_t)ours.q_bytes + REPLY_HEAD;
     for (uint32_t i = 0; i <= bench.rounds; i++) {

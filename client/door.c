@@ -65,6 +65,7 @@ introduce(door_t *door, const char *name)
     if (status == ATTN_OK) {
         door->client   = reply->client_id;
         door->lease_ms = reply->lease_ms;
+        rpc_client_set_header(door->rpc, "attn-ticket", reply->ticket); /* at this door for life */
         rpc_message_free(message);
     }
     return status;
