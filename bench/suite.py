@@ -31,7 +31,8 @@ PROGRAMS = {
     "layer": ("a remote layer without its kernel, against a bare gRPC echo", ["bench/bench_layer"]),
     "begin": ("attn_step_begin() at the coordinator and on a worker", ["bench/bench_begin"]),
     "balance": ("placement in a large simulated cluster", ["bench/bench_balance"]),
-    "throughput": ("calls a second as load grows", ["client/attnctl", "bench", "--sweep"]),
+    "throughput": ("calls a second as load grows",
+                   ["client/attnctl", "bench", "--dev", "2", "--sweep"]),
 }
 TOKEN = "a language model's token through four workers, against local attention"
 
