@@ -6,6 +6,7 @@
  * compiled with -ffp-contract=off.
  */
 #include "kernels/kernels.h"
+#include "kernels/state_merge.h"
 
 #include <math.h>
 #include <string.h>
@@ -16,73 +17,17 @@
 /* Beyond these a logit is an error, and a sink outweighs or adds nothing at all. */
 #define EXPONENT_MAX (1 << 30)
 
-/* Below this difference of exponents the smaller state would not change the larger one. */
-#define DIFFERENCE_MAX 126
-
 float
 attn_exp2i(int32_t k)
 {
-    if (k < -DIFFERENCE_MAX) {
-        return 0.0f;
-    }
-    uint32_t bits = (uint32_t)(k + 127) << 23;
-    float power;
-    memcpy(&power, &bits, sizeof(power));
-    return power;
-}
-
-static void
-add_scaled(float *restrict into, const float *restrict from, float scale, uint32_t d)
-{
-    for (uint32_t i = 0; i < d; i++) {
-        float term = from[i] * scale;
-        into[i] += term;
-    }
-}
-
-static void
-scale_and_add(float *restrict into, const float *restrict from, float scale, uint32_t d)
-{
-    for (uint32_t i = 0; i < d; i++) {
-        float term = into[i] * scale;
-        into[i]    = term + from[i];
-    }
-}
-
-static void
-add(float *restrict into, const float *restrict from, uint32_t d)
-{
-    for (uint32_t i = 0; i < d; i++) {
-        into[i] += from[i];
-    }
+    return state_exp2i(k);
 }
 
 void
 attn_state_merge_row(float *a_into, float *l_into, int32_t *e_into, const float *a_from,
                      float l_from, int32_t e_from, uint32_t d)
 {
-    int64_t difference = (int64_t)e_from - *e_into;
-
-    if (l_from == 0.0f) {
-        return;
-    }
-    if (*l_into == 0.0f || difference > DIFFERENCE_MAX) {
-        memcpy(a_into, a_from, d * sizeof(*a_into));
-        *l_into = l_from;
-        *e_into = e_from;
-    } else if (difference == 0) {
-        add(a_into, a_from, d);
-        *l_into += l_from;
-    } else if (difference > 0) {
-        float scale = attn_exp2i((int32_t)-difference);
-        scale_and_add(a_into, a_from, scale, d);
-        *l_into = *l_into * scale + l_from;
-        *e_into = e_from;
-    } else if (difference >= -DIFFERENCE_MAX) {
-        float scale = attn_exp2i((int32_t)difference);
-        add_scaled(a_into, a_from, scale, d);
-        *l_into += l_from * scale;
-    }
+    state_merge(a_into, l_into, e_into, a_from, l_from, e_from, d);
 }
 
 /*
@@ -191,7 +136,7 @@ attn_state_finish_row(const float *a, float l, int32_t e, uint32_t d, const floa
         attn_state_of_sink(*sink_or_null, &sink_l, &sink_e);
         if (sink_l != 0.0f) {
             int64_t difference = (int64_t)sink_e - e;
-            if (difference > DIFFERENCE_MAX) {
+            if (difference > STATE_DIFFERENCE_MAX) {
                 memset(o, 0, d * sizeof(*o));
                 return;
             }

@@ -73,21 +73,25 @@ load_rows(const cpu_attend_t *x, const cpu_scratch_t *scratch, const attn_work_t
 
 /* Merge the topmost states of the stack into those below. */
 static void
-merge_top(const cpu_scratch_t *scratch, uint32_t below, uint32_t stride, uint32_t rows, uint32_t d)
+merge_top(const cpu_attend_t *x, const cpu_scratch_t *scratch, uint32_t below, uint32_t rows)
 {
+    uint32_t d                = x->kv->head_dim_v;
+    size_t stride             = x->layout.rows;
     const cpu_states_t *stack = &scratch->stack;
 
     for (uint32_t r = 0; r < rows; r++) {
-        size_t into = (size_t)below * stride + r, from = into + stride;
-        attn_state_merge_row(stack->a + into * d, &stack->l[into], &stack->e[into],
-                             stack->a + from * d, stack->l[from], stack->e[from], d);
+        size_t into = below * stride + r, from = into + stride;
+        x->backend->isa->merge(stack->a + into * d, &stack->l[into], &stack->e[into],
+                               stack->a + from * d, stack->l[from], stack->e[from], d);
     }
 }
 
-/* The states of a leaf into place `top` of the stack. False after an error. */
+/* The states of a leaf into place `top` of the stack; `next`, or NULL, is the one after it.
+ * False after an error. */
 static bool
 compute_leaf(cpu_attend_t *x, const cpu_scratch_t *scratch, const attn_work_t *work,
-             uint32_t kv_head, const attn_leaf_t *at, uint32_t top)
+             uint32_t kv_head, const attn_leaf_t *at, const attn_leaf_t *next, uint32_t top,
+             bool begin)
 {
     size_t first    = (size_t)top * x->layout.rows;
     cpu_leaf_t leaf = {.rows     = work->rows,
@@ -101,20 +105,27 @@ compute_leaf(cpu_attend_t *x, const cpu_scratch_t *scratch, const attn_work_t *w
                        .scale    = x->scale,
                        .softcap  = x->layer->softcap,
                        .dtype    = x->kv->dtype,
+                       .running  = x->backend->free_order ? scratch->running : NULL,
+                       .begin    = begin,
+                       .last     = next == NULL,
                        .s        = scratch->s,
                        .stage    = scratch->stage,
+                       .next     = scratch->tokens.next,
                        .w        = scratch->w,
                        .a        = scratch->stack.a + first * x->kv->head_dim_v,
                        .l        = scratch->stack.l + first,
                        .e        = scratch->stack.e + first};
 
     cpu_tokens_of(x, scratch, work, kv_head, at, &leaf);
-    if (leaf.n == 0) {
+    if (leaf.first >= leaf.end) {
         for (uint32_t r = 0; r < leaf.rows; r++) {
             leaf.l[r] = 0.0f;
             leaf.e[r] = INT32_MIN;
         }
         return true;
+    }
+    if (next != NULL) {
+        leaf.n_next = cpu_tokens_next(x, kv_head, next, scratch->tokens.next, CPU_V_BLOCK);
     }
     int failed = x->backend->isa->leaf(&leaf);
     if (failed >= 0) {
@@ -128,28 +139,55 @@ static uint32_t
 fold_leaves(cpu_attend_t *x, const cpu_scratch_t *scratch, const attn_work_t *work,
             uint32_t kv_head)
 {
-    uint32_t stride = (uint32_t)x->layout.rows, d = x->kv->head_dim_v;
     attn_fold_t fold;
     attn_walk_t walk;
-    attn_leaf_t leaf;
+    attn_leaf_t leaf, next;
 
     attn_fold_init(&fold, work->left_level);
     attn_walk_init(&walk, x->plan, work);
-    while (attn_walk_next(&walk, &leaf)) {
+    for (bool more = attn_walk_next(&walk, &next); more;) {
+        leaf           = next;
+        more           = attn_walk_next(&walk, &next);
         uint32_t level = attn_fold_level(&fold, leaf.key);
         while (attn_fold_pops(&fold, level)) {
-            merge_top(scratch, fold.n - 1, stride, work->rows, d);
+            merge_top(x, scratch, fold.n - 1, work->rows);
         }
         assert(fold.n < x->plan->max_depth);
-        if (!compute_leaf(x, scratch, work, kv_head, &leaf, fold.n)) {
+        if (!compute_leaf(x, scratch, work, kv_head, &leaf, more ? &next : NULL, fold.n, false)) {
             return 0;
         }
         attn_fold_push(&fold, leaf.key);
     }
     while (attn_fold_pops(&fold, work->right_level)) {
-        merge_top(scratch, fold.n - 1, stride, work->rows, d);
+        merge_top(x, scratch, fold.n - 1, work->rows);
     }
     return fold.n;
+}
+
+/* The same without a tree, to measure what it costs: one state, carried from leaf to leaf. */
+static uint32_t
+carry_leaves(cpu_attend_t *x, const cpu_scratch_t *scratch, const attn_work_t *work,
+             uint32_t kv_head)
+{
+    attn_walk_t walk;
+    attn_leaf_t leaf, next;
+    bool begin = true;
+
+    attn_walk_init(&walk, x->plan, work);
+    for (bool more = attn_walk_next(&walk, &next); more; begin = false) {
+        leaf = next;
+        more = attn_walk_next(&walk, &next);
+        if (!compute_leaf(x, scratch, work, kv_head, &leaf, more ? &next : NULL, 0, begin)) {
+            return 0;
+        }
+    }
+    for (uint32_t i = 1; i < work->n_out; i++) { /* all is in the first of its states */
+        for (uint32_t r = 0; r < work->rows; r++) {
+            scratch->stack.l[i * x->layout.rows + r] = 0.0f;
+            scratch->stack.e[i * x->layout.rows + r] = INT32_MIN;
+        }
+    }
+    return work->n_out > 0 ? work->n_out : !begin;
 }
 
 static void
@@ -162,7 +200,8 @@ run_task(void *arg, uint32_t task, uint32_t participant)
 
     cpu_scratch_of(x, participant, &scratch);
     load_rows(x, &scratch, work, kv_head);
-    uint32_t n = fold_leaves(x, &scratch, work, kv_head);
+    uint32_t n = x->backend->free_order ? carry_leaves(x, &scratch, work, kv_head)
+                                        : fold_leaves(x, &scratch, work, kv_head);
     if (work->n_out > 0) {
         cpu_bring_parts(x, work, kv_head, &scratch, n);
         return;

@@ -20,6 +20,7 @@ typedef struct cpu_backend {
     cpu_pool_t *pool;
     const cpu_isa_t *isa;
     char kind[48];
+    bool free_order;
 } cpu_backend_t;
 
 /** Where things lie in a workspace: byte offsets. */
@@ -59,13 +60,18 @@ typedef struct cpu_attend {
     uint32_t entry, query, head;
 } cpu_attend_t;
 
+/** Rows of K and V by slot of a leaf, and rows that will be read next. */
+typedef struct cpu_tokens {
+    const void **k, **v, **next; /* [CPU_LEAF], [CPU_LEAF], [CPU_V_BLOCK] */
+} cpu_tokens_t;
+
 /** What one participant keeps for a task. Points into its scratch. */
 typedef struct cpu_scratch {
-    float *q, *s, *stage, *w, *slope;
+    float *q, *s, *w, *slope, *running;
+    void *stage;
     int32_t *lo, *hi, *distance, *position;
     int32_t *place; /* [rows][CPU_LEAF], if the plan is masked */
-    const void **k, **v;
-    uint8_t *slot;
+    cpu_tokens_t tokens;
     uint32_t *present;
     cpu_states_t stack; /* [depth][rows] */
 } cpu_scratch_t;
@@ -83,10 +89,14 @@ void cpu_scratch_of(const cpu_attend_t *x, uint32_t participant, cpu_scratch_t *
 
 /**
  * Which slots the rows see and which tokens of the leaf are read: fills the mask and
- * token fields of *leaf. Masked K and V are not touched.
+ * token fields of *leaf, but for next. first >= end: none. Masked K and V are not touched.
  */
 void cpu_tokens_of(const cpu_attend_t *x, const cpu_scratch_t *scratch, const attn_work_t *work,
                    uint32_t kv_head, const attn_leaf_t *at, cpu_leaf_t *leaf);
+
+/** Rows of K that the leaf will read first, up to n: where to prefetch. Returns how many. */
+uint32_t cpu_tokens_next(const cpu_attend_t *x, uint32_t kv_head, const attn_leaf_t *at,
+                         const void **rows, uint32_t n);
 
 void cpu_fail(cpu_attend_t *x, cpu_row_t row);
 

@@ -7,7 +7,7 @@
  *     attend.c    the leaves of a work; tokens.c what they read; finish.c what they answer
  *     store.c     append, compare, copy
  *
- * Environment ATTN_CPU_ISA=baseline (or avx2) sets the instruction set, for tests.
+ * Environment ATTN_CPU_ISA=baseline (avx2, avx512) sets the instruction set, for tests.
  */
 #include "kernels/cpu/cpu.h"
 
@@ -22,11 +22,11 @@
 #include <unistd.h>
 
 /* Grows with every change to the arithmetic that changes bits. */
-#define KERNEL_VERSION 1
+#define KERNEL_VERSION 2
 
 #define THREADS_MAX 1024u
 #define DIM_MIN 32u
-#define DIM_MAX 256u
+#define DIM_MAX CPU_DIM_MAX
 #define DIM_STEP 8u
 #define PAGE_MAX 256u
 #define HEADS_MAX 1024u
@@ -57,7 +57,7 @@ cpu_open(uint32_t threads, attn_backend_t **backend_p)
         free(backend);
         return status;
     }
-    snprintf(backend->kind, sizeof(backend->kind), "cpu-%s/%d/%u-%u", backend->isa->name,
+    snprintf(backend->kind, sizeof(backend->kind), "cpu-%s/%d/%u-%u", backend->isa->kind,
              KERNEL_VERSION, CPU_LEAF, CPU_LEAF);
     *backend_p = &backend->base;
     return ATTN_OK;
@@ -77,6 +77,12 @@ static const char *
 cpu_kind(const attn_backend_t *backend)
 {
     return ((const cpu_backend_t *)backend)->kind;
+}
+
+void
+attn_cpu_free_order(attn_backend_t *backend, bool on)
+{
+    ((cpu_backend_t *)backend)->free_order = on;
 }
 
 static void

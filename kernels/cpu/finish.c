@@ -33,11 +33,12 @@ cpu_layout_of(const attn_plan_t *plan, uint32_t threads, cpu_layout_t *layout)
     layout->slot_e = take(&end, plan->slots * sizeof(int32_t));
 
     uint64_t rows = layout->rows, states = rows * plan->max_depth;
-    layout->q            = take(&in, rows * d_k * sizeof(float));
-    layout->s            = take(&in, rows * CPU_LEAF * sizeof(float));
-    layout->stage        = take(&in, CPU_STAGE * attn_max(d_k, d_v) * sizeof(float));
-    layout->row_ints     = take(&in, 6 * rows * sizeof(float));
-    layout->tokens       = take(&in, CPU_LEAF * (2 * sizeof(void *) + sizeof(uint32_t) + 1));
+    layout->q        = take(&in, rows * d_k * sizeof(float));
+    layout->s        = take(&in, rows * CPU_LEAF * sizeof(float));
+    layout->stage    = take(&in, CPU_STAGE_BYTES);
+    layout->row_ints = take(&in, 7 * rows * sizeof(float));
+    layout->tokens =
+        take(&in, (2 * CPU_LEAF + CPU_V_BLOCK) * sizeof(void *) + CPU_LEAF * sizeof(uint32_t));
     layout->place        = take(&in, plan->masked ? rows * CPU_LEAF * sizeof(int32_t) : 0);
     layout->stack_a      = take(&in, states * d_v * sizeof(float));
     layout->stack_l      = take(&in, states * sizeof(float));
@@ -57,7 +58,7 @@ cpu_scratch_of(const cpu_attend_t *x, uint32_t participant, cpu_scratch_t *scrat
     *scratch = (cpu_scratch_t){
         .q        = (float *)(base + layout->q),
         .s        = (float *)(base + layout->s),
-        .stage    = (float *)(base + layout->stage),
+        .stage    = base + layout->stage,
         .w        = rows,
         .slope    = rows + layout->rows,
         .lo       = (int32_t *)rows + 2 * layout->rows,
@@ -65,14 +66,15 @@ cpu_scratch_of(const cpu_attend_t *x, uint32_t participant, cpu_scratch_t *scrat
         .distance = (int32_t *)rows + 4 * layout->rows,
         .position = (int32_t *)rows + 5 * layout->rows,
         .place    = (int32_t *)(base + layout->place),
-        .k        = (const void **)(base + layout->tokens),
+        .running  = rows + 6 * layout->rows,
+        .tokens   = {.k = (const void **)(base + layout->tokens)},
         .stack    = {.a = (float *)(base + layout->stack_a),
                      .l = (float *)(base + layout->stack_l),
                      .e = (int32_t *)(base + layout->stack_e)},
     };
-    scratch->v       = scratch->k + CPU_LEAF;
-    scratch->present = (uint32_t *)(scratch->v + CPU_LEAF);
-    scratch->slot    = (uint8_t *)(scratch->present + CPU_LEAF);
+    scratch->tokens.v    = scratch->tokens.k + CPU_LEAF;
+    scratch->tokens.next = scratch->tokens.v + CPU_LEAF;
+    scratch->present     = (uint32_t *)(scratch->tokens.next + CPU_V_BLOCK);
 }
 
 uint64_t
@@ -167,8 +169,8 @@ merge_slots(const cpu_attend_t *x, attn_fold_t *fold, const uint64_t *stack, uin
 
     while (attn_fold_pops(fold, level)) {
         uint64_t into = stack[fold->n - 1], from = stack[fold->n];
-        attn_state_merge_row(slots->a + into * d, &slots->l[into], &slots->e[into],
-                             slots->a + from * d, slots->l[from], slots->e[from], d);
+        x->backend->isa->merge(slots->a + into * d, &slots->l[into], &slots->e[into],
+                               slots->a + from * d, slots->l[from], slots->e[from], d);
     }
 }
 

@@ -1,7 +1,8 @@
 /*
- * Which instruction set. One that is not a row here yet (AVX-512, say) takes a file
- * isa_NAME.c that includes leaf.inc, a line in kernels/CMakeLists.txt and a row, best
- * first. Its lanes are part of the kind: other lanes, other bits.
+ * Which instruction set. One that is not a row here yet takes a file isa_NAME.c that
+ * includes leaf.inc, a line in kernels/CMakeLists.txt and a row, best first. Rows with the
+ * same kind have the same bits: leaf.inc fixes the order of every sum without regard to
+ * lanes, so a fused multiply-add is all that tells one from the other.
  */
 #include "kernels/cpu/leaf.h"
 
@@ -23,6 +24,13 @@ has_avx2(void)
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
            __builtin_cpu_supports("f16c");
 }
+
+static bool
+has_avx512(void)
+{
+    return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
 #endif
 
 static const struct {
@@ -30,6 +38,7 @@ static const struct {
     bool (*present)(void);
 } rows[] = {
 #if defined(__x86_64__)
+    {&cpu_isa_avx512, has_avx512},
     {&cpu_isa_avx2, has_avx2},
 #endif
     {&cpu_isa_baseline, always},
@@ -47,9 +56,8 @@ cpu_isa_choose(const cpu_isa_t **isa_p)
             return ATTN_OK;
         }
     }
-    return attn_fail(
-        ATTN_ERR_UNSUPPORTED,
-        "ATTN_CPU_ISA asks for \"%s\": this build has avx2 (with fma and f16c, where the "
-        "machine has them) and baseline",
-        asked);
+    return attn_fail(ATTN_ERR_UNSUPPORTED,
+                     "ATTN_CPU_ISA asks for \"%s\": this build has avx512 (f, bw, dq, vl) and avx2 "
+                     "(with fma and f16c), where the machine has them, and baseline",
+                     asked);
 }

@@ -29,19 +29,63 @@ v_bf16(const uint16_t *p)
     return (vf)_mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
 }
 
-/* Each sum is ((0 + 1) + (2 + 3)) + ((4 + 5) + (6 + 7)) over its lanes. */
-static inline __attribute__((always_inline)) void
-v_sum8(const vf *acc, float *out)
+static inline __attribute__((always_inline)) float
+s_fma(float a, float b, float c)
 {
-    __m256 a    = _mm256_hadd_ps(_mm256_hadd_ps((__m256)acc[0], (__m256)acc[1]),
-                                 _mm256_hadd_ps((__m256)acc[2], (__m256)acc[3]));
-    __m256 b    = _mm256_hadd_ps(_mm256_hadd_ps((__m256)acc[4], (__m256)acc[5]),
-                                 _mm256_hadd_ps((__m256)acc[6], (__m256)acc[7]));
-    __m256 low  = _mm256_permute2f128_ps(a, b, 0x20);
-    __m256 high = _mm256_permute2f128_ps(a, b, 0x31);
-    _mm256_storeu_ps(out, _mm256_add_ps(low, high));
+    return __builtin_fmaf(a, b, c);
 }
+
+static inline __attribute__((always_inline)) vf
+v_max(vf a, vf b)
+{
+    return (vf)_mm256_max_ps((__m256)a, (__m256)b);
+}
+
+static inline __attribute__((always_inline)) vi
+v_imax(vi a, vi b)
+{
+    return (vi)_mm256_max_epi32((__m256i)a, (__m256i)b);
+}
+
+/* Pairs of rows, pairs of pairs, and the halves of the vectors. */
+static inline __attribute__((always_inline)) void
+v_transpose(vf *r)
+{
+    __m256 a[8], b[8];
+
+#pragma GCC unroll 4
+    for (int i = 0; i < 8; i += 2) {
+        a[i]     = _mm256_unpacklo_ps((__m256)r[i], (__m256)r[i + 1]);
+        a[i + 1] = _mm256_unpackhi_ps((__m256)r[i], (__m256)r[i + 1]);
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < 8; i += 4) {
+        b[i]     = _mm256_shuffle_ps(a[i], a[i + 2], 0x44);
+        b[i + 1] = _mm256_shuffle_ps(a[i], a[i + 2], 0xee);
+        b[i + 2] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0x44);
+        b[i + 3] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0xee);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        r[i]     = (vf)_mm256_permute2f128_ps(b[i], b[i + 4], 0x20);
+        r[i + 4] = (vf)_mm256_permute2f128_ps(b[i], b[i + 4], 0x31);
+    }
+}
+
+static inline __attribute__((always_inline)) float
+v_halves(const vf *x)
+{
+    __m256 eight = _mm256_add_ps((__m256)x[0], (__m256)x[1]);
+    __m128 four  = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    __m128 two   = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return two[0] + two[1];
+}
+
+#define TILE_ROWS 6
+#define DOT_VECS 2
+#define SUM_VECS 2
 
 #include "kernels/cpu/leaf.inc"
 
-const cpu_isa_t cpu_isa_avx2 = {.name = "avx2", .leaf = leaf, .widen = widen};
+const cpu_isa_t cpu_isa_avx2 = {
+    .name = "avx2", .lanes = 8, .kind = "fma", .leaf = leaf, .widen = widen, .merge = merge};

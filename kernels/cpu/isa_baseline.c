@@ -33,15 +33,55 @@ v_bf16(const uint16_t *p)
     return (vf)(wide << 16);
 }
 
-/* Each sum is (0 + 1) + (2 + 3) over its lanes. */
-static inline __attribute__((always_inline)) void
-v_sum8(const vf *acc, float *out)
+static inline __attribute__((always_inline)) float
+s_fma(float a, float b, float c)
 {
-    for (int i = 0; i < 8; i++) {
-        out[i] = (acc[i][0] + acc[i][1]) + (acc[i][2] + acc[i][3]);
-    }
+    return a * b + c;
 }
+
+static inline __attribute__((always_inline)) vf
+v_max(vf a, vf b)
+{
+    vi more = a > b;
+    return (vf)(((vi)a & more) | ((vi)b & ~more));
+}
+
+static inline __attribute__((always_inline)) vi
+v_imax(vi a, vi b)
+{
+    vi more = a > b;
+    return (a & more) | (b & ~more);
+}
+
+static inline __attribute__((always_inline)) void
+v_transpose(vf *r)
+{
+    vf a = __builtin_shufflevector(r[0], r[1], 0, 4, 1, 5);
+    vf b = __builtin_shufflevector(r[0], r[1], 2, 6, 3, 7);
+    vf c = __builtin_shufflevector(r[2], r[3], 0, 4, 1, 5);
+    vf d = __builtin_shufflevector(r[2], r[3], 2, 6, 3, 7);
+    r[0] = __builtin_shufflevector(a, c, 0, 1, 4, 5);
+    r[1] = __builtin_shufflevector(a, c, 2, 3, 6, 7);
+    r[2] = __builtin_shufflevector(b, d, 0, 1, 4, 5);
+    r[3] = __builtin_shufflevector(b, d, 2, 3, 6, 7);
+}
+
+static inline __attribute__((always_inline)) float
+v_halves(const vf *x)
+{
+    vf four = (x[0] + x[2]) + (x[1] + x[3]);
+    return (four[0] + four[2]) + (four[1] + four[3]);
+}
+
+#define TILE_ROWS 4
+#define DOT_VECS 2
+#define SUM_VECS 2
 
 #include "kernels/cpu/leaf.inc"
 
-const cpu_isa_t cpu_isa_baseline = {.name = "baseline", .leaf = leaf, .widen = widen};
+const cpu_isa_t cpu_isa_baseline = {.name  = "baseline",
+                                    .lanes = 4,
+                                    .kind  = "baseline",
+                                    .leaf  = leaf,
+                                    .widen = widen,
+                                    .merge = merge};

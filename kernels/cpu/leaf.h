@@ -13,14 +13,21 @@
  * have equal bits. Also the distance of rows in `s`. */
 #define CPU_LEAF 128u
 
-/** Tokens whose K or V is widened at a time when many rows read it. */
-#define CPU_STAGE 16u
+/** Slots go through the arithmetic in blocks: of K, whose block is transposed; of V. */
+#define CPU_K_BLOCK 64u
+#define CPU_V_BLOCK 32u
+
+/** A row of K or V has at most so many elements. */
+#define CPU_DIM_MAX 256u
 
 /** In `place`: the row does not see the slot. */
 #define CPU_HIDDEN INT32_MIN
 
 /** |x log2 e| above this is an error. */
 #define CPU_LOGIT_MAX 1073741824.0f
+
+/** Bytes of scratch for blocks of K and V in the form that an instruction set wants. */
+#define CPU_STAGE_BYTES (96u << 10)
 
 typedef struct cpu_leaf {
     /* rows */
@@ -33,17 +40,24 @@ typedef struct cpu_leaf {
      * that of the query, in place of slot + distance, or CPU_HIDDEN; NULL: no such tokens */
     const int32_t *place;
     float scale, softcap;
-    /* tokens, ascending in slot: masked for all rows are left out */
-    uint32_t n;
+    /* tokens */
+    uint32_t first, end; /**< slots that some row sees; first < end */
     attn_dtype_t dtype;
-    const void *const *k, *const *v; /**< [n] */
-    const uint8_t *slot;             /**< [n] */
+    /** [CPU_LEAF] by slot, from first / 16 * 16 to end / 16 * 16 + 15: a row of zeros where
+     * nothing is stored or listed. */
+    const void *const *k, *const *v;
+    const void *const *next; /**< [n_next] rows that will be read after this leaf */
+    uint32_t n_next;
     const uint32_t *present; /**< [CPU_LEAF] all ones where a slot is in the list; NULL: no gaps */
-    bool full;               /**< every row sees every token of the list */
+    bool full;               /**< every row sees all of first to end - 1 */
+    /** Only to measure what the fixed order costs: [rows] maxima so far. A leaf then goes on
+     * from the states of the one before it, at the scale of the maximum until `last`. */
+    float *running;
+    bool begin, last;
     /* scratch, 64-byte aligned */
-    float *s;     /**< [rows][CPU_LEAF] */
-    float *stage; /**< [CPU_STAGE][max(d_k, d_v)] */
-    float *w;     /**< [rows] */
+    float *s;    /**< [rows][CPU_LEAF] */
+    void *stage; /**< CPU_STAGE_BYTES */
+    float *w;    /**< [rows] */
     /* out: the leaf's states */
     float *a; /**< [rows][d_v] */
     float *l;
@@ -53,18 +67,24 @@ typedef struct cpu_leaf {
 /** An instruction set: how the arithmetic was compiled. */
 typedef struct cpu_isa {
     const char *name;
+    uint32_t lanes;   /**< floats in a vector */
+    const char *kind; /**< instruction sets of one kind have the same bits */
     /** The states of a leaf. @return -1, or the first row with a logit or sum out of range */
     int (*leaf)(const cpu_leaf_t *leaf);
     /** Widen n elements, n a multiple of 8. */
     void (*widen)(float *to, const void *from, attn_dtype_t type, uint32_t n);
+    /** attn_state_merge_row(): the same bits everywhere. */
+    void (*merge)(float *a_into, float *l_into, int32_t *e_into, const float *a_from, float l_from,
+                  int32_t e_from, uint32_t d);
 } cpu_isa_t;
 
 extern const cpu_isa_t cpu_isa_baseline;
 #if defined(__x86_64__)
 extern const cpu_isa_t cpu_isa_avx2;
+extern const cpu_isa_t cpu_isa_avx512;
 #endif
 
-/** The best that this machine has; environment ATTN_CPU_ISA=baseline or =avx2 asks for one. */
+/** The best that this machine has; environment ATTN_CPU_ISA=NAME asks for one. */
 attn_status_t cpu_isa_choose(const cpu_isa_t **isa_p);
 
 #endif

@@ -182,27 +182,44 @@ is_listed(listed_t *list, uint64_t page)
     return list->at < list->end && *list->at == page;
 }
 
-/* Append the tokens [from, to) of the leaf, which lie in one page, to the list. */
+/* Where the slot's token lies, for one head. */
+static const uint8_t *
+row_of(const void *store, uint64_t page_stride, uint64_t d, const attn_kv_t *kv,
+       const attn_leaf_t *at, uint32_t kv_head, uint32_t slot)
+{
+    uint64_t page  = at->run->pages[(at->first + slot) / kv->page_size];
+    uint64_t token = (at->first + slot) % kv->page_size;
+    uint64_t place = (uint64_t)kv_head * kv->page_size + token;
+    return (const uint8_t *)store + (page * page_stride + place * d) * attn_dtype_size(kv->dtype);
+}
+
+/* The slots [from, to), which lie in one page, are to be read. */
 static void
-take_tokens(const cpu_attend_t *x, const cpu_scratch_t *scratch, const attn_leaf_t *at,
-            uint32_t kv_head, uint32_t from, uint32_t to, cpu_leaf_t *leaf)
+take_tokens(const cpu_attend_t *x, const cpu_tokens_t *tokens, const attn_leaf_t *at,
+            uint32_t kv_head, uint32_t from, uint32_t to)
 {
     const attn_kv_t *kv = x->kv;
-    uint64_t size       = attn_dtype_size(kv->dtype);
-    uint64_t page       = at->run->pages[(at->first + from) / kv->page_size];
-    uint64_t token      = (at->first + from) % kv->page_size;
-    uint64_t place      = (uint64_t)kv_head * kv->page_size + token;
-    uint64_t k_size = kv->head_dim_k * size, v_size = kv->head_dim_v * size;
-    const uint8_t *k = (const uint8_t *)kv->k + page * kv->k_page_stride * size + place * k_size;
-    const uint8_t *v = (const uint8_t *)kv->v + page * kv->v_page_stride * size + place * v_size;
-    uint32_t n       = leaf->n;
+    uint64_t k_size     = kv->head_dim_k * attn_dtype_size(kv->dtype);
+    uint64_t v_size     = kv->head_dim_v * attn_dtype_size(kv->dtype);
+    const uint8_t *k    = row_of(kv->k, kv->k_page_stride, kv->head_dim_k, kv, at, kv_head, from);
+    const uint8_t *v    = row_of(kv->v, kv->v_page_stride, kv->head_dim_v, kv, at, kv_head, from);
 
-    for (uint32_t slot = from; slot < to; slot++, n++, k += k_size, v += v_size) {
-        scratch->k[n]    = k;
-        scratch->v[n]    = v;
-        scratch->slot[n] = (uint8_t)slot;
+    for (uint32_t slot = from; slot < to; slot++, k += k_size, v += v_size) {
+        tokens->k[slot] = k;
+        tokens->v[slot] = v;
     }
-    leaf->n = n;
+}
+
+/* Slots that are absent, but share a vector with others, read as zeros. */
+static void
+take_zeros(const cpu_tokens_t *tokens, uint32_t from, uint32_t to)
+{
+    static const _Alignas(64) float zeros[CPU_DIM_MAX];
+
+    for (uint32_t slot = from; slot < to; slot++) {
+        tokens->k[slot] = zeros;
+        tokens->v[slot] = zeros;
+    }
 }
 
 void
@@ -221,15 +238,9 @@ cpu_tokens_of(const cpu_attend_t *x, const cpu_scratch_t *scratch, const attn_wo
         hull = place_rows(x, scratch, work, at);
     }
     uint32_t first = (uint32_t)hull.first, end = (uint32_t)hull.end;
+    uint32_t read_first = CPU_LEAF, read_end = 0;
     listed_t list = {0};
 
-    leaf->place   = masked ? scratch->place : NULL;
-    leaf->k       = scratch->k;
-    leaf->v       = scratch->v;
-    leaf->slot    = scratch->slot;
-    leaf->present = sparse ? scratch->present : NULL;
-    leaf->full    = hull.full;
-    leaf->n       = 0;
     if (sparse) {
         list = list_from(entry, kv_head, page_base + (at->first + first) / page_size);
         memset(scratch->present, 0, CPU_LEAF * sizeof(*scratch->present));
@@ -245,12 +256,37 @@ cpu_tokens_of(const cpu_attend_t *x, const cpu_scratch_t *scratch, const attn_wo
                                     ? from
                                     : (uint32_t)attn_min(entry->dense_from - position, to);
         }
+        take_zeros(&scratch->tokens, from, take);
         if (take < to) {
-            take_tokens(x, scratch, at, kv_head, take, to, leaf);
+            take_tokens(x, &scratch->tokens, at, kv_head, take, to);
+            read_first = take < read_first ? take : read_first;
+            read_end   = to;
         }
         if (sparse && take < to) {
             memset(scratch->present + take, 0xff, (to - take) * sizeof(*scratch->present));
         }
         from = to;
     }
+    if (read_first < read_end) {
+        take_zeros(&scratch->tokens, read_first / 16 * 16, read_first);
+        take_zeros(&scratch->tokens, read_end, (read_end + 15) / 16 * 16);
+    }
+    leaf->place   = masked ? scratch->place : NULL;
+    leaf->k       = scratch->tokens.k;
+    leaf->v       = scratch->tokens.v;
+    leaf->present = sparse ? scratch->present : NULL;
+    leaf->full    = hull.full && read_first == first && read_end == end;
+    leaf->first   = read_first;
+    leaf->end     = read_end;
+}
+
+uint32_t
+cpu_tokens_next(const cpu_attend_t *x, uint32_t kv_head, const attn_leaf_t *at, const void **rows,
+                uint32_t n)
+{
+    n = n < at->tokens ? n : at->tokens;
+    for (uint32_t i = 0; i < n; i++) {
+        rows[i] = row_of(x->kv->k, x->kv->k_page_stride, x->kv->head_dim_k, x->kv, at, kv_head, i);
+    }
+    return n;
 }
