@@ -7,12 +7,9 @@
  * process, so that both meet the same machine. Of every run the time that the worker computed
  * (RunReply.compute_ns) is taken off; what is left is held against a round trip of the same
  * number of bytes, of the same call type, with the same waiting.
- *
- * Then the fan-out: a sequence spread over four workers of one thread each, against the same in
- * one process with all cores, and against an echo to four processes at once.
  */
-#include "bench/direct.h"
 #include "bench/echo.h"
+#include "bench/ours.h"
 #include "bench/processes.h"
 #include "bench/result.h"
 
@@ -28,13 +25,6 @@
 #define REPLY_HEAD 26u   /* and of a StepReply */
 #define LAYER_TARGET 1.5
 
-typedef struct shape {
-    const char *name;
-    uint32_t q_heads, kv_heads, dim;
-    attn_dtype_t dtype;
-    uint32_t rows; /* queries and new tokens of a run */
-} shape_t;
-
 static const shape_t shapes[] = {
     {"128 B", 1, 1, 32, ATTN_F32, 1},
     {"4 KiB", 9, 3, 64, ATTN_F32, 1},
@@ -47,106 +37,6 @@ static struct {
     result_options_t result;
     uint32_t rounds; /* turns of each side */
 } bench;
-
-/* ---- ours ---- */
-
-typedef struct ours {
-    shape_t shape;
-    attn_client_t *client;
-    attn_cache_t *cache;
-    attn_seq_t seq;
-    uint64_t length;
-    void *q, *k, *v, *o;
-    uint64_t q_bytes, kv_bytes; /* o has q_bytes, k and v have kv_bytes each */
-} ours_t;
-
-static void
-fill(void *to, attn_dtype_t dtype, uint64_t n)
-{
-    for (uint64_t i = 0; i < n; i++) {
-        if (dtype == ATTN_F32) {
-            ((float *)to)[i] = (float)(i % 17) / 16.0f;
-        } else {
-            ((uint16_t *)to)[i] = (uint16_t)(0x3f00 + i % 17); /* bf16, 0.5 to 0.56 */
-        }
-    }
-}
-
-static void
-ours_open(ours_t *ours, const char *target, const shape_t *shape, uint32_t spin_us, uint32_t chunk,
-          attn_placement_t placement)
-{
-    attn_client_options_t options;
-    attn_geometry_t geometry;
-    uint64_t element = attn_dtype_size(shape->dtype);
-
-    *ours          = (ours_t){.shape = *shape};
-    ours->q_bytes  = element * shape->rows * shape->q_heads * shape->dim;
-    ours->kv_bytes = element * shape->rows * shape->kv_heads * shape->dim;
-    ours->q        = malloc(ours->q_bytes);
-    ours->k        = malloc(ours->kv_bytes);
-    ours->v        = malloc(ours->kv_bytes);
-    ours->o        = malloc(ours->q_bytes);
-    fill(ours->q, shape->dtype, ours->q_bytes / element);
-    fill(ours->k, shape->dtype, ours->kv_bytes / element);
-    fill(ours->v, shape->dtype, ours->kv_bytes / element);
-
-    attn_client_options_init(&options);
-    options.spin_us = spin_us;
-    options.name    = "bench_layer";
-    attn_geometry_init(&geometry);
-    geometry.layers     = LAYERS;
-    geometry.q_heads    = shape->q_heads;
-    geometry.kv_heads   = shape->kv_heads;
-    geometry.head_dim_k = geometry.head_dim_v = shape->dim;
-    geometry.kv_dtype                         = shape->dtype;
-    geometry.chunk_size                       = chunk;
-    geometry.placement                        = placement;
-    result_must(attn_client_open(target, &options, &ours->client));
-    result_must(attn_cache_open(ours->client, "bench", &geometry, &ours->cache));
-    result_must(attn_seq_create(ours->cache, NULL, &ours->seq));
-}
-
-static void
-ours_close(ours_t *ours)
-{
-    attn_cache_close(ours->cache);
-    attn_client_close(ours->client);
-    free(ours->q);
-    free(ours->k);
-    free(ours->v);
-    free(ours->o);
-}
-
-static attn_step_t *
-ours_begin(ours_t *ours)
-{
-    uint32_t rows      = ours->shape.rows;
-    attn_entry_t entry = {.seq = ours->seq, .base = ours->length, .n_q = rows, .n_new = rows};
-    attn_batch_t batch = {
-        .size = sizeof(batch), .n = 1, .entries = &entry, .q_dtype = ours->shape.dtype};
-    attn_step_t *step;
-
-    result_must(attn_step_begin(ours->cache, &batch, &step));
-    return step;
-}
-
-/* One layer; with `direct` as a unary call. @return nanoseconds of it that were computing */
-static uint64_t
-ours_run(ours_t *ours, attn_step_t *step, uint32_t layer, direct_t *direct)
-{
-    attn_dtype_t dtype = ours->shape.dtype;
-
-    if (direct != NULL) {
-        struct iovec tensors[3] = {
-            {ours->q, ours->q_bytes}, {ours->k, ours->kv_bytes}, {ours->v, ours->kv_bytes}};
-        return direct_run(direct, step, layer, tensors, ours->o, ours->q_bytes);
-    }
-    attn_tensor_t q = {.data = ours->q, .dtype = dtype}, k = {.data = ours->k, .dtype = dtype},
-                  v = {.data = ours->v, .dtype = dtype}, o = {.data = ours->o, .dtype = dtype};
-    result_must(attn_step_run(step, layer, &q, &k, &v, &o, NULL));
-    return attn_step_compute_ns(step);
-}
 
 /* ---- samples ---- */
 
@@ -194,8 +84,7 @@ ours_turn(ours_t *ours, direct_t *direct, samples_t *net, samples_t *computed)
     if (direct != NULL) {
         attn_step_abort(step); /* libattn does not know of its layers */
     } else {
-        result_must(attn_step_commit(step, NULL));
-        ours->length += ours->shape.rows;
+        ours_commit(ours, step);
     }
 }
 
@@ -239,9 +128,12 @@ measure_layer(const cluster_t *cluster, const echoes_t *echoes, const shape_t *s
               bool streaming, uint32_t spin_us)
 {
     samples_t net = {0}, computed = {0}, bare = {0};
+    attn_client_options_t options;
     ours_t ours;
 
-    ours_open(&ours, cluster->coordinator.line, shape, spin_us, 512, ATTN_PLACE_WHOLE);
+    attn_client_options_init(&options);
+    options.spin_us = spin_us;
+    ours_open(&ours, cluster->coordinator.line, shape, LAYERS, &options, 512, ATTN_PLACE_WHOLE);
     echo_t *echo     = echo_open(echoes->ports, 1, streaming, spin_us);
     direct_t *direct = streaming ? NULL : direct_open(ours.client, cluster->workers[0].line);
     uint32_t request = (uint32_t)(ours.q_bytes + 2 * ours.kv_bytes) + REQUEST_HEAD;

@@ -84,6 +84,7 @@ cluster_start(cluster_t *cluster, uint32_t n, uint32_t threads, uint32_t spin_us
                                       name,
                                       "--log-level",
                                       "warn",
+                                      n > 1 ? "--batch" : NULL, /* as `attnd dev` does */
                                       NULL};
         snprintf(name, sizeof(name), "worker-%u", cluster->n + 1);
         process_start(&cluster->workers[cluster->n], worker);

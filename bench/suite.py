@@ -29,10 +29,10 @@ TIMES = ("ns", "us", "ms", "s", "bytes")
 PROGRAMS = {
     "decode": ("CPU kernels against the roofline of the same run", ["bench/bench_attend"]),
     "layer": ("a remote layer without its kernel, against a bare gRPC echo", ["bench/bench_layer"]),
+    "fan": ("a layer over four workers, against local and a bare fan-out", ["bench/bench_fan"]),
     "begin": ("attn_step_begin() at the coordinator and on a worker", ["bench/bench_begin"]),
     "balance": ("placement in a large simulated cluster", ["bench/bench_balance"]),
-    "throughput": ("calls a second as load grows",
-                   ["client/attnctl", "bench", "--dev", "2", "--sweep"]),
+    "throughput": ("calls a second as load grows", ["client/attnctl", "bench", "--sweep"]),
 }
 TOKEN = "a language model's token through four workers, against local attention"
 
