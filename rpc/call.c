@@ -30,6 +30,7 @@
 
 #define SHORT_NS 50000      /* of a handler: not worth waking a thread beside it */
 #define UNDECIDED_NS 200000 /* up to here it may be short on a quieter machine */
+#define BEARABLE_NS 300000  /* for a call of somebody else to wait; above, a wake-up is little */
 
 struct rpc_call {
     rpc_server_t *server;
@@ -482,6 +483,12 @@ rpc_call_is_short(const rpc_call_t *call)
     return typical < SHORT_NS ||
            (typical < UNDECIDED_NS &&
             atomic_fetch_add_explicit(&entry->runs, 1, memory_order_relaxed) % 8 == 0);
+}
+
+bool
+rpc_call_is_bearable(const rpc_call_t *call)
+{
+    return atomic_load_explicit(&call->entry->typical_ns, memory_order_relaxed) < BEARABLE_NS;
 }
 
 static void

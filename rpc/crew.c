@@ -7,11 +7,13 @@
  * a change of threads. What becomes of the queue meanwhile depends:
  *
  *  - usually it is given up, and another thread is woken to have it;
- *  - when the handler has been taking less time than it is worth to wake a thread, and
+ *  - when the handler has been taking less time than it is worth to wake a thread, or the
+ *    last handlers were all of the same stream and took no longer than a call may wait, and
  *    nothing else is waiting, the queue is kept: a thread woken for nothing takes the core
- *    of the handler, or of a client that spins for its answer. A deputy, one of the idle
- *    threads, looks every few milliseconds and takes the queue from a handler that has
- *    had it for long, so that one that blocks for once does not hold up the others.
+ *    of the handler, or of a client that spins for its answer, and then that of the handler
+ *    again for each thing that the handler starts. A deputy, one of the idle threads, looks
+ *    every few milliseconds and takes the queue from a handler that has had it for long, so
+ *    that one that blocks for once does not hold up the others.
  *
  * There is one thread more than handlers may run at once: the queue is polled also when
  * all handlers are busy, and calls then wait in the list of ready ones.
@@ -26,6 +28,7 @@
 #include <sched.h>
 
 #define DRAIN_MAX 64 /* events dispatched before the first handler runs */
+#define ALONE_RUNS 8 /* handlers in a row of one call, after which it is taken to be alone */
 
 #define DEPUTY_LOOK_NS (1 * ATTN_NS_PER_MS)     /* between its looks, and a handler's time */
 #define DEPUTY_LOOK_MAX_NS (4 * ATTN_NS_PER_MS) /* while it finds nothing to do */
@@ -46,6 +49,8 @@ struct rpc_crew {
     bool deputy, deputy_sleeps;
     uint64_t keeper, kept_since_ns; /* which handler keeps the queue; 0: none */
     uint64_t n_keepers;
+    const rpc_call_t *last; /* whose handler ran last; perhaps gone, so only compared */
+    uint32_t n_last;        /* how often in a row before */
 };
 
 void
@@ -166,6 +171,16 @@ keep_queue(rpc_crew_t *crew)
     return crew->keeper;
 }
 
+/* Whether to keep the queue while this call's handler runs; with the lock held. */
+static bool
+is_to_keep(rpc_crew_t *crew, const rpc_call_t *call)
+{
+    crew->n_last = crew->last == call ? crew->n_last + 1 : 0;
+    crew->last   = call;
+    return crew->ready_head == NULL &&
+           (rpc_call_is_short(call) || (crew->n_last >= ALONE_RUNS && rpc_call_is_bearable(call)));
+}
+
 static void
 wake_another(rpc_crew_t *crew)
 {
@@ -179,9 +194,10 @@ handle(rpc_crew_t *crew, rpc_call_t *call)
 {
     uint64_t keeper = 0;
 
+    bool keep = is_to_keep(crew, call);
     crew->handlers++;
     if (!crew->polling) {
-        if (crew->ready_head == NULL && rpc_call_is_short(call)) {
+        if (keep) {
             keeper = keep_queue(crew);
         } else {
             wake_another(crew);

@@ -151,7 +151,7 @@ rpc_packet_make(const rpc_outgoing_t *message, rpc_client_t *client, rpc_packet_
     if (status == ATTN_OK) {
         size_t size = head_size + (data_size > 0 ? 1 + varint_size(data_size) : 0) +
                       (copied ? (size_t)data_size : 0);
-        grpc_slice head = grpc_slice_malloc(size);
+        grpc_slice head = rpc_slice_malloc(size);
         head_fill(message, head_size, data_size, copied, GRPC_SLICE_START_PTR(head));
 
         rpc_packet_t *packet = gpr_zalloc(sizeof(*packet));

@@ -114,6 +114,11 @@ grpc_channel_credentials *rpc_channel_credentials(rpc_tls_use_t *use);
 
 rpc_message_t *rpc_message_new(grpc_byte_buffer *buffer); /* takes the buffer */
 
+/* ---- blocks.c ---- */
+
+/** As grpc_slice_malloc(), with memory that is kept for the next one if it is large. */
+grpc_slice rpc_slice_malloc(size_t size);
+
 /* ---- outgoing.c ---- */
 
 /** A message on its way out. */
@@ -212,6 +217,9 @@ void rpc_call_run(rpc_call_t *call, bool as_short);
 
 /** Whether the handler is expected to take less than it is worth to wake a thread. */
 bool rpc_call_is_short(const rpc_call_t *call);
+
+/** Whether it is expected to take no longer than a call of somebody else may wait. */
+bool rpc_call_is_bearable(const rpc_call_t *call);
 
 /** The link of a call in the server's list of ready calls. */
 rpc_call_t **rpc_call_link(rpc_call_t *call);
