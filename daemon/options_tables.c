@@ -185,6 +185,13 @@ static const option_t worker_table[] = {
      .most    = 1000000,
      .help    = "Busy-wait so long for the next message before sleeping. More is faster when cores "
                 "are idle, and slower when they are not. 0: never."},
+    {.name = "batch",
+     .kind = OPTION_SWITCH,
+     OPTION_FIELD(worker_options_t, batch),
+     .initial = "no",
+     .help =
+         "Run as a batch process: a message that comes does not take the core from whoever runs "
+         "there, but waits for one. For machines whose cores are shared with a runner."},
     {.name = "drain-ms",
      .kind = OPTION_MS,
      OPTION_FIELD(worker_options_t, drain_ms),

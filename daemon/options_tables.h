@@ -23,6 +23,7 @@ typedef struct worker_options {
     uint64_t threads;                 /**< 0: one per core */
     uint64_t slab;                    /**< bytes */
     uint64_t spin_us;
+    bool batch;
     uint64_t drain_ms;
     uint64_t stall_ms;
     uint64_t message_memory, run_memory; /**< bytes */

@@ -100,9 +100,9 @@ start_worker(group_t *dev, uint32_t i)
     char *argv[ARGS_MAX] = {
         "attnd",  "worker", "--listen",  "127.0.0.1:0", "--coordinator", dev->children[0].line,
         "--slab", slab,     "--threads", count,         "--log-level",   (char *)level_name(o),
-        "--name", name};
+        "--name", name,     "--batch"}; /* the runner is on this machine, too */
 
-    add_tls(o, 14, argv);
+    add_tls(o, 15, argv);
     snprintf(slab, sizeof(slab), "%llu", (unsigned long long)o->slab);
     snprintf(count, sizeof(count), "%llu", (unsigned long long)threads);
     snprintf(name, sizeof(name), "worker-%u", i + 1);

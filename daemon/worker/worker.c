@@ -6,6 +6,8 @@
 #include "base/log.h"
 #include "base/status.h"
 
+#include <errno.h>
+#include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -156,6 +158,17 @@ destroy(worker_t *worker)
     gate_destroy(&worker->gate);
 }
 
+/* All threads inherit it, so it comes before any. */
+static void
+be_batch(bool batch)
+{
+    struct sched_param none = {0};
+
+    if (batch && sched_setscheduler(0, SCHED_BATCH, &none) != 0) {
+        attn_log(ATTN_LOG_WARN, "worker.not_batch", "reason=\"%s\"", strerror(errno));
+    }
+}
+
 int
 worker_main(int argc, char **argv)
 {
@@ -168,6 +181,7 @@ worker_main(int argc, char **argv)
     attn_log_set_level((attn_log_level_t)worker.options.log_level);
     attn_log_set_who("role=worker");
     attn_status_t status = process_start();
+    be_batch(worker.options.batch);
     rpc_init();
     gate_init(&worker.gate);
     atomic_store(&worker.incarnation, process_random());
