@@ -277,6 +277,11 @@ test_bad_logits_are_errors(void **state)
         expect_numeric(&world, &problem, &plain, q, "entry 1, query 1, head 2");
         set_q(&world, q, (1 * 4 + 3) * 64 + 63, bad[i]);
         expect_numeric(&world, &problem, &plain, q, "entry 0, query 1, head 3");
+        if (i == 0) { /* a cap makes a number of an infinity, but not of a NaN */
+            attn_layer_t capped = plain;
+            capped.softcap      = 30.0f;
+            expect_numeric(&world, &problem, &capped, q, "entry 0, query 1, head 3");
+        }
         free(q);
         seq_free(&seqs[0]);
         seq_free(&seqs[1]);
