@@ -94,6 +94,7 @@ class Hostile(unittest.TestCase):
 
     def tearDown(self):
         """Alive, right, the store's checker content, memory and descriptors as before."""
+        self.doCleanups()
         self.good()
         for daemon in self.daemons.all:
             self.assertTrue(daemon.alive(), daemon.tail())

@@ -1,9 +1,9 @@
 """Bad input and greedy peers, against real processes. Called as: test_hostile.py PATH_OF_ATTND
 [unittest arguments]; exits 77 where a package is missing.
 
-    requests.py   what is wrong in a message, or around it
-    numbers.py    NaN, infinities and what lies near them, in q, k and v
-    resources.py  peers that take time, threads, memory, connections
+    bad_requests.py what is wrong in a message, or around it
+    bad_numbers.py  NaN, infinities and what lies near them, in q, k and v
+    resources.py    peers that take time, threads, memory, connections
 
 After every test the daemons must be alive and right, the KV store's checker content, and memory and
 descriptors back to where they were (hostile.py).
@@ -32,8 +32,11 @@ def main():
     if len(sys.argv) < 2:
         sys.exit("usage: test_hostile.py PATH_OF_ATTND [unittest arguments]")
     daemons.ATTND = os.path.abspath(sys.argv.pop(1))
+    import bad_numbers
+    import bad_requests
     import resources
-    globals().update(Resources=resources.Resources, Connections=resources.Connections)
+    globals().update(Requests=bad_requests.Requests, Numbers=bad_numbers.Numbers,
+                     Resources=resources.Resources, Connections=resources.Connections)
     unittest.main()
 
 
