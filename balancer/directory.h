@@ -220,14 +220,18 @@ attn_status_t directory_seq_fork(directory_t *directory, attn_seq_t seq, uint32_
 attn_status_t directory_seq_replace(directory_t *directory, attn_seq_t seq, uint32_t i,
                                     uint64_t chunk);
 uint64_t directory_chunk_id(directory_t *directory); /* for directory_seq_replace() */
+
+/**
+ * Place chunk i, whose owner is lost, anew, for all sequences that list it: it has another id and a
+ * live owner, where it is placed as if it were new, and nothing is in it yet. sealed: as
+ * seq_chunk_renew().
+ * @return ATTN_ERR_INVALID      its owner lives, or there is no chunk i
+ * @return ATTN_ERR_EXHAUSTED, ATTN_ERR_UNAVAILABLE  as directory_seq_reserve()
+ */
+attn_status_t directory_seq_renew(directory_t *directory, attn_seq_t seq, uint32_t i, bool sealed);
+attn_status_t directory_seq_unseal(directory_t *directory, attn_seq_t seq, uint32_t i);
 attn_status_t directory_seq_cut(directory_t *directory, attn_seq_t seq, uint32_t n_chunks);
 attn_status_t directory_seq_free(directory_t *directory, attn_seq_t seq);
-
-/** How many of the chunks with tokens below `length` are lost with their owners. Writes ranges as
- * "tokens 2048-4095 (worker 3), tokens 8192-9999 (worker 2)" into text, cut to room bytes;
- * neighbours of one worker are one range. */
-uint32_t directory_seq_lost(const directory_t *directory, attn_seq_t seq, uint64_t length,
-                            char *text, size_t room);
 
 /* ---- constants for the cost model ---- */
 

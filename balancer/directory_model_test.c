@@ -257,12 +257,35 @@ step_worker(model_t *m)
     }
 }
 
+/* A chunk of a lost worker gets a live one, with room, and another id; any other is refused. */
+static void
+step_renew(model_t *m, uint32_t i, uint32_t c)
+{
+    const seq_table_t *table = directory_sequences(m->f.directory);
+    seq_chunk_t before       = *seq_chunk_at(table, m->seqs[i], c);
+    bool sealed              = random_below(2);
+    attn_status_t status     = directory_seq_renew(m->f.directory, m->seqs[i], c, sealed);
+    const seq_chunk_t *after = seq_chunk_at(table, m->seqs[i], c);
+
+    if (status != ATTN_OK) {
+        assert_true(m->alive[before.worker]
+                        ? status == ATTN_ERR_INVALID
+                        : status == ATTN_ERR_EXHAUSTED || status == ATTN_ERR_UNAVAILABLE);
+        assert_true(after->id == before.id && after->worker == before.worker);
+        return;
+    }
+    assert_true(!m->alive[before.worker] && m->alive[after->worker]);
+    assert_true(after->id > m->last_id && after->references == before.references);
+    m->last_id = after->id;
+    assert_int_equal(after->sealed, before.sealed || sealed);
+}
+
 static void
 step_sequence(model_t *m, uint32_t i)
 {
     uint32_t n = n_chunks_of(&m->f, m->seqs[i]);
 
-    switch (random_below(6)) {
+    switch (random_below(8)) {
     case 0:
         assert_int_equal(directory_seq_free(m->f.directory, m->seqs[i]), ATTN_OK);
         forget(m, i);
@@ -276,6 +299,12 @@ step_sequence(model_t *m, uint32_t i)
             attn_status_t status = directory_seq_replace(
                 m->f.directory, m->seqs[i], random_below(n), directory_chunk_id(m->f.directory));
             assert_true(status == ATTN_OK || status == ATTN_ERR_LOST);
+        }
+        break;
+    case 3:
+    case 4:
+        for (uint32_t c = 0; c < n; c++) {
+            step_renew(m, i, c);
         }
         break;
     default:

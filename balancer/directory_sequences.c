@@ -437,6 +437,38 @@ directory_seq_replace(directory_t *directory, attn_seq_t seq, uint32_t i, uint64
     return status;
 }
 
+attn_status_t
+directory_seq_renew(directory_t *directory, attn_seq_t seq, uint32_t i, bool sealed)
+{
+    seq_info_t info;
+    dir_cache_entry_t *cache;
+    attn_status_t status = seq_get(directory, seq, &info, &cache);
+
+    if (status) {
+        return status;
+    }
+    if (i >= info.n_chunks || spot_of_chunk(directory, cache, seq, i)) {
+        return attn_fail(ATTN_ERR_INVALID, "sequence %" PRIu64 ": chunk %u of %u was not lost",
+                         seq.id, i, info.n_chunks);
+    }
+    dir_spot_t *spot = choose_spot(directory, cache, seq, &info, 0, i);
+    if (!spot) {
+        return fail_no_room(cache, seq, i);
+    }
+    status = seq_chunk_renew(directory->sequences, seq, i, spot->worker, sealed);
+    if (status == ATTN_OK) {
+        spot->placed += cache->chunk_pages;
+        spot->fill += seq_chunk_fill(directory->sequences, seq, i);
+    }
+    return status;
+}
+
+attn_status_t
+directory_seq_unseal(directory_t *directory, attn_seq_t seq, uint32_t i)
+{
+    return seq_chunk_unseal(directory->sequences, seq, i);
+}
+
 uint64_t
 directory_chunk_id(directory_t *directory)
 {
@@ -473,59 +505,4 @@ directory_seq_free(directory_t *directory, attn_seq_t seq)
     attn_status_t status = seq_describe(directory->sequences, seq, &info);
 
     return status ? status : dir_seq_free(directory, seq, &info);
-}
-
-/* ---- what was lost ---- */
-
-typedef struct lost_text {
-    char *text;
-    size_t room, used;
-    uint32_t worker; /* of the range that is being collected; 0: none */
-    uint64_t first, end;
-} lost_text_t;
-
-static void
-write_range(lost_text_t *lost)
-{
-    if (lost->worker != 0 && lost->used < lost->room) {
-        int n = snprintf(lost->text + lost->used, lost->room - lost->used,
-                         "%stokens %" PRIu64 "-%" PRIu64 " (worker %u)", lost->used ? ", " : "",
-                         lost->first, lost->end - 1, lost->worker);
-        lost->used += (size_t)n; /* at or above room: cut there, and nothing follows */
-    }
-    lost->worker = 0;
-}
-
-uint32_t
-directory_seq_lost(const directory_t *directory, attn_seq_t seq, uint64_t length, char *text,
-                   size_t room)
-{
-    seq_info_t info;
-    dir_cache_entry_t *cache;
-    lost_text_t lost = {.text = text, .room = room};
-    uint32_t n       = 0;
-
-    if (room > 0) {
-        text[0] = 0;
-    }
-    if (seq_get(directory, seq, &info, &cache) != ATTN_OK) {
-        return 0;
-    }
-    uint64_t chunk_size = cache->cache.geometry.chunk_size;
-    for (uint32_t i = 0; i < info.n_chunks && i * chunk_size < length; i++) {
-        uint32_t worker = seq_chunk_at(directory->sequences, seq, i)->worker;
-        if (dir_spot_find(cache, worker)) {
-            write_range(&lost);
-            continue;
-        }
-        n++;
-        if (lost.worker != worker) {
-            write_range(&lost);
-            lost.worker = worker;
-            lost.first  = i * chunk_size;
-        }
-        lost.end = attn_min((i + 1) * chunk_size, length);
-    }
-    write_range(&lost);
-    return n;
 }

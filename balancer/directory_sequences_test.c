@@ -398,7 +398,6 @@ static void
 test_a_lost_worker_leaves_holes(void **state)
 {
     fixture_t f;
-    char text[200];
     attn_seq_t fork;
     uint64_t id;
     (void)state;
@@ -407,22 +406,8 @@ test_a_lost_worker_leaves_holes(void **state)
     attn_seq_t seq = make_seq(&f, cache, 0, 0);
     assert_int_equal(directory_seq_reserve(f.directory, seq, 8 * CHUNK),
                      ATTN_OK); /* 1 3 2 4 1 3 2 4 1 */
-    strcpy(text, "before");
-    assert_int_equal(directory_seq_lost(f.directory, seq, 8 * CHUNK, text, sizeof(text)), 0);
-    assert_string_equal(text, "");
     directory_worker_lose(f.directory, 3);
-    assert_int_equal(directory_seq_lost(f.directory, seq, 8 * CHUNK, text, sizeof(text)), 2);
-    assert_string_equal(text, "tokens 256-511 (worker 3), tokens 1280-1535 (worker 3)");
     directory_worker_lose(f.directory, 2);
-    assert_int_equal(directory_seq_lost(f.directory, seq, 1300, text, sizeof(text)), 3);
-    assert_string_equal(
-        text, "tokens 256-511 (worker 3), tokens 512-767 (worker 2), tokens 1280-1299 (worker 3)");
-    assert_int_equal(directory_seq_lost(f.directory, seq, 1300, text, 20), 3);
-    assert_string_equal(text, "tokens 256-511 (wor");
-    assert_int_equal(directory_seq_lost(f.directory, seq, CHUNK, text, sizeof(text)), 0);
-    assert_int_equal(directory_seq_lost(f.directory, seq, 1300, NULL, 0), 3);
-    assert_int_equal(directory_seq_lost(f.directory, (attn_seq_t){99}, 1300, text, sizeof(text)),
-                     0);
     assert_int_equal(n_chunks_of(&f, seq), 9);
     assert_int_equal(f.n_effects, 0);
 
@@ -438,19 +423,53 @@ test_a_lost_worker_leaves_holes(void **state)
     fixture_close(&f);
 }
 
+static const seq_chunk_t *
+chunk_at(fixture_t *f, attn_seq_t seq, uint32_t i)
+{
+    return seq_chunk_at(directory_sequences(f->directory), seq, i);
+}
+
 static void
-test_neighbours_of_one_lost_worker_are_one_range(void **state)
+test_a_lost_chunk_is_placed_anew_for_all_who_list_it(void **state)
 {
     fixture_t f;
-    char text[100];
+    attn_seq_t fork;
+    uint64_t id;
     (void)state;
     fixture_open(&f, 0);
-    uint64_t cache = cache_on_workers(&f, 1, ATTN_PLACE_WHOLE, 1000);
+    uint64_t cache = cache_on_workers(&f, 2, ATTN_PLACE_SPREAD, 4 * CHUNK_PAGES);
     attn_seq_t seq = make_seq(&f, cache, 0, 0);
-    assert_int_equal(directory_seq_reserve(f.directory, seq, 4 * CHUNK), ATTN_OK);
+    assert_int_equal(directory_seq_reserve(f.directory, seq, 2 * CHUNK), ATTN_OK); /* 1 2 1 */
+    assert_int_equal(directory_seq_fork(f.directory, seq, 0, 2, false, &fork, &id), ATTN_OK);
+    assert_int_equal(directory_seq_renew(f.directory, seq, 1, true), ATTN_ERR_INVALID);
+    assert_sentence("chunk 1 of 3 was not lost");
+    uint64_t old = chunk_of(&f, seq, 1);
+    directory_worker_lose(f.directory, 2);
+
+    assert_int_equal(directory_seq_renew(f.directory, seq, 3, true), ATTN_ERR_INVALID);
+    assert_int_equal(directory_seq_renew(f.directory, (attn_seq_t){99}, 1, true),
+                     ATTN_ERR_NOT_FOUND);
+    assert_int_equal(directory_seq_renew(f.directory, seq, 1, true), ATTN_OK);
+    uint64_t new = chunk_of(&f, seq, 1);
+    assert_true(new > old &&new == chunk_of(&f, fork, 1));
+    assert_int_equal(chunk_at(&f, fork, 1)->worker, 1);
+    assert_true(chunk_at(&f, fork, 1)->sealed && !chunk_at(&f, fork, 0)->sealed);
+    assert_int_equal(directory_seq_unseal(f.directory, fork, 1), ATTN_ERR_INVALID);
+    assert_int_equal(directory_seq_free(f.directory, fork), ATTN_OK);
+    assert_int_equal(directory_seq_unseal(f.directory, seq, 1), ATTN_OK);
+    assert_false(chunk_at(&f, seq, 1)->sealed);
+
+    /* Three chunks are on worker 1: there is room for one. */
+    attn_seq_t other = make_seq(&f, cache, 0, 0);
+    assert_int_equal(directory_seq_reserve(f.directory, other, CHUNK), ATTN_OK);
+    assert_int_equal(join(&f, 3), 3);
+    assert_int_equal(directory_cache_on_worker(f.directory, cache, 3, CHUNK_PAGES), ATTN_OK);
+    assert_int_equal(directory_seq_reserve(f.directory, other, 2 * CHUNK), ATTN_OK);
+    directory_worker_lose(f.directory, 3);
+    assert_int_equal(directory_seq_renew(f.directory, other, 1, false), ATTN_ERR_EXHAUSTED);
+    assert_int_equal(chunk_at(&f, other, 1)->worker, 3);
     directory_worker_lose(f.directory, 1);
-    assert_int_equal(directory_seq_lost(f.directory, seq, 3 * CHUNK + 10, text, sizeof(text)), 4);
-    assert_string_equal(text, "tokens 0-777 (worker 1)");
+    assert_int_equal(directory_seq_renew(f.directory, other, 1, false), ATTN_ERR_UNAVAILABLE);
     fixture_close(&f);
 }
 
@@ -494,7 +513,7 @@ main(void)
         cmocka_unit_test(test_shared_chunks_are_released_once),
         cmocka_unit_test(test_forks_are_let_through_and_counted),
         cmocka_unit_test(test_a_lost_worker_leaves_holes),
-        cmocka_unit_test(test_neighbours_of_one_lost_worker_are_one_range),
+        cmocka_unit_test(test_a_lost_chunk_is_placed_anew_for_all_who_list_it),
         cmocka_unit_test(test_a_lost_chunk_in_advance_is_cut_and_reserved_again),
     };
     return cmocka_run_group_tests_name("balancer.directory_sequences", tests, NULL, NULL);

@@ -9,6 +9,7 @@
  * attn_tree_frontier() for all workers of an entry at once (the test compares them).
  */
 #include "balancer/split.h"
+#include "balancer/holes.h"
 #include "base/checked.h"
 #include "base/status.h"
 
@@ -66,26 +67,102 @@ committed_in(uint64_t length, uint32_t c, uint32_t chunk_size)
 }
 
 static attn_status_t
-check_lengths(const split_entry_t *entry, const split_layout_t *layout, uint32_t i,
-              uint32_t chunk_size)
+fail_lost(const split_layout_t *layout, uint32_t chunk_size)
 {
-    for (uint32_t c = 0; c < layout->n_chunks; c++) {
-        uint32_t length = layout->chunks[c].length;
-        uint32_t wanted = committed_in(entry->base, c, chunk_size);
-        if (entry->n_new > 0 && length != wanted) {
-            return attn_fail(ATTN_ERR_STALE,
-                             "entry %u: sequence %" PRIu64 " with base %" PRIu64
-                             " has %u committed tokens in chunk %u where the layout says %u",
-                             i, layout->seq, entry->base, wanted, c, length);
+    char ranges[256];
+
+    holes_text(layout->chunks, layout->n_chunks, chunk_size, UINT64_MAX, ranges, sizeof(ranges));
+    return attn_fail(ATTN_ERR_LOST, "sequence %" PRIx64 " lost %s", layout->seq, ranges);
+}
+
+static attn_status_t
+fail_length(const split_entry_t *entry, const split_layout_t *layout, uint32_t i, uint32_t c,
+            uint32_t chunk_size)
+{
+    uint32_t length = layout->chunks[c].length;
+
+    if (entry->n_new == 0) {
+        return attn_fail(ATTN_ERR_INVALID,
+                         "entry %u: base is %" PRIu64 ", the committed length of "
+                         "sequence %" PRIu64 " is %" PRIu64,
+                         i, entry->base, layout->seq, (uint64_t)c * chunk_size + length);
+    }
+    return attn_fail(ATTN_ERR_STALE,
+                     "entry %u: sequence %" PRIu64 " with base %" PRIu64
+                     " has %u committed tokens in chunk %u where the layout says %u",
+                     i, layout->seq, entry->base, committed_in(entry->base, c, chunk_size), c,
+                     length);
+}
+
+/* Chunks below the base's that the entry needs whole. */
+static attn_status_t
+check_before(const split_entry_t *entry, const split_layout_t *layout, uint32_t i, uint32_t n,
+             uint32_t chunk_size)
+{
+    for (uint32_t c = 0; c < n; c++) {
+        const split_chunk_t *chunk = &layout->chunks[c];
+        uint32_t wanted            = committed_in(entry->base, c, chunk_size);
+        if (chunk->lost || (chunk->sealed && chunk->length < wanted)) {
+            return fail_lost(layout, chunk_size);
         }
-        if (length < wanted) {
-            return attn_fail(ATTN_ERR_INVALID,
-                             "entry %u: base is %" PRIu64 ", the committed length of "
-                             "sequence %" PRIu64 " is %" PRIu64,
-                             i, entry->base, layout->seq, (uint64_t)c * chunk_size + length);
+        if (chunk->length < wanted) {
+            return fail_length(entry, layout, i, c, chunk_size);
         }
     }
     return ATTN_OK;
+}
+
+/* Chunks from first to end - 1, which new tokens go into. In a hole all but the last are sealed,
+ * for a hole that goes on to the end of the sequence may be left there. */
+static attn_status_t
+check_new(const split_entry_t *entry, const split_layout_t *layout, uint32_t i, uint32_t first,
+          uint32_t end, uint32_t chunk_size)
+{
+    bool fills = layout->chunks[first].sealed;
+
+    for (uint32_t c = first; c < end; c++) {
+        const split_chunk_t *chunk = &layout->chunks[c];
+        if (chunk->lost) {
+            return fail_lost(layout, chunk_size);
+        }
+        if (chunk->length == committed_in(entry->base, c, chunk_size)) {
+            continue;
+        }
+        if (fills && c > first) {
+            return attn_fail(ATTN_ERR_INVALID,
+                             "entry %u: tokens %" PRIu64 "-%" PRIu64 " of sequence %" PRIu64
+                             " go beyond the hole that they begin in: it ends at %" PRIu64,
+                             i, entry->base, entry->base + entry->n_new - 1, layout->seq,
+                             (uint64_t)c * chunk_size + (chunk->sealed ? chunk->length : 0));
+        }
+        return fail_length(entry, layout, i, c, chunk_size);
+    }
+    return ATTN_OK;
+}
+
+/* Do the committed tokens of the layout fit the entry? */
+static attn_status_t
+check_lengths(const split_entry_t *entry, const split_layout_t *layout, uint32_t i,
+              uint32_t chunk_size)
+{
+    uint32_t first = (uint32_t)(entry->base / chunk_size);
+    uint32_t seen  = (uint32_t)attn_div_up(entry->base, chunk_size);
+    uint32_t end   = (uint32_t)attn_div_up(entry->base + entry->n_new, chunk_size);
+
+    if (entry->n_new == 0) {
+        return check_before(entry, layout, i, seen, chunk_size);
+    }
+    bool fills = layout->chunks[first].sealed;
+    attn_status_t status =
+        fills && entry->n_q == 0 ? ATTN_OK : check_before(entry, layout, i, first, chunk_size);
+    status = status ? status : check_new(entry, layout, i, first, end, chunk_size);
+    for (uint32_t c = end; status == ATTN_OK && c < layout->n_chunks; c++) {
+        const split_chunk_t *chunk = &layout->chunks[c];
+        if (!layout->chunks[end - 1].sealed && !chunk->lost && chunk->length > 0) {
+            status = fail_length(entry, layout, i, c, chunk_size);
+        }
+    }
+    return status;
 }
 
 static attn_status_t
@@ -108,9 +185,12 @@ check_entry(split_work_t *work, uint32_t i)
                          i, entry->base, entry->n_new, layout->seq, layout->n_chunks,
                          work->chunk_size);
     }
-    uint64_t next    = entry->base / work->chunk_size;
-    scope->n_seen    = (uint32_t)attn_div_up(entry->base + entry->n_new, work->chunk_size);
-    scope->holder    = (uint32_t)attn_min(next, layout->n_chunks - 1);
+    uint64_t next = entry->base / work->chunk_size;
+    scope->n_seen = (uint32_t)attn_div_up(entry->base + entry->n_new, work->chunk_size);
+    scope->holder = (uint32_t)attn_min(next, layout->n_chunks - 1);
+    while (scope->holder != NOBODY && layout->chunks[scope->holder].lost) {
+        scope->holder--; /* below 0 is NOBODY */
+    }
     scope->first_new = entry->n_new > 0 ? (uint32_t)next : scope->n_seen;
     scope->offset    = work->n_touched;
     work->n_touched += (size_t)scope->n_seen + 1;
@@ -154,7 +234,9 @@ sort_workers(split_work_t *work, uint32_t *seen, uint32_t *rank)
         rank[i]            = (uint32_t)(at - work->workers);
     }
     for (size_t i = 0; i < work->n_touched; i++) {
-        work->worker_of[i] = rank[work->worker_of[i]];
+        if (work->worker_of[i] != NOBODY) {
+            work->worker_of[i] = rank[work->worker_of[i]];
+        }
     }
 }
 
@@ -181,7 +263,9 @@ number_workers(split_work_t *work)
         for (uint32_t c = 0; c < scope->n_seen; c++) {
             of[c] = worker_index(work, table, mask, chunks[c].worker);
         }
-        of[scope->n_seen] = worker_index(work, table, mask, chunks[scope->holder].worker);
+        of[scope->n_seen] = scope->holder != NOBODY
+                                ? worker_index(work, table, mask, chunks[scope->holder].worker)
+                                : NOBODY;
     }
     sort_workers(work, scratch, scratch + work->n_touched);
     free(table);
@@ -216,7 +300,9 @@ count_parts(split_work_t *work)
         for (uint32_t c = work->entries[i].n_q > 0 ? 0 : scope->first_new; c < scope->n_seen; c++) {
             touch(work, of[c], i, &n_parts);
         }
-        touch(work, of[scope->n_seen], i, &n_parts);
+        if (scope->holder != NOBODY) {
+            touch(work, of[scope->n_seen], i, &n_parts);
+        }
     }
     return n_parts;
 }
@@ -374,7 +460,9 @@ fill_entry(split_work_t *work, split_t *split, uint32_t i, uint32_t *order, uint
     for (uint32_t c = attends ? 0 : scope->first_new; c < scope->n_seen; c++) {
         (void)part_of(work, split, of[c], i);
     }
-    part_of(work, split, of[scope->n_seen], i)->holds = true;
+    if (scope->holder != NOBODY) {
+        part_of(work, split, of[scope->n_seen], i)->holds = true;
+    }
 
     /* Room first, then contents: each part's arrays are contiguous. */
     for (uint32_t c = 0; c < scope->n_seen; c++) {

@@ -14,6 +14,8 @@ typedef struct split_chunk {
     uint32_t worker;
     uint32_t generation; /**< 0: not made yet */
     uint32_t length;     /**< committed tokens */
+    bool lost;           /**< its owner is gone, and its tokens with it */
+    bool sealed;         /**< it was full once: short of that, it is a hole to be filled */
 } split_chunk_t;
 
 typedef struct split_layout {
@@ -69,16 +71,23 @@ typedef struct split {
  *                 (tokens at and above base, other than the new ones, are not seen)
  * @param chunk_size tokens
  *
+ * New tokens go behind all others, or into a hole: into chunks that are sealed, from where the
+ * first of them ends. Then what is behind them does not matter, nor, if nothing is asked, what is
+ * before.
+ *
  * A worker is in the split if it stores new tokens, owns KV that is seen, or holds. The
  * chunk where the next token goes is number base / chunk_size, or the last one if that is
  * not placed; a layout has at least one chunk. Refs list every chunk of the worker with tokens
  * below base and those written. An entry that sees nothing (base and n_new are 0) is held and
- * answered by nobody: its outputs are empty states.
+ * answered by nobody: its outputs are empty states. Where the holder is lost the next one before it
+ * that is not holds, or nobody.
  *
  * @return ATTN_ERR_INVALID    base or n_new do not fit the layout (or, with n_new 0, base is above
  *                             the committed length); names entry, field, limit
  * @return ATTN_ERR_STALE      committed lengths of the layout are not those of base tokens when
  *                             n_new > 0: full below, base's remainder, then none
+ * @return ATTN_ERR_LOST       what is asked needs tokens that were lost, or what is new goes into a
+ *                             chunk that was; names all ranges
  * @return ATTN_ERR_NO_MEMORY
  */
 attn_status_t split_batch(const split_entry_t *entries, const split_layout_t *layouts, uint32_t n,

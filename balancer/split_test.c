@@ -3,6 +3,7 @@
  * has which chunk, who stores which token, who holds, and nodes as attn_tree_frontier() has
  * them.
  */
+#include "balancer/holes.h"
 #include "balancer/split.h"
 #include "base/clock.h"
 #include "base/status.h"
@@ -352,6 +353,95 @@ test_refusals_name_entry_field_and_limit(void **state)
     assert_refused(&batch, ATTN_ERR_INVALID, "entry 1: the layout of sequence 101 has no chunks");
 }
 
+/* Chunks of 256: 0 full | 1 lost | 2 full | 3 sealed, 100 | 4 full | 5 lost | 6 lost. */
+static void
+make_holes(batch_t *batch, split_entry_t entry)
+{
+    static const uint32_t lengths[] = {CHUNK, 0, CHUNK, 100, CHUNK, 0, 0};
+
+    batch->n          = 1;
+    batch->entries[0] = entry;
+    batch->layouts[0] = (split_layout_t){.seq = 100, .n_chunks = 7, .chunks = batch->chunks[0]};
+    for (uint32_t c = 0; c < 7; c++) {
+        batch->chunks[0][c] = (split_chunk_t){.id         = c + 1,
+                                              .worker     = 1 + c % 4,
+                                              .generation = lengths[c] > 0,
+                                              .length     = lengths[c],
+                                              .lost       = c == 1 || c >= 5,
+                                              .sealed     = c == 3};
+    }
+}
+
+static void
+expect_split(batch_t *batch, split_entry_t entry, attn_status_t wanted, const char *words)
+{
+    split_t *split = NULL;
+
+    make_holes(batch, entry);
+    if (wanted != ATTN_OK) {
+        assert_refused(batch, wanted, words);
+        return;
+    }
+    assert_int_equal(split_batch(batch->entries, batch->layouts, 1, CHUNK, &split), ATTN_OK);
+    for (uint32_t s = 0; s < split->n_shares; s++) {
+        for (uint32_t r = 0; r < split->shares[s].parts[0].n_refs; r++) {
+            assert_false(batch->chunks[0][split->shares[s].parts[0].refs[r].number].lost);
+        }
+    }
+    split_free(split);
+}
+
+static void
+test_holes(void **state)
+{
+    static batch_t batch;
+    char text[200];
+    hole_t hole;
+    uint32_t n = 0;
+    (void)state;
+    make_holes(&batch, (split_entry_t){0});
+    const split_chunk_t *chunks = batch.chunks[0];
+    assert_int_equal(holes_length(chunks, 7, CHUNK), 5 * CHUNK);
+    assert_true(holes_text(chunks, 7, CHUNK, UINT64_MAX, text, sizeof(text)));
+    assert_string_equal(text, "tokens 256-511 (worker 2), tokens 868-1023 (placed anew), "
+                              "tokens 1280-1535 (worker 2), tokens 1536-1791 (worker 3)");
+    assert_true(holes_text(chunks, 7, CHUNK, 300, text, sizeof(text)));
+    assert_string_equal(text, "tokens 256-299 (worker 2)");
+    assert_true(holes_text(chunks, 7, CHUNK, 300, text, 10));
+    assert_string_equal(text, "tokens 25");
+    assert_false(holes_text(chunks, 7, CHUNK, 256, text, sizeof(text)));
+    for (uint32_t c = 0; holes_next(chunks, 7, CHUNK, &c, &hole); n++) {
+        assert_int_equal(hole.open, n >= 2);
+    }
+    assert_int_equal(n, 4);
+    batch.chunks[0][4].length = 10; /* the last one grows: nothing is behind it */
+    assert_int_equal(holes_length(chunks, 7, CHUNK), 4 * CHUNK + 10);
+    assert_true(holes_text(chunks, 7, CHUNK, UINT64_MAX, text, sizeof(text)));
+    assert_string_equal(text, "tokens 256-511 (worker 2), tokens 868-1023 (placed anew)");
+    assert_int_equal(holes_length(chunks, 2, CHUNK), CHUNK);
+    assert_int_equal(holes_length(chunks + 5, 2, CHUNK), 0);
+}
+
+static void
+test_entries_over_holes(void **state)
+{
+    static batch_t batch;
+    (void)state;
+    expect_split(&batch, (split_entry_t){.base = 256, .n_q = 9}, ATTN_OK, NULL);
+    expect_split(&batch, (split_entry_t){.base = 257, .n_q = 1}, ATTN_ERR_LOST, "tokens 256-511");
+    expect_split(&batch, (split_entry_t){.base = 868, .n_new = 156}, ATTN_OK, NULL);
+    expect_split(&batch, (split_entry_t){.base = 868, .n_new = 9, .n_q = 9}, ATTN_ERR_LOST, "256-");
+    expect_split(&batch, (split_entry_t){.base = 868, .n_new = 157}, ATTN_ERR_INVALID,
+                 "tokens 868-1024 of sequence 100 go beyond the hole that they begin in: it ends "
+                 "at 1024");
+    expect_split(&batch, (split_entry_t){.base = 867, .n_new = 1}, ATTN_ERR_STALE, "base 867");
+    expect_split(&batch, (split_entry_t){.base = 869, .n_new = 1}, ATTN_ERR_STALE, "base 869");
+    expect_split(&batch, (split_entry_t){.base = 256, .n_new = 1}, ATTN_ERR_LOST, "tokens 256-511");
+    expect_split(&batch, (split_entry_t){.base = 1280, .n_new = 1}, ATTN_ERR_LOST, "tokens 256-");
+    expect_split(&batch, (split_entry_t){.base = 100, .n_new = 1}, ATTN_ERR_STALE, "base 100");
+    expect_split(&batch, (split_entry_t){.base = 0, .n_q = 0}, ATTN_OK, NULL);
+}
+
 static int
 compare_ns(const void *a, const void *b)
 {
@@ -400,6 +490,8 @@ main(void)
         cmocka_unit_test(test_spread_sequences_have_few_nodes),
         cmocka_unit_test(test_prefill_over_two_workers),
         cmocka_unit_test(test_refusals_name_entry_field_and_limit),
+        cmocka_unit_test(test_holes),
+        cmocka_unit_test(test_entries_over_holes),
         cmocka_unit_test(test_a_large_batch_is_split_fast),
     };
     return cmocka_run_group_tests_name("balancer.split", tests, NULL, NULL);

@@ -158,8 +158,8 @@ time_begin(const begin_client_t *client, way_t *way, const begin_case_t *c, bool
            .size = sizeof(batch), .n = c->sequences, .entries = entries, .q_dtype = ATTN_F16};
 
     for (uint32_t s = 0; s < c->sequences; s++) {
-        entries[s] = (attn_entry_t){
-            .seq = way->seqs[s], .base = client->context - 59, .n_q = 1, .n_new = 1};
+        entries[s] =
+            (attn_entry_t){.seq = way->seqs[s], .base = client->context - 59, .n_q = 1, .n_new = 1};
     }
     for (uint32_t i = 0; i <= client->options->rounds / 2; i++) {
         attn_step_t *step;
@@ -183,7 +183,7 @@ time_layouts(const begin_client_t *client, way_t *way, const begin_case_t *c, sa
     }
     for (uint32_t i = 0; i < client->options->rounds / 10; i++) {
         samples_start(samples, client->options);
-        result_must(layouts_fetch(way->cache, way->seqs, tokens, c->sequences,
+        result_must(layouts_fetch(way->cache, way->seqs, NULL, tokens, c->sequences,
                                   client_deadline(way->client)));
         samples_stop(samples, 0);
     }

@@ -32,7 +32,8 @@ PROGRAMS = {
     "fan": ("a layer over four workers, against local and a bare fan-out", ["bench/bench_fan"]),
     "begin": ("attn_step_begin() at the coordinator and on a worker", ["bench/bench_begin"]),
     "balance": ("placement in a large simulated cluster", ["bench/bench_balance"]),
-    "throughput": ("calls a second as load grows", ["client/attnctl", "bench", "--sweep"]),
+    "throughput": ("calls a second as load grows",
+                   ["client/attnctl", "bench", "--dev", "2", "--sweep"]),
 }
 TOKEN = "a language model's token through four workers, against local attention"
 

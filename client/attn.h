@@ -181,12 +181,24 @@ typedef struct attn_chunk_info {
     uint32_t generation; /**< grows when the chunk is truncated; 0: empty */
     uint32_t worker;     /**< its owner, attn_worker_info_t.id */
     bool lost;           /**< its owner is gone, and the tokens with it */
+    bool sealed; /**< placed anew where a full one was lost: a hole until it is full again */
 } attn_chunk_info_t;
+
+/** Tokens [first, end) that were lost with a worker. */
+typedef struct attn_hole {
+    uint64_t first, end;
+    uint32_t
+        worker; /**< that had them; 0: their chunk was placed anew, and they are to be filled */
+    bool open;  /**< the sequence ends in this hole: how many of its tokens were committed, if any,
+                   was lost as well, and the sequence's length ends where the hole begins */
+} attn_hole_t;
 
 typedef struct attn_seq_info {
     uint64_t length;   /**< committed tokens: the longest prefix committed at all its owners */
     uint32_t n_chunks; /**< chunks that hold tokens or are placed in advance */
     attn_chunk_info_t *chunks; /**< [n_chunks]; free with attn_seq_info_free() */
+    uint32_t n_holes;
+    attn_hole_t *holes; /**< [n_holes] ascending; counted in length but for an open one */
 } attn_seq_info_t;
 
 ATTN_API attn_status_t attn_seq_describe(attn_cache_t *cache, attn_seq_t seq,
@@ -194,6 +206,22 @@ ATTN_API attn_status_t attn_seq_describe(attn_cache_t *cache, attn_seq_t seq,
 ATTN_API void attn_seq_info_free(attn_seq_info_t *info);
 
 /* ---- steps ---- */
+
+/*
+ * Holes. A worker that dies takes its chunks along. attn_seq_describe() names the token ranges, and
+ * what needs them answers ATTN_ERR_LOST; a query below a hole is served. To refill a hole, append
+ * to it: a step whose base is where the hole begins, and whose new tokens end within it. One step
+ * may fill it, or several, each from where the one before ended. Chunks are placed anew on workers
+ * that live. A step that asks queries sees, as ever, the positions before them, so these must be
+ * there; one with n_q = 0 may fill any hole. When all holes are filled the sequence serves as
+ * before, and with the k, v that it had, with the same bits.
+ *
+ * Sequences that share a lost chunk (forks) share the one that takes its place: refilled through
+ * one of them it is there for all, so give it the k, v that it had.
+ *
+ * Behind a hole at the end (open) no token is known. A step at its first position is what was to
+ * come there, be it the tokens that were lost or, had there been none, new ones.
+ */
 
 /**
  * One sequence of a batch. The step appends n_new tokens at positions base to
@@ -203,7 +231,9 @@ ATTN_API void attn_seq_info_free(attn_seq_info_t *info);
  */
 typedef struct attn_entry {
     attn_seq_t seq;
-    uint64_t base; /**< must be the committed length if n_new > 0, at most that otherwise */
+    /** If n_new > 0 the committed length, or where a hole begins (below); else at most the
+     * committed length. */
+    uint64_t base;
     uint32_t n_q;
     uint32_t n_new;
     /** Block-sparse attention: only these pages are attended to, besides the

@@ -4,10 +4,13 @@
  *     attnctl status                    workers, memory, sequences, rates
  *     attnctl status --watch --json     a line of JSON every interval
  *     attnctl seq 4294967297 --cache chat    where a sequence's chunks live
+ *     attnctl bench --context 8192     drive it, measure, and verify
  *
  * Exit codes: 0 fine, 1 a problem of the cluster, 2 a mistake in the arguments.
  */
 #include "client/attnctl.h"
+
+#include "client/attnctl_bench.h"
 
 #include <errno.h>
 #include <getopt.h>
@@ -28,6 +31,8 @@ static const char usage[] =
     "        since start). --watch repeats until it is interrupted.\n"
     "  seq ID --cache NAME [--json]\n"
     "        Where the chunks of a sequence live. NAME is a cache that is open.\n"
+    "  bench [options]\n"
+    "        Drive the cluster with decode steps, measure, and verify answers: see bench --help.\n"
     "\n"
     "  --target HOST:PORT  the coordinator; default 127.0.0.1:7070\n"
     "  --timeout MS        for an answer; default 5000\n"
@@ -203,7 +208,7 @@ static int (*pick_command(attnctl_t *ctl, const arguments_t *arguments))(const a
     const char *command = arguments->n_words > 0 ? arguments->words[0] : NULL;
 
     if (command == NULL) {
-        mistake("which command? status or seq", NULL);
+        mistake("which command? status, seq or bench", NULL);
     } else if (strcmp(command, "status") == 0) {
         if (arguments->n_words == 1) {
             return attnctl_status;
@@ -218,9 +223,23 @@ static int (*pick_command(attnctl_t *ctl, const arguments_t *arguments))(const a
             return attnctl_seq;
         }
     } else {
-        mistake("there is no such command; there are status and seq", command);
+        mistake("there is no such command; there are status, seq and bench", command);
     }
     return NULL;
+}
+
+/* Where "bench" stands, behind options of all commands; its own come behind it. Or argc. */
+static int
+bench_at(int argc, char **argv)
+{
+    int i = 1;
+
+    while (i < argc && strncmp(argv[i], "--", 2) == 0) {
+        bool alone = strchr(argv[i], '=') != NULL || strcmp(argv[i], "--json") == 0 ||
+                     strcmp(argv[i], "--watch") == 0;
+        i += alone ? 1 : 2;
+    }
+    return i < argc && strcmp(argv[i], "bench") == 0 ? i : argc;
 }
 
 int
@@ -229,11 +248,15 @@ main(int argc, char **argv)
     attnctl_t ctl         = {.target = "127.0.0.1:7070"};
     arguments_t arguments = {.timeout_ms = 5000, .interval_ms = 1000};
     attn_client_options_t options;
+    int bench = bench_at(argc, argv);
 
     attn_client_options_init(&arguments.tls);
-    int code = read_arguments(argc, argv, &ctl, &arguments);
+    int code = read_arguments(bench, argv, &ctl, &arguments);
     if (code != 0 || arguments.done) {
         return code;
+    }
+    if (bench < argc) {
+        return attnctl_bench(argc - bench, argv + bench, ctl.target, &arguments.tls);
     }
     int (*command)(const attnctl_t *) = pick_command(&ctl, &arguments);
     if (command == NULL) {

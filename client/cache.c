@@ -34,35 +34,8 @@ layout_forget(attn_cache_t *cache, attn_seq_t seq)
     if (layout != NULL) {
         HASH_DEL(cache->layouts, layout);
         free(layout->chunks);
-        free(layout->lost);
         free(layout);
     }
-}
-
-/* "tokens 2048-4095 (worker 3), tokens 6144-8191 (worker 3)", or NULL if nothing is lost. */
-static char *
-lost_ranges(const attn_seq_info_t *info, uint32_t chunk_size)
-{
-    char text[256] = "";
-    size_t n       = 0;
-
-    for (uint32_t c = 0, next; c < info->n_chunks; c = next) {
-        next = c + 1;
-        if (!info->chunks[c].lost) {
-            continue;
-        }
-        while (next < info->n_chunks && info->chunks[next].lost &&
-               info->chunks[next].worker == info->chunks[c].worker) {
-            next++;
-        }
-        if (n < sizeof(text)) {
-            n +=
-                (size_t)snprintf(text + n, sizeof(text) - n, "%stokens %llu-%llu (worker %u)",
-                                 n > 0 ? ", " : "", (unsigned long long)info->chunks[c].first,
-                                 (unsigned long long)next * chunk_size - 1, info->chunks[c].worker);
-        }
-    }
-    return n > 0 ? strdup(text) : NULL;
 }
 
 static attn_status_t
@@ -77,24 +50,20 @@ layout_store(attn_cache_t *cache, attn_seq_t seq, const attn_seq_info_t *info, u
         return attn_fail(ATTN_ERR_NO_MEMORY, "no memory for a layout of %u chunks", info->n_chunks);
     }
     for (uint32_t c = 0; c < info->n_chunks; c++) {
-        chunks[c] = (split_chunk_t){.id         = info->chunks[c].chunk,
-                                    .worker     = info->chunks[c].worker,
-                                    .generation = info->chunks[c].generation,
-                                    .length     = info->chunks[c].length};
+        chunks[c] = cluster_split_chunk(&info->chunks[c]);
     }
     layout_forget(cache, seq);
     layout->seq      = seq.id;
     layout->epoch    = epoch;
     layout->n_chunks = info->n_chunks;
     layout->chunks   = chunks;
-    layout->lost     = lost_ranges(info, cache->geometry.chunk_size);
     HASH_ADD(hh, cache->layouts, seq, sizeof(layout->seq), layout);
     return ATTN_OK;
 }
 
 attn_status_t
-layouts_fetch(attn_cache_t *cache, const attn_seq_t *seqs, const uint64_t *tokens, uint32_t n,
-              uint64_t deadline_ns)
+layouts_fetch(attn_cache_t *cache, const attn_seq_t *seqs, const uint64_t *bases,
+              const uint64_t *tokens, uint32_t n, uint64_t deadline_ns)
 {
     control_t *control     = cache->client->control;
     attn_seq_info_t *infos = calloc(n, sizeof(*infos));
@@ -103,8 +72,8 @@ layouts_fetch(attn_cache_t *cache, const attn_seq_t *seqs, const uint64_t *token
     if (infos == NULL) {
         return attn_fail(ATTN_ERR_NO_MEMORY, "no memory for %u layouts", n);
     }
-    attn_status_t status =
-        control->ops->layout(control, cache->id, seqs, tokens, n, deadline_ns, infos, &epoch);
+    attn_status_t status = control->ops->layout(control, cache->id, seqs, bases, tokens, n,
+                                                deadline_ns, infos, &epoch);
     if (status == ATTN_OK) {
         pthread_mutex_lock(&cache->lock);
         for (uint32_t i = 0; i < n; i++) {
@@ -277,10 +246,14 @@ attn_seq_describe(attn_cache_t *cache, attn_seq_t seq, attn_seq_info_t *info)
     control_t *control = cache->client->control;
     uint64_t epoch;
 
-    attn_status_t status = control->ops->layout(control, cache->id, &seq, NULL, 1,
+    attn_status_t status = control->ops->layout(control, cache->id, &seq, NULL, NULL, 1,
                                                 client_deadline(cache->client), info, &epoch);
     if (status == ATTN_OK) {
-        cluster_length(info, cache->geometry.chunk_size);
+        free(info->holes); /* told by a control plane in this process, but not by a remote one */
+        status = cluster_holes(info, cache->geometry.chunk_size);
+    }
+    if (status != ATTN_OK) {
+        attn_seq_info_free(info);
     }
     return status;
 }
@@ -290,7 +263,7 @@ attn_seq_info_free(attn_seq_info_t *info)
 {
     if (info != NULL) {
         free(info->chunks);
-        info->chunks   = NULL;
-        info->n_chunks = 0;
+        free(info->holes);
+        *info = (attn_seq_info_t){.length = info->length};
     }
 }

@@ -41,7 +41,6 @@ typedef struct cached_layout {
     uint64_t epoch;
     uint32_t n_chunks;
     split_chunk_t *chunks;
-    char *lost; /* the ranges that are gone, or NULL */
     UT_hash_handle hh;
 } cached_layout_t;
 
@@ -64,9 +63,10 @@ attn_status_t client_tls_open(attn_client_t *client);
 cached_layout_t *layout_find(attn_cache_t *cache, attn_seq_t seq);
 void layout_forget(attn_cache_t *cache, attn_seq_t seq);
 
-/** Fetch the layouts of n sequences anew; tokens as control layout. Takes the lock itself. */
-attn_status_t layouts_fetch(attn_cache_t *cache, const attn_seq_t *seqs, const uint64_t *tokens,
-                            uint32_t n, uint64_t deadline_ns);
+/** Fetch the layouts of n sequences anew; bases and tokens as control layout. Takes the lock
+ * itself. */
+attn_status_t layouts_fetch(attn_cache_t *cache, const attn_seq_t *seqs, const uint64_t *bases,
+                            const uint64_t *tokens, uint32_t n, uint64_t deadline_ns);
 
 /* The housekeeper's part of an open step: cancel what is overdue. The functions above
  * step_unreference() are called under client->lock. */

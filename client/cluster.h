@@ -11,6 +11,7 @@
 #define ATTN_CLUSTER_H
 
 #include "balancer/directory.h"
+#include "balancer/split.h"
 #include "client/attn.h"
 #include "client/link.h"
 
@@ -61,14 +62,30 @@ attn_status_t cluster_seq_free(cluster_t *cluster, uint64_t cache, attn_seq_t se
  * tokens (NULL: none) places chunks to hold so many tokens first. infos[n] are freed with
  * attn_seq_info_free(). With tokens, a chunk in advance on a lost worker is placed anew, and
  * what a half-done commit left behind the committed length is dropped (unless a step is open).
+ * With bases (NULL: none) as well, lost chunks all of whose new tokens are in [base, tokens) are
+ * placed anew.
  */
 attn_status_t cluster_layout(cluster_t *cluster, uint64_t cache, const attn_seq_t *seqs,
-                             const uint64_t *tokens, uint32_t n, attn_seq_info_t *infos,
-                             uint64_t *epoch_p);
+                             const uint64_t *bases, const uint64_t *tokens, uint32_t n,
+                             attn_seq_info_t *infos, uint64_t *epoch_p);
 
-/** Committed length from the chunks: full ones (lost ones that another follows count as full)
- * and what the first that is not full holds. Sets info->length. */
-void cluster_length(attn_seq_info_t *info, uint32_t chunk_size);
+/** From the chunks: the committed length, and the holes. Sets length, n_holes and holes of info. */
+attn_status_t cluster_holes(attn_seq_info_t *info, uint32_t chunk_size);
+
+/** @return ATTN_ERR_LOST  there are holes below that position: names them */
+attn_status_t cluster_check_whole(const attn_seq_info_t *info, uint32_t chunk_size, attn_seq_t seq,
+                                  uint64_t below);
+
+static inline split_chunk_t
+cluster_split_chunk(const attn_chunk_info_t *chunk)
+{
+    return (split_chunk_t){.id         = chunk->chunk,
+                           .worker     = chunk->worker,
+                           .generation = chunk->generation,
+                           .length     = chunk->length,
+                           .lost       = chunk->lost,
+                           .sealed     = chunk->sealed};
+}
 
 /** All workers: address of one, and all of them with figures. */
 attn_status_t cluster_worker_address(cluster_t *cluster, uint32_t worker, char address[64],

@@ -180,25 +180,10 @@ snapshot(cluster_t *cluster, attn_seq_t seq, uint32_t chunk_size, attn_seq_info_
         info->chunks[c]           = (attn_chunk_info_t){.chunk  = chunk->id,
                                                         .first  = (uint64_t)c * chunk_size,
                                                         .worker = chunk->worker,
-                                                        .lost   = owner == NULL || !owner->alive};
+                                                        .lost   = owner == NULL || !owner->alive,
+                                                        .sealed = chunk->sealed};
     }
     return ATTN_OK;
-}
-
-void
-cluster_length(attn_seq_info_t *info, uint32_t chunk_size)
-{
-    uint32_t c = 0;
-
-    /* A lost chunk that another one with tokens follows was full. */
-    uint32_t last = info->n_chunks;
-    while (last > 0 && (info->chunks[last - 1].lost || info->chunks[last - 1].length == 0)) {
-        last--;
-    }
-    while (c < last && (info->chunks[c].lost || info->chunks[c].length == chunk_size)) {
-        c++;
-    }
-    info->length = (uint64_t)c * chunk_size + (c < last ? info->chunks[c].length : 0);
 }
 
 static attn_status_t
@@ -231,8 +216,11 @@ layout_one(cluster_t *cluster, uint64_t cache, attn_seq_t seq, attn_seq_info_t *
         attn_seq_info_free(info);
         return status;
     }
-    cluster_length(info, *chunk_size_p);
-    return ATTN_OK;
+    status = cluster_holes(info, *chunk_size_p);
+    if (status != ATTN_OK) {
+        attn_seq_info_free(info);
+    }
+    return status;
 }
 
 /* Chunks in advance whose owner was lost hold nothing if the chunk before them is not full:
@@ -243,10 +231,11 @@ drop_lost_tail(cluster_t *cluster, attn_seq_t seq, const attn_seq_info_t *info, 
     uint32_t keep = info->n_chunks;
     seq_info_t now;
 
-    while (keep > 0 && info->chunks[keep - 1].lost) {
+    while (keep > 0 && info->chunks[keep - 1].lost && !info->chunks[keep - 1].sealed) {
         keep--;
     }
     if (keep < info->n_chunks && keep > 0 && info->chunks[keep - 1].length < chunk_size &&
+        !info->chunks[keep - 1].sealed &&
         seq_describe(directory_sequences(cluster->directory), seq, &now) == ATTN_OK &&
         now.n_chunks == info->n_chunks &&
         seq_chunk_at(directory_sequences(cluster->directory), seq, keep)->id ==
@@ -260,7 +249,7 @@ static bool
 has_remains(const attn_seq_info_t *info, uint32_t chunk_size)
 {
     for (uint64_t c = info->length / chunk_size + 1; c < info->n_chunks; c++) {
-        if (!info->chunks[c].lost && info->chunks[c].length > 0) {
+        if (!info->chunks[c].lost && !info->chunks[c].sealed && info->chunks[c].length > 0) {
             return true;
         }
     }
@@ -332,19 +321,60 @@ layout_once(cluster_t *cluster, uint64_t cache, const attn_seq_t *seqs, const ui
     if (status == ATTN_OK) {
         status = cluster_ask_owners(cluster, cache, infos, n, NULL, NULL);
     }
-    for (uint32_t i = 0; i < n; i++) {
-        if (status == ATTN_OK) {
-            cluster_length(&infos[i], *chunk_size_p);
-        } else {
-            attn_seq_info_free(&infos[i]);
+    for (uint32_t i = 0; i < n && status == ATTN_OK; i++) {
+        status = cluster_holes(&infos[i], *chunk_size_p);
+    }
+    for (uint32_t i = 0; i < n && status != ATTN_OK; i++) {
+        attn_seq_info_free(&infos[i]);
+    }
+    return status;
+}
+
+/* ---- placing lost chunks anew ---- */
+
+/* Are there tokens behind chunk c, so that it was full? */
+static bool
+is_followed(const attn_seq_info_t *info, uint32_t c)
+{
+    while (++c < info->n_chunks) {
+        if (info->chunks[c].sealed || (!info->chunks[c].lost && info->chunks[c].length > 0)) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/*
+ * Lost chunks that a step is to fill from their first token on, unless somebody changed the
+ * sequence since the owners were asked. One that other sequences list was full when they came to
+ * share it. One that is not known to have been full may hold what comes next only if all before the
+ * base is there: else the step will be refused, and the hole is not to be forgotten for it. Under
+ * the lock.
+ */
+static attn_status_t
+renew_lost(cluster_t *cluster, attn_seq_t seq, uint64_t base, uint64_t tokens,
+           const attn_seq_info_t *info, uint32_t chunk_size)
+{
+    uint64_t end         = attn_min(attn_div_up(tokens, chunk_size), info->n_chunks);
+    bool whole           = info->n_holes == 0 || info->holes[0].first >= base;
+    attn_status_t status = ATTN_OK;
+
+    for (uint64_t i = attn_div_up(base, chunk_size); i < end && status == ATTN_OK; i++) {
+        uint32_t c               = (uint32_t)i;
+        const seq_chunk_t *chunk = seq_chunk_at(directory_sequences(cluster->directory), seq, c);
+        bool full =
+            chunk != NULL && (chunk->sealed || chunk->references > 1 || is_followed(info, c));
+        if (info->chunks[c].lost && chunk != NULL && chunk->id == info->chunks[c].chunk &&
+            (full || whole)) {
+            status = directory_seq_renew(cluster->directory, seq, c, full);
         }
     }
     return status;
 }
 
 attn_status_t
-cluster_layout(cluster_t *cluster, uint64_t cache, const attn_seq_t *seqs, const uint64_t *tokens,
-               uint32_t n, attn_seq_info_t *infos, uint64_t *epoch_p)
+cluster_layout(cluster_t *cluster, uint64_t cache, const attn_seq_t *seqs, const uint64_t *bases,
+               const uint64_t *tokens, uint32_t n, attn_seq_info_t *infos, uint64_t *epoch_p)
 {
     uint32_t chunk_size;
     attn_status_t status =
@@ -360,10 +390,15 @@ cluster_layout(cluster_t *cluster, uint64_t cache, const attn_seq_t *seqs, const
     pthread_mutex_lock(&cluster->lock);
     for (uint32_t i = 0; i < n; i++) {
         drop_lost_tail(cluster, seqs[i], &infos[i], chunk_size);
+        if (bases != NULL && status == ATTN_OK) {
+            status = renew_lost(cluster, seqs[i], bases[i], tokens[i], &infos[i], chunk_size);
+        }
         attn_seq_info_free(&infos[i]);
     }
     pthread_mutex_unlock(&cluster->lock);
-    return layout_once(cluster, cache, seqs, tokens, n, infos, epoch_p, &chunk_size);
+    return status == ATTN_OK
+               ? layout_once(cluster, cache, seqs, tokens, n, infos, epoch_p, &chunk_size)
+               : status;
 }
 
 /* ---- create, fork, truncate, free ---- */
@@ -381,18 +416,11 @@ cluster_seq_create(cluster_t *cluster, uint64_t cache, uint32_t client, uint64_t
 
 /* Are the first `length` tokens all here and committed? */
 static attn_status_t
-check_prefix(cluster_t *cluster, attn_seq_t seq, const attn_seq_info_t *info, uint64_t length)
+check_prefix(attn_seq_t seq, const attn_seq_info_t *info, uint32_t chunk_size, uint64_t length)
 {
-    char ranges[256];
-    attn_status_t status = ATTN_OK;
+    attn_status_t status = cluster_check_whole(info, chunk_size, seq, length);
 
-    pthread_mutex_lock(&cluster->lock);
-    uint32_t lost = directory_seq_lost(cluster->directory, seq, length, ranges, sizeof(ranges));
-    pthread_mutex_unlock(&cluster->lock);
-    if (lost > 0) {
-        status =
-            attn_fail(ATTN_ERR_LOST, "sequence %llx lost %s", (unsigned long long)seq.id, ranges);
-    } else if (length > info->length) {
+    if (status == ATTN_OK && length > info->length) {
         status =
             attn_fail(ATTN_ERR_INVALID, "length is %llu: sequence %llx has %llu committed tokens",
                       (unsigned long long)length, (unsigned long long)seq.id,
@@ -453,7 +481,7 @@ cluster_seq_fork(cluster_t *cluster, uint64_t cache, uint32_t client, attn_seq_t
     }
     status = layout_one(cluster, cache, seq, &info, &chunk_size, NULL);
     if (status == ATTN_OK) {
-        status = check_prefix(cluster, seq, &info, length);
+        status = check_prefix(seq, &info, chunk_size, length);
         if (status == ATTN_OK) {
             status = fork_held(cluster, cache, client, seq, length, &info, chunk_size, &fork);
         }
@@ -476,11 +504,11 @@ cut_chunk(cluster_t *cluster, uint64_t cache, attn_seq_t seq, const attn_chunk_i
     uint32_t generation;
     attn_status_t status = cluster_link(cluster, chunk->worker, &link);
 
-    if (status != ATTN_OK || chunk->length == rest) {
+    if (status != ATTN_OK || (chunk->length == rest && !chunk->sealed)) {
         return status;
     }
     pthread_mutex_lock(&cluster->lock);
-    bool shared = seq_chunk_at(directory_sequences(cluster->directory), seq, i)->references > 1;
+    bool shared = directory_seq_unseal(cluster->directory, seq, i) != ATTN_OK;
     copy        = directory_chunk_id(cluster->directory);
     pthread_mutex_unlock(&cluster->lock);
     if (!shared) {
@@ -517,7 +545,7 @@ truncate_held(cluster_t *cluster, uint64_t cache, attn_seq_t seq, uint64_t lengt
     uint32_t keep = (uint32_t)(length / chunk_size), rest = (uint32_t)(length % chunk_size);
     status = in_step ? attn_fail(ATTN_ERR_BUSY, "a step is open on sequence %llx: end it first",
                                  (unsigned long long)seq.id)
-                     : check_prefix(cluster, seq, &info, length);
+                     : check_prefix(seq, &info, chunk_size, length);
     if (status == ATTN_OK && rest > 0) {
         status = cut_chunk(cluster, cache, seq, &info.chunks[keep], keep, rest);
     }

@@ -108,7 +108,7 @@ test_a_sequence_with_an_open_step_is_busy(void **state)
     fixture_open(&f, 2, ATTN_PLACE_SPREAD, NOT_LOST);
     create(&f, &m, 0);
     append(&f, &m, 600);
-    OK(cluster_layout(f.cluster, f.cache, &m.seq, NULL, 1, &info, &epoch));
+    OK(cluster_layout(f.cluster, f.cache, &m.seq, NULL, NULL, 1, &info, &epoch));
     OK(begin_on_chunk(&f, &m, &info.chunks[2], 600, 0, 5));
     assert_int_equal(cluster_seq_truncate(f.cluster, f.cache, m.seq, 10), ATTN_ERR_BUSY);
     assert_int_equal(cluster_seq_free(f.cluster, f.cache, m.seq), ATTN_ERR_BUSY);
@@ -177,9 +177,9 @@ test_unknown_objects_are_not_found(void **state)
     assert_int_equal(cluster_seq_truncate(f.cluster, f.cache, wrong.seq, 0), ATTN_ERR_NOT_FOUND);
     assert_int_equal(cluster_seq_free(f.cluster, f.cache, wrong.seq), ATTN_ERR_NOT_FOUND);
     assert_int_equal(cluster_seq_free(f.cluster, f.cache + 1, m.seq), ATTN_ERR_NOT_FOUND);
-    assert_int_equal(cluster_layout(f.cluster, f.cache, &wrong.seq, NULL, 1, &info, &epoch),
+    assert_int_equal(cluster_layout(f.cluster, f.cache, &wrong.seq, NULL, NULL, 1, &info, &epoch),
                      ATTN_ERR_NOT_FOUND);
-    assert_int_equal(cluster_layout(f.cluster, f.cache + 1, &m.seq, NULL, 1, &info, &epoch),
+    assert_int_equal(cluster_layout(f.cluster, f.cache + 1, &m.seq, NULL, NULL, 1, &info, &epoch),
                      ATTN_ERR_NOT_FOUND);
     assert_int_equal(cluster_seq_create(f.cluster, f.cache + 1, f.client, 0, &seq),
                      ATTN_ERR_NOT_FOUND);
@@ -272,7 +272,7 @@ test_releases_wait_for_open_steps(void **state)
     append(&f, &m, 300);
     create(&f, &other, 0);
     append(&f, &other, 300);
-    OK(cluster_layout(f.cluster, f.cache, &m.seq, NULL, 1, &info, &epoch));
+    OK(cluster_layout(f.cluster, f.cache, &m.seq, NULL, NULL, 1, &info, &epoch));
     OK(begin_on_chunk(&f, &m, &info.chunks[1], 300, 0, 4));
     cluster_client_close(f.cluster, f.client); /* with a step open on one of its sequences */
     engine_describe(f.engines[0], &figures);

@@ -36,13 +36,13 @@ test_a_lost_worker_takes_its_chunks_along(void **state)
     fixture_open(&f, 2, ATTN_PLACE_SPREAD, 500 * ATTN_NS_PER_MS);
     create(&f, &m, 0);
     append(&f, &m, 1000); /* chunks 0 and 2 on one worker, 1 and 3 on the other */
-    OK(cluster_layout(f.cluster, f.cache, &m.seq, NULL, 1, &info, &epoch));
+    OK(cluster_layout(f.cluster, f.cache, &m.seq, NULL, NULL, 1, &info, &epoch));
     uint32_t gone = info.chunks[1].worker;
     assert_true(gone != info.chunks[0].worker && info.chunks[3].worker == gone);
     attn_seq_info_free(&info);
     lose(&f, gone);
 
-    OK(cluster_layout(f.cluster, f.cache, &m.seq, NULL, 1, &info, &epoch));
+    OK(cluster_layout(f.cluster, f.cache, &m.seq, NULL, NULL, 1, &info, &epoch));
     assert_int_equal(epoch, cluster_epoch(f.cluster));
     for (uint32_t c = 0; c < 4; c++) {
         assert_int_equal(info.chunks[c].lost, c % 2);
@@ -130,7 +130,7 @@ lose_in(int call)
     fixture_open(&f, 2, ATTN_PLACE_SPREAD, 300 * ATTN_NS_PER_MS);
     create(&f, &m, 0);
     append(&f, &m, 600);
-    OK(cluster_layout(f.cluster, f.cache, &m.seq, NULL, 1, &info, &epoch));
+    OK(cluster_layout(f.cluster, f.cache, &m.seq, NULL, NULL, 1, &info, &epoch));
     uint32_t gone = info.chunks[1].worker;
     attn_seq_info_free(&info);
     asked = (struct asked){.f = &f, .worker = gone};
@@ -142,7 +142,7 @@ lose_in(int call)
     ops.chunk_truncate       = call == TRUNCATE ? truncate_when_back : ops.chunk_truncate;
     link->ops                = &ops;
     if (call == DESCRIBE) {
-        OK(cluster_layout(f.cluster, f.cache, &m.seq, NULL, 1, &info, &epoch));
+        OK(cluster_layout(f.cluster, f.cache, &m.seq, NULL, NULL, 1, &info, &epoch));
         assert_true(!info.chunks[0].lost && info.chunks[1].lost && info.chunks[0].length == 256);
         attn_seq_info_free(&info);
     } else if (call == FORK) {
@@ -177,18 +177,18 @@ test_chunks_in_advance_on_a_lost_worker_are_placed_anew(void **state)
     fixture_open(&f, 2, ATTN_PLACE_SPREAD, 500 * ATTN_NS_PER_MS);
     create(&f, &m, 0);
     append(&f, &m, 100);
-    OK(cluster_layout(f.cluster, f.cache, &m.seq, &tokens, 1, &info, &epoch));
+    OK(cluster_layout(f.cluster, f.cache, &m.seq, NULL, &tokens, 1, &info, &epoch));
     assert_int_equal(info.n_chunks, 2);
     uint32_t here = info.chunks[0].worker, gone = info.chunks[1].worker;
     assert_int_not_equal(here, gone);
     attn_seq_info_free(&info);
     lose(&f, gone);
 
-    OK(cluster_layout(f.cluster, f.cache, &m.seq, NULL, 1, &info,
+    OK(cluster_layout(f.cluster, f.cache, &m.seq, NULL, NULL, 1, &info,
                       &epoch)); /* a look changes nothing */
     assert_true(info.n_chunks == 2 && info.chunks[1].lost && info.length == 100);
     attn_seq_info_free(&info);
-    OK(cluster_layout(f.cluster, f.cache, &m.seq, &tokens, 1, &info, &epoch));
+    OK(cluster_layout(f.cluster, f.cache, &m.seq, NULL, &tokens, 1, &info, &epoch));
     assert_true(info.n_chunks == 2 && !info.chunks[1].lost && info.chunks[1].worker == here);
     attn_seq_info_free(&info);
     append(&f, &m, 400);
@@ -243,7 +243,7 @@ test_a_worker_that_joins_late_gets_its_regions(void **state)
 
     for (int i = 1; i < 3; i++) {
         create(&f, &m[i], 0);
-        OK(cluster_layout(f.cluster, f.cache, &m[i].seq, &tokens, 1, &info, &epoch));
+        OK(cluster_layout(f.cluster, f.cache, &m[i].seq, NULL, &tokens, 1, &info, &epoch));
         for (uint32_t c = 0; c < info.n_chunks; c++) {
             chunks_there += info.chunks[c].worker == f.hello[1].id;
         }

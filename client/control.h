@@ -26,8 +26,8 @@ typedef struct control_ops {
     attn_status_t (*seq_free)(control_t *control, uint64_t cache, attn_seq_t seq,
                               uint64_t deadline_ns);
     attn_status_t (*layout)(control_t *control, uint64_t cache, const attn_seq_t *seqs,
-                            const uint64_t *tokens, uint32_t n, uint64_t deadline_ns,
-                            attn_seq_info_t *infos, uint64_t *epoch_p);
+                            const uint64_t *bases, const uint64_t *tokens, uint32_t n,
+                            uint64_t deadline_ns, attn_seq_info_t *infos, uint64_t *epoch_p);
     /** Address of a worker that a layout named. */
     attn_status_t (*worker)(control_t *control, uint32_t worker, char address[64], bool *alive_p);
     attn_status_t (*describe)(control_t *control, uint64_t deadline_ns, attn_cluster_info_t *info);

@@ -88,11 +88,12 @@ local_seq_free(control_t *control, uint64_t cache, attn_seq_t seq, uint64_t dead
 }
 
 static attn_status_t
-local_layout(control_t *control, uint64_t cache, const attn_seq_t *seqs, const uint64_t *tokens,
-             uint32_t n, uint64_t deadline_ns, attn_seq_info_t *infos, uint64_t *epoch_p)
+local_layout(control_t *control, uint64_t cache, const attn_seq_t *seqs, const uint64_t *bases,
+             const uint64_t *tokens, uint32_t n, uint64_t deadline_ns, attn_seq_info_t *infos,
+             uint64_t *epoch_p)
 {
     (void)deadline_ns;
-    return cluster_layout(of(control)->cluster, cache, seqs, tokens, n, infos, epoch_p);
+    return cluster_layout(of(control)->cluster, cache, seqs, bases, tokens, n, infos, epoch_p);
 }
 
 static attn_status_t

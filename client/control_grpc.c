@@ -2,6 +2,7 @@
 #include "client/control.h"
 
 #include "balancer/geometry.h"
+#include "base/checked.h"
 #include "base/clock.h"
 #include "base/status.h"
 #include "client/rpc_call.h"
@@ -262,8 +263,9 @@ layout_take(control_t *control, const Attn__V1__LayoutReply *reply, const attn_s
 }
 
 static attn_status_t
-remote_layout(control_t *control, uint64_t cache, const attn_seq_t *seqs, const uint64_t *tokens,
-              uint32_t n, uint64_t deadline_ns, attn_seq_info_t *infos, uint64_t *epoch_p)
+layout_call(control_t *control, uint64_t cache, const attn_seq_t *seqs, const uint64_t *bases,
+            const uint64_t *tokens, uint32_t n, uint64_t deadline_ns, attn_seq_info_t *infos,
+            uint64_t *epoch_p)
 {
     Attn__V1__LayoutRequest request = ATTN__V1__LAYOUT_REQUEST__INIT;
     Attn__V1__LayoutReply *reply;
@@ -275,6 +277,8 @@ remote_layout(control_t *control, uint64_t cache, const attn_seq_t *seqs, const 
     request.seqs         = (uint64_t *)(void *)seqs;
     request.n_tokens     = tokens != NULL ? n : 0;
     request.tokens       = (uint64_t *)tokens;
+    request.n_bases      = bases != NULL ? n : 0;
+    request.bases        = (uint64_t *)bases;
     attn_status_t status = call(control, "/attn.v1.Coordinator/Layout", &request, deadline_ns,
                                 &attn__v1__layout_reply__descriptor, &reply, &message);
     if (status == ATTN_OK) {
@@ -282,6 +286,34 @@ remote_layout(control_t *control, uint64_t cache, const attn_seq_t *seqs, const 
         *epoch_p = reply->epoch;
         rpc_message_free(message);
     }
+    return status;
+}
+
+/* In halves, where the chunks of all do not fit one message. */
+static attn_status_t
+remote_layout(control_t *control, uint64_t cache, const attn_seq_t *seqs, const uint64_t *bases,
+              const uint64_t *tokens, uint32_t n, uint64_t deadline_ns, attn_seq_info_t *infos,
+              uint64_t *epoch_p)
+{
+    attn_status_t status =
+        layout_call(control, cache, seqs, bases, tokens, n, deadline_ns, infos, epoch_p);
+    uint32_t half = n / 2;
+    uint64_t epoch;
+
+    if (status != ATTN_ERR_TOO_LARGE || n < 2) {
+        return status;
+    }
+    status = remote_layout(control, cache, seqs, bases, tokens, half, deadline_ns, infos, epoch_p);
+    if (status != ATTN_OK) {
+        return status;
+    }
+    status = remote_layout(control, cache, seqs + half, bases != NULL ? bases + half : NULL,
+                           tokens != NULL ? tokens + half : NULL, n - half, deadline_ns,
+                           infos + half, &epoch);
+    for (uint32_t i = 0; i < half && status != ATTN_OK; i++) {
+        attn_seq_info_free(&infos[i]);
+    }
+    *epoch_p = status == ATTN_OK ? attn_min(*epoch_p, epoch) : *epoch_p;
     return status;
 }
 

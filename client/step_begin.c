@@ -157,10 +157,11 @@ begin_layouts(attn_cache_t *cache, const attn_batch_t *batch, uint64_t deadline_
 {
     attn_seq_t *seqs     = malloc(batch->n * sizeof(*seqs));
     uint64_t *tokens     = malloc(batch->n * sizeof(*tokens));
+    uint64_t *bases      = malloc(batch->n * sizeof(*bases));
     attn_status_t status = ATTN_OK;
     uint32_t n           = 0;
 
-    if (seqs == NULL || tokens == NULL) {
+    if (seqs == NULL || tokens == NULL || bases == NULL) {
         status = attn_fail(ATTN_ERR_NO_MEMORY, "no memory for a batch of %u entries", batch->n);
     }
     pthread_mutex_lock(&cache->lock);
@@ -174,16 +175,18 @@ begin_layouts(attn_cache_t *cache, const attn_batch_t *batch, uint64_t deadline_
         } else if (fresh || layout == NULL ||
                    attn_div_up(need, cache->geometry.chunk_size) > layout->n_chunks) {
             seqs[n]     = e->seq;
+            bases[n]    = e->base;
             tokens[n++] = e->n_new > 0 ? need : 0;
         }
     }
     pthread_mutex_unlock(&cache->lock);
     if (status == ATTN_OK && n > 0) {
-        status = layouts_fetch(cache, seqs, tokens, n,
+        status = layouts_fetch(cache, seqs, bases, tokens, n,
                                attn_min(deadline_ns, client_deadline(cache->client)));
     }
     free(seqs);
     free(tokens);
+    free(bases);
     return status;
 }
 
@@ -206,9 +209,6 @@ begin_split(attn_step_t *step, uint64_t *epoch_p)
         if (layout == NULL) { /* another thread changed the sequence just now */
             status = attn_fail(ATTN_ERR_STALE, "sequence %llx was changed meanwhile",
                                (unsigned long long)e->seq.id);
-        } else if (layout->lost != NULL) {
-            status = attn_fail(ATTN_ERR_LOST, "sequence %llx lost %s",
-                               (unsigned long long)e->seq.id, layout->lost);
         } else {
             entries[i] = (split_entry_t){.base = e->base, .n_q = e->n_q, .n_new = e->n_new};
             layouts[i] = (split_layout_t){

@@ -187,7 +187,7 @@ append(fixture_t *f, model_t *m, uint32_t n)
     attn_seq_info_t info;
     uint64_t tokens = m->length + n, epoch;
 
-    OK(cluster_layout(f->cluster, f->cache, &m->seq, &tokens, 1, &info, &epoch));
+    OK(cluster_layout(f->cluster, f->cache, &m->seq, NULL, &tokens, 1, &info, &epoch));
     assert_int_equal(info.length, m->length);
     while (m->length < tokens) {
         attn_chunk_info_t *c = &info.chunks[m->length / CHUNK];
@@ -235,7 +235,7 @@ check_model(fixture_t *f, const model_t *m)
     attn_seq_info_t info;
     uint64_t epoch;
 
-    OK(cluster_layout(f->cluster, f->cache, &m->seq, NULL, 1, &info, &epoch));
+    OK(cluster_layout(f->cluster, f->cache, &m->seq, NULL, NULL, 1, &info, &epoch));
     assert_int_equal(info.length, m->length);
     for (uint32_t c = 0; c < info.n_chunks; c++) {
         assert_int_equal(info.chunks[c].first, c * CHUNK);

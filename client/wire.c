@@ -434,7 +434,8 @@ wire_layout_decode(const Attn__V1__SequenceLayout *message, attn_seq_info_t *inf
                                                               .length     = from->length,
                                                               .generation = from->generation,
                                                               .worker     = from->worker,
-                                                              .lost       = from->lost};
+                                                              .lost       = from->lost,
+                                                              .sealed     = from->sealed};
     }
     *info = (attn_seq_info_t){.n_chunks = (uint32_t)message->n_chunks, .chunks = chunks};
     return ATTN_OK;
@@ -458,9 +459,31 @@ wire_chunks_encode(wire_block_t *block, const attn_seq_info_t *info,
         items[c].generation = info->chunks[c].generation;
         items[c].worker     = info->chunks[c].worker;
         items[c].lost       = info->chunks[c].lost;
+        items[c].sealed     = info->chunks[c].sealed;
         chunks[c]           = &items[c];
     }
     *chunks_p = chunks;
+    return ATTN_OK;
+}
+
+attn_status_t
+wire_holes_encode(wire_block_t *block, const attn_seq_info_t *info, Attn__V1__Hole ***holes_p)
+{
+    Attn__V1__Hole **holes = wire_alloc(block, info->n_holes + (uint64_t)1, sizeof(*holes));
+    Attn__V1__Hole *items  = wire_alloc(block, info->n_holes + (uint64_t)1, sizeof(*items));
+
+    if (holes == NULL || items == NULL) {
+        return ATTN_ERR_NO_MEMORY;
+    }
+    for (uint32_t i = 0; i < info->n_holes; i++) {
+        attn__v1__hole__init(&items[i]);
+        items[i].first  = info->holes[i].first;
+        items[i].end    = info->holes[i].end;
+        items[i].worker = info->holes[i].worker;
+        items[i].open   = info->holes[i].open;
+        holes[i]        = &items[i];
+    }
+    *holes_p = holes;
     return ATTN_OK;
 }
 

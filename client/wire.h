@@ -40,6 +40,8 @@ attn_status_t wire_worker_begin_encode(wire_block_t *block, const engine_batch_t
                                        uint64_t now_ns, Attn__V1__WorkerBeginRequest **message_p);
 attn_status_t wire_chunks_encode(wire_block_t *block, const attn_seq_info_t *info,
                                  Attn__V1__ChunkInfo ***chunks_p);
+attn_status_t wire_holes_encode(wire_block_t *block, const attn_seq_info_t *info,
+                                Attn__V1__Hole ***holes_p);
 void wire_worker_decode(const Attn__V1__WorkerInfo *message, attn_worker_info_t *info);
 
 #endif

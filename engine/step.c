@@ -286,6 +286,19 @@ begin_again(engine_t *engine, const engine_batch_t *batch, engine_sizes_t *sizes
     return ATTN_OK;
 }
 
+/* As if begin had never been: the id may be used again. */
+static void
+begin_undo(engine_t *engine, engine_step_t *step)
+{
+    plans_free(step);
+    pthread_mutex_lock(&engine->lock);
+    kv_step_abort(engine->store, step->kv);
+    HASH_DEL(engine->steps, step);
+    step->references--;
+    step->state = STEP_ABORTED;
+    pthread_mutex_unlock(&engine->lock);
+}
+
 attn_status_t
 engine_step_begin(engine_t *engine, const engine_batch_t *batch, engine_sizes_t *sizes)
 {
@@ -315,7 +328,7 @@ engine_step_begin(engine_t *engine, const engine_batch_t *batch, engine_sizes_t 
     }
     if ((status = copy_pages(engine, step)) != ATTN_OK ||
         (status = make_plans(engine, step)) != ATTN_OK) {
-        step_abort_locked(engine, step, "its begin failed");
+        begin_undo(engine, step);
     } else {
         *sizes = step->sizes;
     }

@@ -469,6 +469,54 @@ seq_chunk_replace(seq_table_t *table, attn_seq_t id, uint32_t i, uint64_t chunk,
     return ATTN_OK;
 }
 
+/* The record of chunk i. */
+static attn_status_t
+chunk_need(seq_table_t *table, attn_seq_t id, uint32_t i, seq_chunk_t **chunk_p)
+{
+    seq_t *seq;
+
+    attn_status_t status = seq_need(table, id, &seq);
+    if (status != ATTN_OK) {
+        return status;
+    }
+    if (i >= seq->n_chunks) {
+        return attn_fail(ATTN_ERR_INVALID, "sequence %" PRIu64 ": chunk %u of %u", id.id, i,
+                         seq->n_chunks);
+    }
+    *chunk_p = &table->chunks[seq_list(seq)[i]];
+    return ATTN_OK;
+}
+
+attn_status_t
+seq_chunk_renew(seq_table_t *table, attn_seq_t id, uint32_t i, uint32_t worker, bool sealed)
+{
+    seq_chunk_t *chunk = NULL;
+
+    attn_status_t status = chunk_need(table, id, i, &chunk);
+    if (status == ATTN_OK) {
+        chunk->id     = table->next_chunk_id++;
+        chunk->worker = worker;
+        chunk->sealed = chunk->sealed || sealed;
+    }
+    return status;
+}
+
+attn_status_t
+seq_chunk_unseal(seq_table_t *table, attn_seq_t id, uint32_t i)
+{
+    seq_chunk_t *chunk = NULL;
+
+    attn_status_t status = chunk_need(table, id, i, &chunk);
+    if (status == ATTN_OK && chunk->references > 1) {
+        return attn_fail(ATTN_ERR_INVALID, "sequence %" PRIu64 ": chunk %u is of %u sequences",
+                         id.id, i, (uint32_t)chunk->references);
+    }
+    if (status == ATTN_OK) {
+        chunk->sealed = false;
+    }
+    return status;
+}
+
 static void
 cut_to(seq_table_t *table, seq_t *seq, uint32_t n_chunks, seq_release_fn release, void *arg)
 {

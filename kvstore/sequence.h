@@ -18,9 +18,10 @@
 
 /** A chunk as the table knows it; 16 bytes. */
 typedef struct seq_chunk {
-    uint64_t id;         /**< never used twice */
-    uint32_t worker;     /**< its owner */
-    uint32_t references; /**< sequences that list it */
+    uint64_t id;              /**< never used twice */
+    uint32_t worker;          /**< its owner */
+    uint32_t references : 31; /**< sequences that list it */
+    uint32_t sealed : 1;      /**< it was full when an owner was lost: seq_chunk_renew() */
 } seq_chunk_t;
 
 typedef struct seq_table seq_table_t;
@@ -103,6 +104,19 @@ uint64_t seq_chunk_id(seq_table_t *table);
  * @return ATTN_ERR_INVALID  there is no chunk i */
 attn_status_t seq_chunk_replace(seq_table_t *table, attn_seq_t seq, uint32_t i, uint64_t chunk,
                                 seq_release_fn release, void *arg);
+
+/**
+ * Chunk i was lost with its owner: from now on it is a new one, of another id, owned by `worker`,
+ * for every sequence that lists it. sealed: it was full, so that it is a hole as far as it is not
+ * filled again; a chunk that was sealed before stays so. Its fill stays what it was.
+ * @return ATTN_ERR_INVALID  there is no chunk i
+ */
+attn_status_t seq_chunk_renew(seq_table_t *table, attn_seq_t seq, uint32_t i, uint32_t worker,
+                              bool sealed);
+
+/** Chunk i, which seq alone lists, was cut, and may grow again. @return ATTN_ERR_INVALID  there is
+ * no chunk i, or others list it */
+attn_status_t seq_chunk_unseal(seq_table_t *table, attn_seq_t seq, uint32_t i);
 
 /** Keep the first n_chunks chunks; what nobody lists any more goes to release (which may be NULL).
  * Needs no memory. @return ATTN_ERR_INVALID  n_chunks is above those of seq */

@@ -67,7 +67,7 @@ check_records(const seq_table_t *table, const uint32_t *references, uint64_t *id
         const seq_chunk_t *chunk = &table->chunks[i];
         if (chunk->references != references[i]) {
             return WRONG("chunk %" PRIu64 ": %u references, listed %u times", chunk->id,
-                         chunk->references, references[i]);
+                         (uint32_t)chunk->references, references[i]);
         }
         if (chunk->references > 0) {
             ids[n++] = chunk->id;

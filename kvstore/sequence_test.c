@@ -317,8 +317,12 @@ test_check_sees_damage(void **state)
         (place) = was_;                                                                            \
         assert_int_equal(seq_table_check(table), ATTN_OK);                                         \
     } while (0)
-    DAMAGE(chunk->references, 2);
-    DAMAGE(chunk->references, 0);
+    for (uint32_t references = 0; references < 3; references += 2) {
+        chunk->references = references & 3; /* a field of bits has no type for DAMAGE */
+        assert_int_equal(seq_table_check(table), ATTN_ERR_INTERNAL);
+        chunk->references = 1;
+        assert_int_equal(seq_table_check(table), ATTN_OK);
+    }
     DAMAGE(chunk->id, 0);
     DAMAGE(chunk->id, chunk[1].id);
     DAMAGE(chunk->id, table->next_chunk_id);

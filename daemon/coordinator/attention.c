@@ -267,13 +267,18 @@ serve_describe(void *service, const ProtobufCMessage *request, wire_block_t *blo
     if (reply == NULL) {
         return ATTN_ERR_NO_MEMORY;
     }
-    attn_status_t status = cluster_layout(c->cluster, r->cache_id, &seq, NULL, 1, &info, &epoch);
+    attn_status_t status =
+        cluster_layout(c->cluster, r->cache_id, &seq, NULL, NULL, 1, &info, &epoch);
     if (status != ATTN_OK) {
         return status;
     }
     reply->length   = info.length;
     reply->n_chunks = info.n_chunks;
+    reply->n_holes  = info.n_holes;
     status          = wire_chunks_encode(block, &info, &reply->chunks);
+    if (status == ATTN_OK) {
+        status = wire_holes_encode(block, &info, &reply->holes);
+    }
     attn_seq_info_free(&info);
     return status;
 }

@@ -114,6 +114,11 @@ serve_layout(void *service, const ProtobufCMessage *request, wire_block_t *block
         return attn_fail(ATTN_ERR_INVALID, "tokens has %zu elements: none, or one per seq (%zu)",
                          r->n_tokens, r->n_seqs);
     }
+    if (r->n_bases != 0 && r->n_bases != r->n_tokens) {
+        return attn_fail(ATTN_ERR_INVALID,
+                         "bases has %zu elements: none, or one per token count (%zu)", r->n_bases,
+                         r->n_tokens);
+    }
     uint32_t n             = (uint32_t)r->n_seqs;
     attn_seq_t *seqs       = wire_alloc(block, n, sizeof(*seqs));
     attn_seq_info_t *infos = wire_alloc(block, n, sizeof(*infos));
@@ -123,8 +128,9 @@ serve_layout(void *service, const ProtobufCMessage *request, wire_block_t *block
     for (uint32_t i = 0; i < n; i++) {
         seqs[i].id = r->seqs[i];
     }
-    attn_status_t status = cluster_layout(
-        c->cluster, r->cache_id, seqs, r->n_tokens > 0 ? r->tokens : NULL, n, infos, &reply->epoch);
+    attn_status_t status =
+        cluster_layout(c->cluster, r->cache_id, seqs, r->n_bases > 0 ? r->bases : NULL,
+                       r->n_tokens > 0 ? r->tokens : NULL, n, infos, &reply->epoch);
     if (status != ATTN_OK) {
         return status;
     }

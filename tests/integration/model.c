@@ -379,6 +379,78 @@ model_append(model_t *model, uint32_t s, uint32_t n)
                       false);
 }
 
+/* ---- holes ---- */
+
+/* A layer of a step over tokens that the model has: its k, v if n_new > 0, and n_q queries. */
+static attn_status_t
+run_again(model_t *model, attn_step_t *step, uint32_t l, uint32_t s, const attn_entry_t *entry)
+{
+    const model_seq_t *seq = &model->seqs[s];
+    uint64_t end           = entry->base + entry->n_new;
+    float *q = draw(model, entry->n_q * Q_ROW), *o = draw(model, entry->n_q * O_ROW);
+    float *lse       = draw(model, entry->n_q * MODEL_Q_HEADS);
+    attn_tensor_t tq = {.data = q, .dtype = ATTN_F32}, to = {.data = o, .dtype = ATTN_F32};
+    attn_tensor_t tk = {.data = seq->k[l] + entry->base * K_ROW, .dtype = ATTN_F32};
+    attn_tensor_t tv = {.data = seq->v[l] + entry->base * V_ROW, .dtype = ATTN_F32};
+    bool asks = entry->n_q > 0, stores = entry->n_new > 0;
+
+    attn_status_t status = attn_step_run(step, l, asks ? &tq : NULL, stores ? &tk : NULL,
+                                         stores ? &tv : NULL, asks ? &to : NULL, asks ? lse : NULL);
+    if (status == ATTN_OK) {
+        digest(model, o, entry->n_q * O_ROW * sizeof(float));
+        digest(model, lse, entry->n_q * MODEL_Q_HEADS * sizeof(float));
+        check_rows(l, q, seq->k[l], seq->v[l], end, entry->n_q, o, lse);
+    }
+    free(q);
+    free(o);
+    free(lse);
+    return status;
+}
+
+static attn_status_t
+step_again(model_t *model, uint32_t s, uint64_t base, uint32_t n_new, uint32_t n_q)
+{
+    attn_entry_t entry = {.seq = model->seqs[s].seq, .base = base, .n_q = n_q, .n_new = n_new};
+    attn_batch_t batch = {
+        .size = sizeof(batch), .n = 1, .entries = &entry, .q_dtype = ATTN_F32, .want_lse = true};
+    attn_step_t *step;
+
+    attn_status_t status = attn_step_begin(model->cache, &batch, &step);
+    if (status != ATTN_OK) {
+        return status;
+    }
+    for (uint32_t l = 0; l < MODEL_LAYERS && status == ATTN_OK; l++) {
+        status = run_again(model, step, l, s, &entry);
+    }
+    if (status == ATTN_OK) {
+        status = attn_step_commit(step, NULL);
+    }
+    if (status != ATTN_OK) {
+        attn_step_abort(step);
+    }
+    return status;
+}
+
+attn_status_t
+model_refill(model_t *model, uint32_t s, uint64_t first, uint32_t n, uint32_t n_q)
+{
+    return step_again(model, s, first, n, n_q);
+}
+
+attn_status_t
+model_ask(model_t *model, uint32_t s, uint64_t length, uint32_t n, uint64_t *digest_p)
+{
+    uint64_t random = model->random, before = model->digest;
+
+    model->random        = 4711;
+    model->digest        = 0;
+    attn_status_t status = step_again(model, s, length, 0, n);
+    *digest_p            = model->digest;
+    model->random        = random;
+    model->digest        = before;
+    return status;
+}
+
 /* ---- a story ---- */
 
 /* A random entry for a sequence: prefill, decode, append-only or query-only. */

@@ -65,6 +65,15 @@ attn_status_t model_step(model_t *model, const model_entry_t *entries, uint32_t 
 /** A step of n new tokens with as many queries, all accepted. */
 attn_status_t model_append(model_t *model, uint32_t s, uint32_t n);
 
+/** Give the service tokens [first, first + n) of a sequence again, which a hole has, and ask n_q
+ * queries, which end there; answers are checked. @return the first failure of the service */
+attn_status_t model_refill(model_t *model, uint32_t s, uint64_t first, uint32_t n, uint32_t n_q);
+
+/** Ask n queries at the end of the first `length` tokens, always the same ones: *digest_p is of the
+ * answers, which are checked. */
+attn_status_t model_ask(model_t *model, uint32_t s, uint64_t length, uint32_t n,
+                        uint64_t *digest_p);
+
 /** A story of `acts` random acts on random sequences: every kind of call. Fails the test if one
  * fails. */
 void model_story(model_t *model, uint32_t acts);

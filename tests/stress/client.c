@@ -7,6 +7,7 @@
 #include "base/status.h"
 #include "tests/stress/proc.h"
 
+#include <dirent.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -17,7 +18,7 @@
 #define THREADS_PER_CONNECTION 2u
 #define LAG_LOOK_MS 10u
 #define LAG_KEPT 200u /* looks */
-#define SETTLE_MS 8000u
+#define SETTLE_MS 25000u
 
 atomic_uint_fast64_t client_lag_us;
 
@@ -66,6 +67,30 @@ warm_up(const client_plan_t *plan)
     return counts;
 }
 
+/* "grpc_global_tim default-executo ...": whose they are tells much. */
+static void
+thread_names(char *text, size_t size)
+{
+    DIR *folder = opendir("/proc/self/task");
+    size_t n    = 0;
+    char path[300], name[32];
+
+    text[0] = '\0';
+    for (struct dirent *e; folder != NULL && (e = readdir(folder)) != NULL;) {
+        snprintf(path, sizeof(path), "/proc/self/task/%s/comm", e->d_name);
+        FILE *file = e->d_name[0] != '.' ? fopen(path, "r") : NULL;
+        if (file != NULL && fscanf(file, "%31s", name) == 1 && n < size) {
+            n += (size_t)snprintf(text + n, size - n, " %s", name);
+        }
+        if (file != NULL) {
+            fclose(file);
+        }
+    }
+    if (folder != NULL) {
+        closedir(folder);
+    }
+}
+
 static void
 check_left_behind(const client_plan_t *plan, const proc_counts_t *before)
 {
@@ -81,11 +106,13 @@ check_left_behind(const client_plan_t *plan, const proc_counts_t *before)
     } while ((now.threads > before->threads || now.descriptors > before->descriptors) &&
              attn_now_ns() < end);
     if (now.threads > before->threads || now.descriptors > before->descriptors) {
+        char names[1024];
+        thread_names(names, sizeof(names));
         stress_fail(plan->stress,
                     "LEAK: %s client process %u (life %u) has %u threads and %u descriptors after "
-                    "it closed all; it had %u and %u\n",
+                    "it closed all; it had %u and %u; threads:%s\n",
                     target_names[plan->kind], plan->process, plan->life, now.threads,
-                    now.descriptors, before->threads, before->descriptors);
+                    now.descriptors, before->threads, before->descriptors, names);
     }
 }
 

@@ -29,7 +29,7 @@
 #include <unistd.h>
 
 #define THREADS_PER_PROCESS 4u
-#define END_MS 40000u /* for the clients to leave */
+#define END_MS 60000u /* for the clients to leave */
 
 static const char usage[] =
     "usage: stress [options]\n"

@@ -15,7 +15,7 @@
 #include <unistd.h>
 
 #define UNENDED_MS 10000u /* behind its deadline a call will not end any more */
-#define LEFT_MS 8000u     /* behind the longest lease, for what clients left */
+#define LEFT_MS 20000u /* behind the longest lease: idle threads of the coordinator end in 10 s */
 #define LOOK_MS 20u
 
 void
