@@ -41,7 +41,7 @@ class Numbers(Hostile):
             yield lambda *a, s=steps, **o: self.thin.begin(s, *a, **o)
             steps.close()
         for streams in (False, True):
-            road = direct.Direct(self.address, streams)
+            road = direct.Direct(self.thin, streams)
             yield road.begin
             road.close()
 

@@ -118,7 +118,7 @@ class Bent:
             for event in self.h2.receive_data(data):
                 self.take(event)
         except h2.exceptions.ProtocolError as error:
-            self.gone = str(error)
+            self.gone = self.gone or str(error)
         self.flush()
         return True
 
