@@ -248,10 +248,11 @@ attn_seq_describe(attn_cache_t *cache, attn_seq_t seq, attn_seq_info_t *info)
 
     attn_status_t status = control->ops->layout(control, cache->id, &seq, NULL, NULL, 1,
                                                 client_deadline(cache->client), info, &epoch);
-    if (status == ATTN_OK) {
-        free(info->holes); /* told by a control plane in this process, but not by a remote one */
-        status = cluster_holes(info, cache->geometry.chunk_size);
+    if (status != ATTN_OK) {
+        return status;
     }
+    free(info->holes); /* told by a control plane in this process, but not by a remote one */
+    status = cluster_holes(info, cache->geometry.chunk_size);
     if (status != ATTN_OK) {
         attn_seq_info_free(info);
     }
