@@ -205,6 +205,32 @@ ATTN_API attn_status_t attn_seq_describe(attn_cache_t *cache, attn_seq_t seq,
                                          attn_seq_info_t *info);
 ATTN_API void attn_seq_info_free(attn_seq_info_t *info);
 
+typedef struct attn_export {
+    size_t size;          /**< sizeof(attn_export_t) */
+    uint64_t first, n;    /**< tokens, all committed */
+    uint32_t first_layer; /**< and */
+    uint32_t n_layers;    /**< 0: all from first_layer on */
+    uint32_t timeout_ms;  /**< 0: the client's step_timeout_ms; at most 600,000 */
+} attn_export_t;
+
+/**
+ * Read committed k, v back, from all their owners: to move them elsewhere, where steps with n_q = 0
+ * store them again, for instance. Reads what was committed before the call, whatever is committed
+ * meanwhile; a truncate, free or refill meanwhile is ATTN_ERR_STALE, never a mixture.
+ *
+ * @param k  [n_layers][n][kv_heads][head_dim_k] of kv_dtype, packed; written, anything on failure
+ * @param v  [n_layers][n][kv_heads][head_dim_v]
+ *
+ * @return ATTN_ERR_INVALID    layers that the cache does not have; tokens above the committed
+ * length
+ * @return ATTN_ERR_NOT_FOUND  seq was freed
+ * @return ATTN_ERR_LOST       a hole is in the range; the sentence names all
+ * @return ATTN_ERR_STALE      the sequence was changed meanwhile: call again
+ * @return ATTN_ERR_DEADLINE, ATTN_ERR_UNAVAILABLE  a worker did not answer in time, or at all
+ */
+ATTN_API attn_status_t attn_seq_export(attn_cache_t *cache, attn_seq_t seq,
+                                       const attn_export_t *what, void *k, void *v);
+
 /* ---- steps ---- */
 
 /*

@@ -87,6 +87,20 @@ cluster_split_chunk(const attn_chunk_info_t *chunk)
                            .sealed     = chunk->sealed};
 }
 
+/** A part of a sequence, read back. */
+typedef struct cluster_export {
+    uint32_t layer;
+    uint64_t first, end; /**< tokens wanted */
+    uint64_t version;    /**< of the part before; 0: none. Set */
+    uint32_t n;          /**< set: tokens that are here, from first on */
+    uint8_t *data;       /**< set: k, then v of them; free() it in any case; NULL at first */
+    uint64_t bytes;
+} cluster_export_t;
+
+/** As attn_seq_export(), a part at a time. */
+attn_status_t cluster_export(cluster_t *cluster, uint64_t cache, attn_seq_t seq,
+                             cluster_export_t *part);
+
 /** All workers: address of one, and all of them with figures. */
 attn_status_t cluster_worker_address(cluster_t *cluster, uint32_t worker, char address[64],
                                      bool *alive_p);

@@ -50,6 +50,10 @@ typedef struct link_ops {
                                      uint32_t n, kv_chunk_info_t *infos, const uint64_t *seqs,
                                      uint32_t n_seqs, bool *in_step, uint64_t deadline_ns);
 
+    /** As engine_chunk_export(). */
+    attn_status_t (*chunk_export)(link_t *link, const engine_export_t *what, void *k, void *v,
+                                  uint64_t k_bytes, uint64_t v_bytes, uint64_t deadline_ns);
+
     /**
      * Begin a step there. On ATTN_OK *step_p is set, and done tells, or has told, how begin
      * went; step_free it in any case. The batch may go when the call returns.

@@ -85,6 +85,15 @@ engine_link_chunks_release(link_t *link, uint64_t epoch, uint64_t cache, const u
 }
 
 static attn_status_t
+engine_link_chunk_export(link_t *link, const engine_export_t *what, void *k, void *v,
+                         uint64_t k_bytes, uint64_t v_bytes, uint64_t deadline_ns)
+{
+    return attn_now_ns() < deadline_ns
+               ? engine_chunk_export(engine_of(link), what, k, v, k_bytes, v_bytes)
+               : attn_fail(ATTN_ERR_DEADLINE, "the deadline passed before all was read");
+}
+
+static attn_status_t
 engine_link_chunks_describe(link_t *link, uint64_t cache, const uint64_t *chunks, uint32_t n,
                             kv_chunk_info_t *infos, const uint64_t *seqs, uint32_t n_seqs,
                             bool *in_step, uint64_t deadline_ns)
@@ -229,6 +238,7 @@ static const link_ops_t engine_link_ops = {
     .chunk_truncate  = engine_link_chunk_truncate,
     .chunks_release  = engine_link_chunks_release,
     .chunks_describe = engine_link_chunks_describe,
+    .chunk_export    = engine_link_chunk_export,
     .begin           = engine_link_begin,
     .run             = engine_link_run,
     .commit          = engine_link_commit,

@@ -269,6 +269,39 @@ grpc_link_chunks_describe(link_t *link, uint64_t cache, const uint64_t *chunks, 
     return status;
 }
 
+static attn_status_t
+grpc_link_chunk_export(link_t *link, const engine_export_t *what, void *k, void *v,
+                       uint64_t k_bytes, uint64_t v_bytes, uint64_t deadline_ns)
+{
+    Attn__V1__ExportChunkRequest request = ATTN__V1__EXPORT_CHUNK_REQUEST__INIT;
+    Attn__V1__ExportChunkReply *reply;
+    rpc_message_t *message;
+
+    request.cache_id   = what->cache;
+    request.chunk      = what->chunk;
+    request.generation = what->generation;
+    request.layer      = what->layer;
+    request.first      = what->first;
+    request.n          = what->n;
+    attn_status_t status =
+        rpc_call_typed(channel_of(link), "/attn.v1.Worker/ExportChunk", &request, deadline_ns,
+                       &attn__v1__export_chunk_reply__descriptor, &reply, &message);
+    if (status != ATTN_OK) {
+        return status;
+    }
+    if (rpc_message_data_size(message) != k_bytes + v_bytes) {
+        status = attn_fail(ATTN_ERR_INTERNAL, "worker %s sent %llu bytes of k and v, not %llu",
+                           grpc_of(link)->pipes.address,
+                           (unsigned long long)rpc_message_data_size(message),
+                           (unsigned long long)(k_bytes + v_bytes));
+    } else {
+        rpc_message_data_copy(message, 0, k, k_bytes);
+        rpc_message_data_copy(message, k_bytes, v, v_bytes);
+    }
+    rpc_message_free(message);
+    return status;
+}
+
 static void
 grpc_link_close(link_t *link)
 {
@@ -288,6 +321,7 @@ static const link_ops_t grpc_link_ops = {
     .chunk_truncate  = grpc_link_chunk_truncate,
     .chunks_release  = grpc_link_chunks_release,
     .chunks_describe = grpc_link_chunks_describe,
+    .chunk_export    = grpc_link_chunk_export,
     .begin           = grpc_link_begin,
     .run             = grpc_link_run,
     .commit          = grpc_link_commit,

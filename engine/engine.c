@@ -422,6 +422,76 @@ engine_chunks_describe(engine_t *engine, uint64_t cache, const uint64_t *chunks,
     return found ? ATTN_OK : ATTN_ERR_NOT_FOUND;
 }
 
+/* Under the lock. */
+static attn_status_t
+export_bytes(engine_t *engine, const engine_export_t *what, engine_cache_t **cache_p,
+             uint64_t *k_bytes, uint64_t *v_bytes)
+{
+    engine_cache_t *cache = engine_cache_find(engine, what->cache);
+
+    if (cache == NULL) {
+        return ATTN_ERR_NOT_FOUND;
+    }
+    const attn_geometry_t *g = &cache->geometry;
+    if (what->layer >= g->layers) {
+        return attn_fail(ATTN_ERR_INVALID, "layer is %u: the cache has %u", what->layer, g->layers);
+    }
+    if (what->n > 1 && what->n > ENGINE_EXPORT_BYTES_MAX / engine_kv_row_bytes(g)) {
+        return attn_fail(ATTN_ERR_TOO_LARGE,
+                         "n is %u tokens of %llu bytes: at most %u bytes, or one", what->n,
+                         (unsigned long long)engine_kv_row_bytes(g), ENGINE_EXPORT_BYTES_MAX);
+    }
+    *cache_p = cache;
+    *k_bytes = (uint64_t)what->n * g->kv_heads * g->head_dim_k * attn_dtype_size(g->kv_dtype);
+    *v_bytes = what->n * engine_kv_row_bytes(g) - *k_bytes;
+    return ATTN_OK;
+}
+
+attn_status_t
+engine_export_bytes(engine_t *engine, const engine_export_t *what, uint64_t *k_bytes,
+                    uint64_t *v_bytes)
+{
+    engine_cache_t *cache;
+
+    pthread_mutex_lock(&engine->lock);
+    attn_status_t status = export_bytes(engine, what, &cache, k_bytes, v_bytes);
+    pthread_mutex_unlock(&engine->lock);
+    return status;
+}
+
+attn_status_t
+engine_chunk_export(engine_t *engine, const engine_export_t *what, void *k, void *v,
+                    uint64_t k_bytes, uint64_t v_bytes)
+{
+    uint64_t k_wanted = 0, v_wanted = 0;
+    engine_cache_t *cache = NULL;
+    attn_kv_t kv;
+    uint32_t *pages = NULL;
+
+    pthread_mutex_lock(&engine->lock);
+    attn_status_t status = export_bytes(engine, what, &cache, &k_wanted, &v_wanted);
+    if (status == ATTN_OK && (k_bytes != k_wanted || v_bytes != v_wanted)) {
+        status = attn_fail(ATTN_ERR_INVALID, "k and v have %llu and %llu bytes: %llu and %llu",
+                           (unsigned long long)k_bytes, (unsigned long long)v_bytes,
+                           (unsigned long long)k_wanted, (unsigned long long)v_wanted);
+    }
+    if (status == ATTN_OK && (pages = malloc(2 * sizeof(*pages) * (what->n + (size_t)1))) == NULL) {
+        status = attn_fail(ATTN_ERR_NO_MEMORY, "no memory to read %u tokens", what->n);
+    }
+    if (status == ATTN_OK) {
+        status = kv_chunk_places(engine->store, what->cache, what->chunk, what->generation,
+                                 what->first, what->n, pages, pages + what->n);
+    }
+    if (status == ATTN_OK) {
+        engine_kv_view(engine, cache, what->layer, &kv);
+        status =
+            engine->backend->ops->read(engine->backend, &kv, pages, pages + what->n, what->n, k, v);
+    }
+    pthread_mutex_unlock(&engine->lock);
+    free(pages);
+    return status;
+}
+
 attn_status_t
 engine_check(engine_t *engine)
 {

@@ -90,6 +90,37 @@ attn_status_t engine_chunks_describe(engine_t *engine, uint64_t cache, const uin
                                      uint32_t n, kv_chunk_info_t *infos, const uint64_t *seqs,
                                      uint32_t n_seqs, bool *in_step);
 
+#define ENGINE_EXPORT_BYTES_MAX (2u << 20) /* of k and v of one part, unless one token has more */
+
+/** Tokens [first, first + n) of a chunk, of one layer. */
+typedef struct engine_export {
+    uint64_t cache, chunk;
+    uint32_t generation; /**< as the caller believes */
+    uint32_t layer, first, n;
+} engine_export_t;
+
+/** Bytes of k and v of one token in one layer. */
+static inline uint64_t
+engine_kv_row_bytes(const attn_geometry_t *g)
+{
+    return (uint64_t)g->kv_heads * (g->head_dim_k + g->head_dim_v) * attn_dtype_size(g->kv_dtype);
+}
+
+/**
+ * Read committed tokens back. The store's lock is held meanwhile, so parts are small.
+ *
+ * @param k  [n][kv_heads][head_dim_k] of the cache's dtype, k_bytes; @param v likewise
+ * @return ATTN_ERR_NOT_FOUND cache, chunk; ATTN_ERR_STALE generation differs; ATTN_ERR_INVALID
+ *         layer, k_bytes or v_bytes, or the range ends above the committed length;
+ *         ATTN_ERR_TOO_LARGE above ENGINE_EXPORT_BYTES_MAX
+ */
+attn_status_t engine_chunk_export(engine_t *engine, const engine_export_t *what, void *k, void *v,
+                                  uint64_t k_bytes, uint64_t v_bytes);
+
+/** Bytes of k and of v that a part has. @return as engine_chunk_export() */
+attn_status_t engine_export_bytes(engine_t *engine, const engine_export_t *what, uint64_t *k_bytes,
+                                  uint64_t *v_bytes);
+
 /* ---- steps ---- */
 
 /** One sequence of a batch as far as this worker owns it. */

@@ -249,6 +249,10 @@ typedef struct attn_backend_ops {
                              const uint32_t *offsets, uint64_t n, const void *k, const void *v,
                              bool *equal_p);
 
+    /** The way back: rows that append stored, to k and v, packed, in the calling thread alone. */
+    attn_status_t (*read)(attn_backend_t *backend, const attn_kv_t *kv, const uint32_t *pages,
+                          const uint32_t *offsets, uint64_t n, void *k, void *v);
+
     /** Copy the first `tokens` tokens of page `from` to page `to`, one layer. */
     attn_status_t (*copy_page)(attn_backend_t *backend, const attn_kv_t *kv, uint32_t from,
                                uint32_t to, uint32_t tokens);

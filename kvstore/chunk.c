@@ -261,3 +261,36 @@ kv_chunk_describe(const kv_store_t *store, uint64_t cache, uint64_t id, kv_chunk
     };
     return ATTN_OK;
 }
+
+attn_status_t
+kv_chunk_places(const kv_store_t *store, uint64_t cache, uint64_t id, uint32_t generation,
+                uint32_t first, uint32_t n, uint32_t *pages, uint32_t *offsets)
+{
+    kv_region_t *region;
+
+    attn_status_t status = kv_region_need(store, cache, &region);
+    if (status != ATTN_OK) {
+        return status;
+    }
+    const kv_chunk_t *chunk = kv_chunk_find(region, id);
+    if (chunk == NULL || chunk->generation == 0) {
+        return chunk_not_found(region, id);
+    }
+    if (chunk->generation != generation) {
+        return attn_fail(ATTN_ERR_STALE,
+                         "chunk %" PRIu64 " of cache %" PRIu64
+                         " has generation %u, the caller believes %u",
+                         id, cache, chunk->generation, generation);
+    }
+    if (first > chunk->length || n > chunk->length - first) {
+        return attn_fail(ATTN_ERR_INVALID,
+                         "chunk %" PRIu64 " of cache %" PRIu64
+                         ": %u tokens from %u on, %u are committed",
+                         id, cache, n, first, chunk->length);
+    }
+    for (uint32_t i = 0; i < n; i++) {
+        pages[i]   = kv_chunk_page(chunk, (first + i) / region->page_size);
+        offsets[i] = (first + i) % region->page_size;
+    }
+    return ATTN_OK;
+}

@@ -112,6 +112,16 @@ attn_status_t kv_chunk_release(kv_store_t *store, uint64_t cache, uint64_t chunk
 attn_status_t kv_chunk_describe(const kv_store_t *store, uint64_t cache, uint64_t chunk,
                                 kv_chunk_info_t *info);
 
+/**
+ * Where the committed tokens [first, first + n) of a chunk lie: token i in page pages[i], at
+ * offsets[i]. True until the store is next changed.
+ * @return ATTN_ERR_NOT_FOUND (or a step is only making it), ATTN_ERR_STALE generation differs,
+ *         ATTN_ERR_INVALID the range ends above the committed length
+ */
+attn_status_t kv_chunk_places(const kv_store_t *store, uint64_t cache, uint64_t chunk,
+                              uint32_t generation, uint32_t first, uint32_t n, uint32_t *pages,
+                              uint32_t *offsets);
+
 /** Is a step open on the sequence? */
 bool kv_seq_in_step(const kv_store_t *store, uint64_t cache, uint64_t seq);
 

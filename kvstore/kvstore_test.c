@@ -287,6 +287,37 @@ test_truncate(void **state)
 }
 
 static void
+test_places_of_committed_tokens(void **state)
+{
+    kv_store_t *store     = store_with_cache(4, 16, 8);
+    kv_step_chunk_t chunk = {.chunk = 1, .generation = 1, .length = 10, .n_new = 4};
+    kv_step_entry_t entry = {.seq = 5, .n_chunks = 1, .chunks = &chunk};
+    uint32_t pages[4], offsets[4], shared[4];
+    kv_step_t *step;
+    (void)state;
+
+    EXPECT(store, kv_chunk_places(store, CACHE, 1, 1, 0, 0, pages, offsets), ATTN_ERR_NOT_FOUND);
+    grow_chunk(store, 1, 10);
+    EXPECT(store, kv_chunk_places(store, 99, 1, 1, 0, 1, pages, offsets), ATTN_ERR_NOT_FOUND);
+    EXPECT(store, kv_chunk_places(store, CACHE, 1, 2, 0, 1, pages, offsets), ATTN_ERR_STALE);
+    EXPECT(store, kv_chunk_places(store, CACHE, 1, 1, 7, 4, pages, offsets), ATTN_ERR_INVALID);
+    EXPECT(store, kv_chunk_places(store, CACHE, 1, 1, UINT32_MAX, 2, pages, offsets),
+           ATTN_ERR_INVALID);
+    WORKS(store, kv_chunk_places(store, CACHE, 1, 1, 6, 4, pages, offsets));
+    for (uint32_t i = 0; i < 4; i++) {
+        assert_int_equal(offsets[i], (6 + i) % 4);
+        assert_int_equal(pages[i] == pages[0], i < 2); /* tokens 6 and 7, then 8 and 9 */
+    }
+    /* Of a shared tail that a step copies, what is committed is the page of before. */
+    WORKS(store, kv_chunk_fork(store, CACHE, 1, 10, 2));
+    WORKS(store, kv_step_begin(store, CACHE, 7, &entry, 1, &step));
+    WORKS(store, kv_chunk_places(store, CACHE, 1, 1, 6, 4, shared, offsets));
+    assert_memory_equal(shared, pages, sizeof(pages));
+    kv_step_abort(store, step);
+    kv_store_destroy(store);
+}
+
+static void
 test_fork_shares_pages(void **state)
 {
     kv_store_t *store = store_with_cache(4, 16, 8);
@@ -360,6 +391,7 @@ main(void)
         cmocka_unit_test(test_close_waits_for_steps_and_drops_chunks),
         cmocka_unit_test(test_unknown_chunks_and_caches),
         cmocka_unit_test(test_truncate),
+        cmocka_unit_test(test_places_of_committed_tokens),
         cmocka_unit_test(test_fork_shares_pages),
         cmocka_unit_test(test_same_ids_in_two_caches_are_two_chunks),
     };

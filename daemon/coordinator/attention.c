@@ -283,6 +283,31 @@ serve_describe(void *service, const ProtobufCMessage *request, wire_block_t *blo
     return status;
 }
 
+static attn_status_t
+serve_export(void *service, const ProtobufCMessage *request, wire_block_t *block,
+             ProtobufCMessage **reply_p)
+{
+    const Attn__V1__ExportRequest *r = (const Attn__V1__ExportRequest *)request;
+    coordinator_t *c                 = service;
+    cluster_export_t part            = {
+                   .layer = r->layer, .first = r->first, .end = r->end, .version = r->version};
+    Attn__V1__ExportReply *reply = unary_reply(block, &attn__v1__export_reply__descriptor, reply_p);
+
+    if (reply == NULL) {
+        return ATTN_ERR_NO_MEMORY;
+    }
+    attn_status_t status = cluster_export(c->cluster, r->cache_id, (attn_seq_t){r->seq}, &part);
+    if (status == ATTN_OK) {
+        reply->version   = part.version;
+        reply->n         = part.n;
+        reply->data.len  = part.bytes;
+        reply->data.data = part.bytes > 0 ? keep(block, part.data, part.bytes, 1) : NULL;
+        status = part.bytes == 0 || reply->data.data != NULL ? ATTN_OK : ATTN_ERR_NO_MEMORY;
+    }
+    free(part.data);
+    return status;
+}
+
 /* ---- status ---- */
 
 static attn_status_t
@@ -390,6 +415,10 @@ static const unary_method_t methods[] = {
      .serve   = serve_describe,
      .blocks  = true,
      .request = &attn__v1__sequence_request__descriptor},
+    {.path    = "/attn.v1.Attention/Export",
+     .serve   = serve_export,
+     .blocks  = true,
+     .request = &attn__v1__export_request__descriptor},
     {.path    = "/attn.v1.Attention/ClusterStatus",
      .serve   = serve_status,
      .request = &attn__v1__empty__descriptor},

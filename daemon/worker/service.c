@@ -312,6 +312,36 @@ serve_describe_chunks(void *service, const ProtobufCMessage *request, wire_block
     return status == ATTN_OK ? encode_chunks(block, r, infos, in_step, reply) : status;
 }
 
+static attn_status_t
+serve_export_chunk(void *service, const ProtobufCMessage *request, wire_block_t *block,
+                   ProtobufCMessage **reply_p)
+{
+    const Attn__V1__ExportChunkRequest *r = (const Attn__V1__ExportChunkRequest *)request;
+    worker_t *worker                      = service;
+    engine_export_t what                  = {.cache      = r->cache_id,
+                                             .chunk      = r->chunk,
+                                             .generation = r->generation,
+                                             .layer      = r->layer,
+                                             .first      = r->first,
+                                             .n          = r->n};
+    uint64_t k, v;
+    Attn__V1__ExportChunkReply *reply =
+        unary_reply(block, &attn__v1__export_chunk_reply__descriptor, reply_p);
+
+    if (reply == NULL) {
+        return ATTN_ERR_NO_MEMORY;
+    }
+    attn_status_t status = engine_export_bytes(worker->engine, &what, &k, &v);
+    if (status != ATTN_OK) {
+        return status;
+    }
+    reply->data.data = wire_alloc(block, k + v + 1, 1);
+    reply->data.len  = k + v;
+    return reply->data.data != NULL ? engine_chunk_export(worker->engine, &what, reply->data.data,
+                                                          reply->data.data + k, k, v)
+                                    : ATTN_ERR_NO_MEMORY;
+}
+
 /* ---- status ---- */
 
 void
@@ -376,6 +406,10 @@ static const unary_method_t methods[] = {
      .serve   = serve_describe_chunks,
      .admit   = admit_coordinator,
      .request = &attn__v1__describe_chunks_request__descriptor},
+    {.path    = "/attn.v1.Worker/ExportChunk",
+     .serve   = serve_export_chunk,
+     .admit   = admit_introduced,
+     .request = &attn__v1__export_chunk_request__descriptor},
     {.path    = "/attn.v1.Worker/Status",
      .serve   = serve_status,
      .admit   = admit_introduced,

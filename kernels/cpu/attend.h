@@ -117,6 +117,8 @@ attn_status_t cpu_attend(attn_backend_t *backend, const attn_plan_t *plan, const
 /* store.c */
 attn_status_t cpu_append(attn_backend_t *backend, const attn_kv_t *kv, const uint32_t *pages,
                          const uint32_t *offsets, uint64_t n, const void *k, const void *v);
+attn_status_t cpu_read(attn_backend_t *backend, const attn_kv_t *kv, const uint32_t *pages,
+                       const uint32_t *offsets, uint64_t n, void *k, void *v);
 attn_status_t cpu_compare(attn_backend_t *backend, const attn_kv_t *kv, const uint32_t *pages,
                           const uint32_t *offsets, uint64_t n, const void *k, const void *v,
                           bool *equal_p);

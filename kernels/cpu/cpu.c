@@ -242,6 +242,7 @@ const attn_backend_ops_t attn_cpu_backend_ops = {
     .slab_free       = cpu_slab_free,
     .append          = cpu_append,
     .compare         = cpu_compare,
+    .read            = cpu_read,
     .copy_page       = cpu_copy_page,
     .workspace_bytes = cpu_workspace_bytes,
     .attend          = cpu_attend,

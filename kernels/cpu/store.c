@@ -1,4 +1,4 @@
-/* New k and v into pages: scatter, compare, copy. */
+/* New k and v into pages: scatter, compare, read back, copy. */
 #include "kernels/cpu/attend.h"
 
 #include "base/status.h"
@@ -139,6 +139,35 @@ cpu_append(attn_backend_t *backend, const attn_kv_t *kv, const uint32_t *pages,
     }
     run_store(backend, &job);
     return ATTN_OK;
+}
+
+static void
+read_row(const attn_kv_t *kv, const void *store, uint64_t page_stride, uint32_t d, uint32_t page,
+         uint32_t offset, uint8_t *row)
+{
+    size_t size = attn_dtype_size(kv->dtype), bytes = d * size;
+    const uint8_t *from = (const uint8_t *)store + page * page_stride * size + offset * bytes;
+
+    for (uint32_t h = 0; h < kv->kv_heads; h++) {
+        memcpy(row + h * bytes, from + h * kv->page_size * bytes, bytes);
+    }
+}
+
+attn_status_t
+cpu_read(attn_backend_t *backend, const attn_kv_t *kv, const uint32_t *pages,
+         const uint32_t *offsets, uint64_t n, void *k, void *v)
+{
+    uint64_t size        = attn_dtype_size(kv->dtype);
+    attn_status_t status = check_places(kv, pages, offsets, n);
+
+    (void)backend;
+    for (uint64_t i = 0; status == ATTN_OK && i < n; i++) {
+        read_row(kv, kv->k, kv->k_page_stride, kv->head_dim_k, pages[i], offsets[i],
+                 (uint8_t *)k + i * kv->kv_heads * kv->head_dim_k * size);
+        read_row(kv, kv->v, kv->v_page_stride, kv->head_dim_v, pages[i], offsets[i],
+                 (uint8_t *)v + i * kv->kv_heads * kv->head_dim_v * size);
+    }
+    return status;
 }
 
 attn_status_t

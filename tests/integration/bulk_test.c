@@ -4,8 +4,10 @@
  */
 #include "tests/integration/cluster.h"
 
+#include <pthread.h>
 #include <setjmp.h>
 #include <stdarg.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -149,11 +151,187 @@ test_a_layer_larger_than_any_queue(void **state)
     prompt_free(&prompt);
 }
 
+/* Read all back, and compare with what was put in. */
+static void
+expect_export(attn_cache_t *cache, attn_seq_t seq, const prompt_t *prompt, uint64_t first,
+              uint64_t n, uint32_t layer)
+{
+    attn_export_t what = {.size = sizeof(what), .first = first, .n = n, .first_layer = layer};
+    uint64_t layers = LAYERS - layer, bytes = n * ROW * sizeof(uint16_t);
+    uint8_t *k = malloc(layers * bytes + 1), *v = malloc(layers * bytes + 1);
+
+    assert_true(k != NULL && v != NULL);
+    OK(attn_seq_export(cache, seq, &what, k, v));
+    for (uint32_t l = 0; l < layers; l++) {
+        assert_memory_equal(k + l * bytes, prompt->k[layer + l] + first * ROW, bytes);
+        assert_memory_equal(v + l * bytes, prompt->v[layer + l] + first * ROW, bytes);
+    }
+    free(k);
+    free(v);
+}
+
+#define REFUSED(call, wanted, words)                                                               \
+    do {                                                                                           \
+        assert_int_equal(call, wanted);                                                            \
+        if (strstr(attn_last_error(), words) == NULL) {                                            \
+            fail_msg("no \"%s\" in: %s", words, attn_last_error());                                \
+        }                                                                                          \
+    } while (0)
+
+static void
+expect_export_refusals(attn_cache_t *cache, attn_seq_t seq, uint64_t length)
+{
+    attn_export_t what = {.size = sizeof(what), .n = 1};
+    uint16_t k[LAYERS * ROW], v[LAYERS * ROW];
+    attn_seq_t fork;
+
+    what.first = length;
+    REFUSED(attn_seq_export(cache, seq, &what, k, v), ATTN_ERR_INVALID, "committed tokens");
+    what.first = UINT64_MAX;
+    REFUSED(attn_seq_export(cache, seq, &what, k, v), ATTN_ERR_INVALID, "64 bits");
+    what = (attn_export_t){.size = sizeof(what), .n = 1, .first_layer = LAYERS};
+    REFUSED(attn_seq_export(cache, seq, &what, k, v), ATTN_ERR_INVALID, "the cache has 2");
+    what = (attn_export_t){.size = sizeof(what), .n = 1, .first_layer = 1, .n_layers = 2};
+    REFUSED(attn_seq_export(cache, seq, &what, k, v), ATTN_ERR_INVALID, "layers 1 to 3");
+    what = (attn_export_t){.size = 4};
+    REFUSED(attn_seq_export(cache, seq, &what, k, v), ATTN_ERR_INVALID, "what.size");
+    what = (attn_export_t){.size = sizeof(what), .n = 1};
+    OK(attn_seq_fork(cache, seq, 10, &fork));
+    OK(attn_seq_export(cache, fork, &what, k, v));
+    OK(attn_seq_free(cache, fork));
+    REFUSED(attn_seq_export(cache, fork, &what, k, v), ATTN_ERR_NOT_FOUND, "freed");
+}
+
+/* From one cluster to another with other workers, pages and placement: the same bits answer. */
+static void
+test_a_sequence_moves_between_clusters(void **state)
+{
+    static const uint32_t workers[] = {3, 2}, pages[] = {24, 128};
+    attn_export_t what = {.size = sizeof(what)};
+    float answer[2][ANSWER_FLOATS];
+    test_cluster_t cluster[2];
+    prompt_t prompt, moved;
+    attn_client_t *client[2];
+    attn_cache_t *cache[2];
+    attn_seq_t seq[2];
+
+    (void)state;
+    prompt_make(&prompt, 12345);
+    prompt_make(&moved, 12345);
+    for (int i = 0; i < 2; i++) {
+        attn_geometry_t g;
+        cluster_up(&cluster[i], &(cluster_options_t){
+                                    .workers = workers[i], .slab = "128MiB", .lost_ms = "10000"});
+        client[i] = open_client(cluster[i].coordinator.address, 10000);
+        geometry_of(&g, pages[i], i == 0 ? ATTN_PLACE_SPREAD : ATTN_PLACE_WHOLE);
+        g.region_bytes = 96u << 20;
+        OK(attn_cache_open(client[i], "bulk", &g, &cache[i]));
+        OK(attn_seq_create(cache[i], NULL, &seq[i]));
+    }
+    ingest(cache[0], seq[0], prompt.k, prompt.v, prompt.n);
+    expect_export(cache[0], seq[0], &prompt, 0, prompt.n, 0);
+    expect_export(cache[0], seq[0], &prompt, 2047, 2, 1);
+    expect_export(cache[0], seq[0], &prompt, 777, 0, 0);
+    expect_export_refusals(cache[0], seq[0], prompt.n);
+
+    for (uint32_t l = 0; l < LAYERS; l++) {
+        memset(moved.k[l], 0, (uint64_t)moved.n * ROW * 2);
+        what = (attn_export_t){.size = sizeof(what), .n = moved.n, .first_layer = l, .n_layers = 1};
+        OK(attn_seq_export(cache[0], seq[0], &what, moved.k[l], moved.v[l]));
+    }
+    ingest(cache[1], seq[1], moved.k, moved.v, moved.n);
+    for (int i = 0; i < 2; i++) {
+        ask(cache[i], seq[i], prompt.n, answer[i]);
+        attn_cache_close(cache[i]);
+        attn_client_close(client[i]);
+        cluster_down(&cluster[i]);
+    }
+    assert_memory_equal(answer[0], answer[1], sizeof(answer[0]));
+    prompt_free(&prompt);
+    prompt_free(&moved);
+}
+
+/* ---- read while it is changed ---- */
+
+#define TURNS 40
+#define TURN_TOKENS 5000u
+
+typedef struct reader {
+    attn_cache_t *cache;
+    attn_seq_t seq;
+    atomic_bool over;
+    uint32_t whole, refused;
+} reader_t;
+
+/* All of what comes is of one turn, or nothing comes. */
+static void *
+read_on(void *arg)
+{
+    reader_t *r        = arg;
+    uint64_t n         = LAYERS * (uint64_t)TURN_TOKENS * ROW;
+    attn_export_t what = {.size = sizeof(what), .n = TURN_TOKENS};
+    uint16_t *k = malloc(n * sizeof(*k)), *v = malloc(n * sizeof(*v));
+
+    while (!atomic_load(&r->over)) {
+        attn_status_t status = attn_seq_export(r->cache, r->seq, &what, k, v);
+        if (status != ATTN_OK) {
+            assert_true(status == ATTN_ERR_STALE || status == ATTN_ERR_INVALID);
+            r->refused++;
+            continue;
+        }
+        for (uint64_t i = 0; i < n; i++) {
+            assert_true(k[i] == k[0] && v[i] == k[0]);
+        }
+        r->whole++;
+    }
+    free(k);
+    free(v);
+    return NULL;
+}
+
+static void
+test_an_export_is_of_one_moment(void **state)
+{
+    reader_t r = {0};
+    pthread_t thread;
+    attn_client_t *client = open_client("inproc://cpu?workers=3&slab=64MiB", 10000);
+    attn_geometry_t g;
+    prompt_t prompt = {.n = TURN_TOKENS};
+
+    (void)state;
+    geometry_of(&g, 24, ATTN_PLACE_SPREAD);
+    g.region_bytes = 60u << 20;
+    OK(attn_cache_open(client, "turns", &g, &r.cache));
+    OK(attn_seq_create(r.cache, NULL, &r.seq));
+    uint16_t *rows = malloc(TURN_TOKENS * ROW * sizeof(*rows));
+    assert_non_null(rows);
+    for (uint32_t l = 0; l < LAYERS; l++) {
+        prompt.k[l] = prompt.v[l] = rows;
+    }
+    assert_int_equal(pthread_create(&thread, NULL, read_on, &r), 0);
+    for (uint32_t turn = 0; turn < TURNS; turn++) {
+        for (uint64_t i = 0; i < TURN_TOKENS * ROW; i++) {
+            rows[i] = (uint16_t)(0x3000 + turn);
+        }
+        OK(attn_seq_truncate(r.cache, r.seq, 0));
+        ingest(r.cache, r.seq, prompt.k, prompt.v, prompt.n);
+    }
+    sleep_ms(50); /* the last turn stands: one more comes whole */
+    atomic_store(&r.over, true);
+    pthread_join(thread, NULL);
+    assert_true(r.whole > 0 && r.refused > 0);
+    free(rows);
+    attn_cache_close(r.cache);
+    attn_client_close(client);
+}
+
 int
 main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_a_layer_larger_than_any_queue),
+        cmocka_unit_test(test_a_sequence_moves_between_clusters),
+        cmocka_unit_test(test_an_export_is_of_one_moment),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

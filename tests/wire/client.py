@@ -257,6 +257,17 @@ class Client:
         return unary(self.attention.DescribeSequence,
                      pb.SequenceRequest(cache_id=cache.id, seq=seq))
 
+    def export(self, cache, seq, layer, first, end):
+        """k and v of tokens [first, end) of a layer, as bytes."""
+        k, v, version, g = b"", b"", 0, cache.geometry
+        while first < end:
+            part = unary(self.attention.Export, pb.ExportRequest(
+                cache_id=cache.id, seq=seq, layer=layer, first=first, end=end, version=version))
+            cut = len(part.data) * g.head_dim_k // (g.head_dim_k + g.head_dim_v)
+            k, v = k + part.data[:cut], v + part.data[cut:]
+            first, version = first + part.n, part.version
+        return k, v
+
     def unary(self):
         return Unary(self.attention)
 

@@ -224,6 +224,48 @@ class Large(unittest.TestCase):
             self.assertEqual(answer, answers[0])
         self.thin.close_cache(cache)
 
+    def test_export_and_ingest(self):
+        """k, v go in without a query, come back, and go into another sequence: the same answers."""
+        n, rng = 2400, np.random.default_rng(5)
+        k, v = (oracle.encode(rng.standard_normal((n, 2, 128)), F32) for _ in range(2))
+        q = oracle.encode(rng.standard_normal((3, 8, 128)), F32)
+        cache = self.thin.open_cache("export", **self.GEOMETRY)
+        steps, answers = self.thin.stream(), []
+        for _ in range(2):
+            seq = self.thin.create(cache, expected_tokens=n)
+            step = self.thin.begin(steps, cache, [Entry(seq, 0, 0, n)], q_dtype=F32)
+            step.run(0, b"", k, v)
+            step.commit()
+            step = self.thin.begin(steps, cache, [Entry(seq, n, 3, 0)], q_dtype=F32)
+            answers.append(step.run(0, q, b"", b""))
+            step.commit()
+            self.assertEqual(self.thin.export(cache, seq, 0, 0, n), (k, v))
+            row = 2 * 128 * 4
+            self.assertEqual(self.thin.export(cache, seq, 0, 255, 258),
+                             (k[255 * row:258 * row], v[255 * row:258 * row]))
+            k, v = self.thin.export(cache, seq, 0, 0, n)
+        self.assertEqual(answers[0], answers[1])
+        ask = lambda **f: client.unary(self.thin.attention.Export, pb.ExportRequest(
+            cache_id=cache.id, seq=seq, **f))
+        version = ask(end=n).version
+        self.assertEqual(ask(first=n, end=n, version=version).n, 0)
+        for code, fields in ((-1, dict(end=n + 1)), (-1, dict(first=2, end=1)),
+                             (-1, dict(end=1, layer=1)), (-20, dict(end=n, version=version + 2)),
+                             (-1, dict(first=2 ** 64 - 1, end=2 ** 64 - 1))):
+            with self.assertRaises(client.AttnError) as caught:
+                ask(**fields)
+            self.assertEqual(caught.exception.status, code, fields)
+        self.thin.truncate(cache, seq, n - 1)
+        with self.assertRaises(client.AttnError) as caught:
+            ask(end=n - 1, version=version)
+        self.assertEqual(caught.exception.status, -20)
+        self.thin.free(cache, seq)
+        with self.assertRaises(client.AttnError) as caught:
+            ask(end=1)
+        self.assertEqual(caught.exception.status, -40)
+        steps.close()
+        self.thin.close_cache(cache)
+
     def test_tensors_may_come_apart(self):
         """k, v first and q later, q twice, k, v twice: the same answer as all at once."""
         rng, cache = np.random.default_rng(2), self.thin.open_cache("apart", **self.GEOMETRY)
