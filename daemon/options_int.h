@@ -4,6 +4,8 @@
 
 #include "daemon/options.h"
 
+#define OPTIONS_LINE_MAX 196u /* bytes of a line of a config file that inih reads whole */
+
 #define OPTIONS_VALUE_MAX 320 /* bytes of any value as text */
 
 /** Set the row's field from text. @return ATTN_ERR_INVALID: the sentence begins with the text */

@@ -2,6 +2,7 @@
 #include "base/status.h"
 #include "daemon/options_int.h"
 
+#include <ctype.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -80,6 +81,26 @@ options_print_help(const option_set_t *set, FILE *out)
             set->section);
 }
 
+/* Would the file's reader find this value again? It ends lines at OPTIONS_LINE_MAX, values before
+ * a ; that white space precedes, and takes white space from both ends. */
+static bool
+fits_a_file(const char *name, const char *value)
+{
+    size_t n = strlen(value);
+
+    if (strlen(name) + strlen(" = ") + n > OPTIONS_LINE_MAX || *value == ';') {
+        return false;
+    }
+    for (size_t i = 0; i < n; i++) {
+        bool space = isspace((unsigned char)value[i]);
+        if ((space && (i == 0 || i == n - 1 || value[i + 1] == ';')) ||
+            iscntrl((unsigned char)value[i])) {
+            return false;
+        }
+    }
+    return true;
+}
+
 void
 options_print_config(const option_set_t *set, const void *values, FILE *out)
 {
@@ -94,6 +115,11 @@ options_print_config(const option_set_t *set, const void *values, FILE *out)
         fputc('\n', out);
         print_wrapped(out, "# ", row->help);
         print_wrapped(out, "# ", line);
-        fprintf(out, "%s =%s%s\n", row->name, value[0] != '\0' ? " " : "", value);
+        if (!fits_a_file(row->name, value)) {
+            fprintf(out, "# %s cannot be written here: give it as the flag --%s\n", row->name,
+                    row->name);
+        } else {
+            fprintf(out, "%s =%s%s\n", row->name, value[0] != '\0' ? " " : "", value);
+        }
     }
 }

@@ -326,6 +326,40 @@ test_print_config_reads_back_the_same(void **state)
     free(text_again);
 }
 
+/* inih reads 196 bytes of a line, and ends values at " ;": what a file would not give back is not
+ * written as if it did. */
+static void
+test_print_config_of_what_no_file_can_hold(void **state)
+{
+    char value[240];
+    any_options_t values, again;
+    (void)state;
+    memset(value, 'k', sizeof(value) - 1);
+    value[sizeof(value) - 1] = 0;
+    options_init(&worker_option_set, &values);
+    snprintf(values.worker.tls.key, sizeof(values.worker.tls.key), "%s", value);
+    char *text = printed_config(&worker_option_set, &values.worker);
+    assert_non_null(strstr(text, "\n# tls-key cannot be written here"));
+    assert_int_equal(parse(&worker_option_set, &again, ARGS("--config", config_text(text))),
+                     ATTN_OK);
+    free(text);
+    value[196 - strlen("tls-key = ")] = 0;
+    snprintf(values.worker.tls.key, sizeof(values.worker.tls.key), "%s", value);
+    text = printed_config(&worker_option_set, &values.worker);
+    options_init(&worker_option_set, &again);
+    assert_int_equal(options_read_file(&worker_option_set, &again, config_text(text)), ATTN_OK);
+    assert_string_equal(again.worker.tls.key, value);
+    free(text);
+
+    static const char *const odd[] = {";a", "a ;b", "a\t;b", " a", "a ", "a\nb"};
+    for (size_t i = 0; i < sizeof(odd) / sizeof(odd[0]); i++) {
+        snprintf(values.worker.tls.key, sizeof(values.worker.tls.key), "%s", odd[i]);
+        text = printed_config(&worker_option_set, &values.worker);
+        assert_non_null(strstr(text, "\n# tls-key cannot be written here"));
+        free(text);
+    }
+}
+
 static void
 test_wishes(void **state)
 {
@@ -427,6 +461,7 @@ main(void)
         cmocka_unit_test(test_rules_over_several_options),
         cmocka_unit_test(test_what_is_loopback),
         cmocka_unit_test(test_print_config_reads_back_the_same),
+        cmocka_unit_test(test_print_config_of_what_no_file_can_hold),
         cmocka_unit_test(test_wishes),
         cmocka_unit_test(test_help_names_every_option),
         cmocka_unit_test(test_the_shipped_config_is_generated),
