@@ -310,7 +310,9 @@ tokenizer_encode(const tokenizer_t *t, const char *text, size_t length, tokens_t
                 return false;
             }
         }
-        tokens->n = first + merge_word(t, tokens->ids + first, tokens->n - first);
+        if (tokens->n > first) {
+            tokens->n = first + merge_word(t, tokens->ids + first, tokens->n - first);
+        }
         text += word;
         length -= word;
     }

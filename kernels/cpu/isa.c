@@ -10,6 +10,9 @@
 
 #include <stdlib.h>
 #include <string.h>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 static bool
 always(void)
@@ -21,8 +24,10 @@ always(void)
 static bool
 has_avx2(void)
 {
+    unsigned a, b, c, d; /* clang's builtin does not know f16c, of which cpuid tells */
+
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-           __builtin_cpu_supports("f16c");
+           __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C) != 0;
 }
 
 static bool
