@@ -44,6 +44,7 @@ static const struct {
 
 typedef struct list {
     uint32_t at[LIST_MAX], n;
+    bool given; /* by an option */
 } list_t;
 
 static struct {
@@ -51,6 +52,7 @@ static struct {
     const char *dtype;
     list_t threads, groups, decode, prefill;
     uint64_t budget_ns; /* of one point */
+    bool quick;
     FILE *json;
     const char *isa;
     machine_width_t width;
@@ -387,7 +389,8 @@ parse_list(const char *text, list_t *list, uint32_t most)
 {
     char *end;
 
-    list->n = 0;
+    list->n     = 0;
+    list->given = true;
     for (const char *at = text; *at != 0 && list->n < LIST_MAX; at = end + (*end == ',')) {
         unsigned long x = strtoul(at, &end, 10);
         if (end == at || x < 1 || x > most) {
@@ -401,8 +404,8 @@ parse_list(const char *text, list_t *list, uint32_t most)
 static void
 quick(void)
 {
-    opt.decode    = (list_t){.at = {32768}, .n = 1};
-    opt.prefill   = (list_t){.at = {2048}, .n = 1};
+    opt.decode    = opt.decode.given ? opt.decode : (list_t){.at = {32768}, .n = 1};
+    opt.prefill   = opt.prefill.given ? opt.prefill : (list_t){.at = {2048}, .n = 1};
     opt.budget_ns = 150 * ATTN_NS_PER_MS;
 }
 
@@ -449,6 +452,9 @@ parse(int argc, char **argv)
             fputs(usage, stderr);
             exit(2);
         }
+    }
+    if (opt.quick) {
+        quick();
     }
     if (opt.threads.n == 0) {
         long cores   = sysconf(_SC_NPROCESSORS_ONLN);

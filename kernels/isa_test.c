@@ -17,7 +17,7 @@
 
 #include <cmocka.h>
 
-#define ROWS 21u
+#define ROWS 37u
 #define LEAVES 120
 
 static const char *const names[] = {"baseline", "avx2", "avx512", "amx"};
@@ -127,6 +127,7 @@ compute(const cpu_isa_t *isa, const world_t *w, uint32_t row, uint32_t rows, sta
 {
     static _Alignas(64) float s[ROWS][CPU_LEAF], a[ROWS * CPU_DIM_MAX];
     static _Alignas(64) char stage[CPU_STAGE_BYTES];
+    static _Alignas(64) char form[CPU_FORM_BYTES];
     static float weights[ROWS];
     cpu_leaf_t x = w->leaf;
 
@@ -144,7 +145,14 @@ compute(const cpu_isa_t *isa, const world_t *w, uint32_t row, uint32_t rows, sta
     x.a     = a;
     x.l     = out->l + row;
     x.e     = out->e + row;
+    x.form  = (cpu_form_t){.data = form};
+    if (isa->begin != NULL) {
+        isa->begin(&x.form, x.q, rows, x.d_k, x.dtype);
+    }
     assert_int_equal(isa->leaf(&x), -1);
+    if (isa->end != NULL) {
+        isa->end();
+    }
     for (uint32_t r = 0; r < rows; r++) {
         memcpy(out->a[row + r], a + (size_t)r * x.d_v, x.d_v * sizeof(*a));
     }

@@ -98,6 +98,7 @@ compute_leaf(cpu_attend_t *x, const cpu_scratch_t *scratch, const attn_work_t *w
                        .d_k      = x->kv->head_dim_k,
                        .d_v      = x->kv->head_dim_v,
                        .q        = scratch->q,
+                       .form     = scratch->form,
                        .lo       = scratch->lo,
                        .hi       = scratch->hi,
                        .distance = scratch->distance,
@@ -196,12 +197,19 @@ run_task(void *arg, uint32_t task, uint32_t participant)
     cpu_attend_t *x         = arg;
     uint32_t kv_head        = task % x->plan->problem.kv_heads;
     const attn_work_t *work = &x->plan->works[x->plan->order[task / x->plan->problem.kv_heads]];
+    const cpu_isa_t *isa    = x->backend->isa;
     cpu_scratch_t scratch;
 
     cpu_scratch_of(x, participant, &scratch);
     load_rows(x, &scratch, work, kv_head);
+    if (isa->begin != NULL) {
+        isa->begin(&scratch.form, scratch.q, work->rows, x->kv->head_dim_k, x->kv->dtype);
+    }
     uint32_t n = x->backend->free_order ? carry_leaves(x, &scratch, work, kv_head)
                                         : fold_leaves(x, &scratch, work, kv_head);
+    if (isa->end != NULL) {
+        isa->end();
+    }
     if (work->n_out > 0) {
         cpu_bring_parts(x, work, kv_head, &scratch, n);
         return;
@@ -257,7 +265,8 @@ cpu_attend(attn_backend_t *backend, const attn_plan_t *plan, const attn_kv_t *kv
 
     assert(kv->kv_heads == problem->kv_heads && kv->head_dim_k == problem->head_dim_k &&
            kv->head_dim_v == problem->head_dim_v && kv->page_size == problem->page_size &&
-           kv->chunk_size == problem->chunk_size && plan->max_leaf <= CPU_LEAF);
+           kv->chunk_size == problem->chunk_size && plan->max_leaf <= CPU_LEAF &&
+           plan->max_rows <= CPU_ROWS_MAX);
     x.scale = layer->scale != 0.0f ? layer->scale : 1.0f / sqrtf((float)problem->head_dim_k);
     attn_status_t status = check_layer(&x);
     if (status != ATTN_OK) {

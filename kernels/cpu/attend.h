@@ -28,7 +28,7 @@ typedef struct cpu_layout {
     uint64_t counters, slot_a, slot_l, slot_e;
     uint64_t scratch, scratch_size;
     /* within a scratch: */
-    uint64_t q, s, stage, row_ints, tokens, place, stack_a, stack_l, stack_e;
+    uint64_t q, form, s, stage, row_ints, tokens, place, stack_a, stack_l, stack_e;
     uint64_t rows; /* rounded up: distance of arrays per row */
     uint64_t bytes;
 } cpu_layout_t;
@@ -69,6 +69,7 @@ typedef struct cpu_tokens {
 typedef struct cpu_scratch {
     float *q, *s, *w, *slope, *running;
     void *stage;
+    cpu_form_t form;
     int32_t *lo, *hi, *distance, *position;
     int32_t *place; /* [rows][CPU_LEAF], if the plan is masked */
     cpu_tokens_t tokens;

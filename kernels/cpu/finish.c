@@ -34,6 +34,7 @@ cpu_layout_of(const attn_plan_t *plan, uint32_t threads, cpu_layout_t *layout)
 
     uint64_t rows = layout->rows, states = rows * plan->max_depth;
     layout->q        = take(&in, rows * d_k * sizeof(float));
+    layout->form     = take(&in, CPU_FORM_BYTES);
     layout->s        = take(&in, rows * CPU_LEAF * sizeof(float));
     layout->stage    = take(&in, CPU_STAGE_BYTES);
     layout->row_ints = take(&in, 7 * rows * sizeof(float));
@@ -58,6 +59,7 @@ cpu_scratch_of(const cpu_attend_t *x, uint32_t participant, cpu_scratch_t *scrat
     *scratch = (cpu_scratch_t){
         .q        = (float *)(base + layout->q),
         .s        = (float *)(base + layout->s),
+        .form     = {.data = base + layout->form},
         .stage    = base + layout->stage,
         .w        = rows,
         .slope    = rows + layout->rows,

@@ -14,6 +14,12 @@
 #include <cpuid.h>
 #endif
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 static bool
 always(void)
 {
@@ -38,11 +44,48 @@ has_avx512(void)
 }
 #endif
 
+#if defined(__x86_64__)
+#if defined(__linux__)
+#define ARCH_REQ_XCOMP_PERM 0x1023
+#define XFEATURE_TILE_DATA 18
+
+/*
+ * Tiles are 8 KiB of registers, which the kernel saves for a process only if it asks: signal
+ * frames grow, and a thread with too small an alternate stack makes it refuse. Threads made
+ * before or after have the permission alike; asking again does no harm.
+ */
+static bool
+tiles_permitted(void)
+{
+    return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_TILE_DATA) == 0;
+}
+#else
+static bool
+tiles_permitted(void)
+{
+    return false;
+}
+#endif
+
+static bool
+has_amx(void)
+{
+    uint32_t a, b, c, d;
+
+    if (!has_avx512() || __get_cpuid_count(7, 1, &a, &b, &c, &d) == 0 || (a & 1u << 5) == 0) {
+        return false; /* no vectors of bf16 */
+    }
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d & 1u << 22) != 0 &&
+           (d & 1u << 24) != 0 && tiles_permitted();
+}
+#endif
+
 static const struct {
     const cpu_isa_t *isa;
     bool (*present)(void);
 } rows[] = {
 #if defined(__x86_64__)
+    {&cpu_isa_amx, has_amx},
     {&cpu_isa_avx512, has_avx512},
     {&cpu_isa_avx2, has_avx2},
 #endif
@@ -62,7 +105,8 @@ cpu_isa_choose(const cpu_isa_t **isa_p)
         }
     }
     return attn_fail(ATTN_ERR_UNSUPPORTED,
-                     "ATTN_CPU_ISA asks for \"%s\": this build has avx512 (f, bw, dq, vl) and avx2 "
-                     "(with fma and f16c), where the machine has them, and baseline",
+                     "ATTN_CPU_ISA asks for \"%s\": this build has amx (bf16 tiles, beside "
+                     "avx512), avx512 (f, bw, dq, vl) and avx2 (with fma and f16c), where the "
+                     "machine and its kernel have them, and baseline",
                      asked);
 }

@@ -26,13 +26,25 @@
 /** |x log2 e| above this is an error. */
 #define CPU_LOGIT_MAX 1073741824.0f
 
-/** Bytes of scratch for blocks of K and V in the form that an instruction set wants. */
-#define CPU_STAGE_BYTES (96u << 10)
+/** Bytes of scratch for p, K and V in the form that an instruction set wants. */
+#define CPU_STAGE_BYTES (192u << 10)
+
+/** Rows of q that are attended to at once, and the parts that some instruction sets cut q into. */
+#define CPU_ROWS_MAX 64u
+#define CPU_Q_PARTS 3u
+#define CPU_FORM_BYTES ((uint64_t)CPU_Q_PARTS * CPU_ROWS_MAX * CPU_DIM_MAX * 2)
+
+/** q in the form that an instruction set wants, made once for all leaves of a work. */
+typedef struct cpu_form {
+    void *data; /**< CPU_FORM_BYTES, 64-byte aligned */
+    uint32_t parts;
+} cpu_form_t;
 
 typedef struct cpu_leaf {
     /* rows */
     uint32_t rows, d_k, d_v;
     const float *q;          /**< [rows][d_k] */
+    cpu_form_t form;         /**< of q, where the instruction set has begin() */
     const int32_t *lo, *hi;  /**< [rows]: the slots that a row sees */
     const int32_t *distance; /**< [rows]: position of slot 0 less that of the query, for ALiBi */
     const float *slope;      /**< [rows], or NULL */
@@ -43,8 +55,8 @@ typedef struct cpu_leaf {
     /* tokens */
     uint32_t first, end; /**< slots that some row sees; first < end */
     attn_dtype_t dtype;
-    /** [CPU_LEAF] by slot, from first / 16 * 16 to end / 16 * 16 + 15: a row of zeros where
-     * nothing is stored or listed. */
+    /** [CPU_LEAF] by slot, from first down and from end up to the next multiple of 32: a row of
+     * zeros where nothing is stored or listed. */
     const void *const *k, *const *v;
     const void *const *next; /**< [n_next] rows that will be read after this leaf */
     uint32_t n_next;
@@ -69,6 +81,10 @@ typedef struct cpu_isa {
     const char *name;
     uint32_t lanes;   /**< floats in a vector */
     const char *kind; /**< instruction sets of one kind have the same bits */
+    /** Both NULL, or: called before the first leaf of some rows, on the thread that computes them,
+     * and after the last one. No other rows in between. */
+    void (*begin)(cpu_form_t *form, const float *q, uint32_t rows, uint32_t d, attn_dtype_t type);
+    void (*end)(void);
     /** The states of a leaf. @return -1, or the first row with a logit or sum out of range */
     int (*leaf)(const cpu_leaf_t *leaf);
     /** Widen n elements, n a multiple of 8. */
@@ -82,6 +98,7 @@ extern const cpu_isa_t cpu_isa_baseline;
 #if defined(__x86_64__)
 extern const cpu_isa_t cpu_isa_avx2;
 extern const cpu_isa_t cpu_isa_avx512;
+extern const cpu_isa_t cpu_isa_amx;
 #endif
 
 /** The best that this machine has; environment ATTN_CPU_ISA=NAME asks for one. */

@@ -268,8 +268,8 @@ cpu_tokens_of(const cpu_attend_t *x, const cpu_scratch_t *scratch, const attn_wo
         from = to;
     }
     if (read_first < read_end) {
-        take_zeros(&scratch->tokens, read_first / 16 * 16, read_first);
-        take_zeros(&scratch->tokens, read_end, (read_end + 15) / 16 * 16);
+        take_zeros(&scratch->tokens, read_first / 32 * 32, read_first);
+        take_zeros(&scratch->tokens, read_end, (read_end + 31) / 32 * 32);
     }
     leaf->place   = masked ? scratch->place : NULL;
     leaf->k       = scratch->tokens.k;
