@@ -243,20 +243,24 @@ attn_seq_free(attn_cache_t *cache, attn_seq_t seq)
 attn_status_t
 attn_seq_describe(attn_cache_t *cache, attn_seq_t seq, attn_seq_info_t *info)
 {
-    control_t *control = cache->client->control;
+    control_t *control    = cache->client->control;
+    attn_seq_info_t found = {0}; /* a failure leaves the caller's as it was */
     uint64_t epoch;
 
     attn_status_t status = control->ops->layout(control, cache->id, &seq, NULL, NULL, 1,
-                                                client_deadline(cache->client), info, &epoch);
+                                                client_deadline(cache->client), &found, &epoch);
     if (status != ATTN_OK) {
         return status;
     }
-    free(info->holes); /* told by a control plane in this process, but not by a remote one */
-    status = cluster_holes(info, cache->geometry.chunk_size);
+    free(found.holes); /* told by a control plane in this process, but not by a remote one */
+    found.holes = NULL;
+    status      = cluster_holes(&found, cache->geometry.chunk_size);
     if (status != ATTN_OK) {
-        attn_seq_info_free(info);
+        attn_seq_info_free(&found);
+        return status;
     }
-    return status;
+    *info = found;
+    return ATTN_OK;
 }
 
 void

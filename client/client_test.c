@@ -296,6 +296,12 @@ scenario(const char *target)
         attn_seq_info_free(&info);
         assert_int_equal(attn_seq_free(f.cache, seqs[i]), ATTN_OK);
         assert_int_equal(attn_seq_free(f.cache, seqs[i]), ATTN_ERR_NOT_FOUND);
+        /* A failure neither reads nor writes what there is for the answer. */
+        attn_seq_info_t untouched;
+        memset(&info, 0x5a, sizeof(info));
+        memset(&untouched, 0x5a, sizeof(untouched));
+        assert_int_equal(attn_seq_describe(f.cache, seqs[i], &info), ATTN_ERR_NOT_FOUND);
+        assert_memory_equal(&info, &untouched, sizeof(info));
         model_free(&models[i]);
     }
     for (uint32_t e = 0; e < f.client->n_engines; e++) {
