@@ -103,7 +103,7 @@ static attn_status_t
 check_step(const kv_step_t *step)
 {
     attn_status_t status = ATTN_OK;
-    uint32_t first       = 0;
+    uint32_t first = 0, spare = 0;
 
     for (uint32_t i = 0; i < step->n_entries; i++) {
         uint64_t seq = step->entries[i].seq;
@@ -117,10 +117,11 @@ check_step(const kv_step_t *step)
                          hold->first_chunk);
         }
         first += hold->n_chunks;
+        spare = hold->first_spare == spare ? spare + hold->n_spares : UINT32_MAX;
     }
-    if (first != step->n_chunks) {
-        return WRONG("step %" PRIu64 " has %u chunks, its entries %u", step->id, step->n_chunks,
-                     first);
+    if (first != step->n_chunks || spare != step->n_spares) {
+        return WRONG("step %" PRIu64 " has %u chunks and %u spare pages, its entries %u and %u",
+                     step->id, step->n_chunks, step->n_spares, first, spare);
     }
     for (uint32_t c = 0; status == ATTN_OK && c < step->n_chunks; c++) {
         status = check_named(step, &step->chunks[c]);
@@ -233,7 +234,23 @@ check_free_stack(const kv_region_t *region, uint32_t *owners)
 }
 
 static attn_status_t
-check_pages(const kv_region_t *region)
+count_spares(const kv_store_t *store, const kv_region_t *region, uint32_t *owners)
+{
+    const kv_step_t *step, *next;
+    bool pages_fit = true;
+
+    HASH_ITER(hh, store->steps, step, next)
+    {
+        for (uint32_t i = 0; step->region == region && i < step->n_spares; i++) {
+            pages_fit = count_page(region, owners, step->spares[i]) && pages_fit;
+        }
+    }
+    return pages_fit ? ATTN_OK
+                     : WRONG("cache %" PRIu64 ": a spare page outside the region", region->cache);
+}
+
+static attn_status_t
+check_pages(const kv_store_t *store, const kv_region_t *region)
 {
     attn_status_t status = ATTN_OK;
     kv_chunk_t *chunk, *next;
@@ -247,6 +264,9 @@ check_pages(const kv_region_t *region)
         if (status == ATTN_OK) {
             status = check_chunk(region, chunk, owners);
         }
+    }
+    if (status == ATTN_OK) {
+        status = count_spares(store, region, owners);
     }
     if (status == ATTN_OK) {
         status = check_owners(region, owners);
@@ -269,7 +289,7 @@ check_region(const kv_store_t *store, const kv_region_t *region)
         chunk->counted_new = 0;
     }
     attn_status_t status = check_steps(store, region);
-    return status == ATTN_OK ? check_pages(region) : status;
+    return status == ATTN_OK ? check_pages(store, region) : status;
 }
 
 attn_status_t

@@ -24,6 +24,7 @@
 #define ATTN_KV_CHUNK_TOKENS_MAX (1u << 20)
 #define ATTN_KV_STEPS_MAX 4096u
 #define ATTN_KV_ENTRIES_MAX 4096u          /* of a step */
+#define ATTN_KV_SPARE_MAX (1u << 16)       /* tokens, of an entry */
 #define ATTN_KV_STEP_CHUNKS_MAX (1u << 20) /* named by a step, all entries together */
 
 typedef struct kv_store kv_store_t;
@@ -145,6 +146,8 @@ typedef struct kv_step_entry {
     uint32_t n_chunks;             /**< may be 0: only the sequence is held */
     const kv_step_chunk_t *chunks; /**< strictly ascending in number; an id once per entry; a
                                         chunk with n_new > 0 is in no other entry of the step */
+    uint32_t n_spare; /**< up to ATTN_KV_SPARE_MAX tokens to make room for beside the chunks, until
+                         the step ends */
 } kv_step_entry_t;
 
 /** A page that must be copied, all layers, before the step reads or writes: copy on write. */
@@ -190,6 +193,10 @@ const kv_copy_t *kv_step_copies(const kv_step_t *step, uint32_t *n);
  * order of entries and chunks is that of begin.
  */
 const uint32_t *kv_step_pages(const kv_step_t *step, uint32_t entry, uint32_t chunk, uint32_t *n);
+
+/** The pages for the spare tokens of entry `i`: [ceil(n_spare / page_size)]. They belong to the
+ * step and go back when it ends, however it ends. */
+const uint32_t *kv_step_spares(const kv_step_t *step, uint32_t entry, uint32_t *n);
 
 /**
  * Make the first accepted[i] new tokens of entry i (over its chunks in order) part of its

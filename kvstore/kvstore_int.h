@@ -1,7 +1,8 @@
 /*
  * kvstore_int.h: what the files of the store share; nobody else includes it.
  *
- * A page's owner count is the number of chunk records that hold it. A record holds its
+ * A page's owner count is the number of chunk records that hold it; a spare page of an open step
+ * has that step as its one owner. A record holds its
  * committed pages, and while a step appends to it also the pages reserved for that:
  *
  *     pages[]   0 .. n_pages-1 committed | n_pages .. n_pages+n_reserved-1 reserved
@@ -64,6 +65,7 @@ typedef struct kv_chunk {
 typedef struct kv_hold {
     uint64_t seq;
     uint32_t first_chunk, n_chunks; /* of the step's chunks */
+    uint32_t first_spare, n_spares; /* of its spare pages */
     UT_hash_handle hh;              /* in the region's holds */
 } kv_hold_t;
 
@@ -88,10 +90,11 @@ typedef struct kv_named {
 struct kv_step {
     uint64_t id;
     kv_region_t *region;
-    uint32_t n_entries, n_chunks, n_copies;
+    uint32_t n_entries, n_chunks, n_copies, n_spares;
     kv_hold_t *entries; /* [n_entries] */
     kv_named_t *chunks; /* [n_chunks], entry after entry */
     kv_copy_t *copies;  /* [n_copies] */
+    uint32_t *spares;   /* [n_spares] pages that the step holds itself, once reserved */
     UT_hash_handle hh;
 };
 

@@ -130,7 +130,7 @@ test_begin(void **state)
         WORKS(store, kv_chunk_fork(store, CACHE, 1, 9, 1000 + i));
         chunks[i][0] = (kv_step_chunk_t){1000 + i, 1, 9, 7, 0};
         chunks[i][1] = (kv_step_chunk_t){2000 + i, 0, 0, 5, 1};
-        entries[i]   = (kv_step_entry_t){(i * 7) % ENTRIES, 2, chunks[i]};
+        entries[i]   = (kv_step_entry_t){(i * 7) % ENTRIES, 2, chunks[i], i % 3};
     }
     SWEEP(kv_step_begin(store, CACHE, 1, entries, ENTRIES, &step),
           step != NULL || (store_is(store, ENTRIES + 1, 1997) && kv_step_find(store, 1) == NULL &&

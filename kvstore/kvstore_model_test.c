@@ -64,6 +64,11 @@ static void
 do_writes(world_t *world, model_step_t *step)
 {
     for (uint32_t e = 0; e < step->n_entries; e++) {
+        uint32_t n_spares;
+        const uint32_t *spares = kv_step_spares(step->step, e, &n_spares);
+        for (uint32_t t = 0; t < step->entries[e].n_spare; t++) { /* nobody else may see these */
+            *memory_at(world, spares, t) = POISON;
+        }
         for (uint32_t p = 0; p < step->entries[e].n_parts; p++) {
             const model_part_t *part = &step->entries[e].parts[p];
             uint32_t n;
@@ -178,6 +183,7 @@ check_numbers(world_t *world)
         }
     }
     count_pages(world, &held, &shared);
+    held += spare_pages(world);
     CHECK(kv_region_describe(store, world->cache, &info) == ATTN_OK);
     CHECK(info.chunks == n_chunks);
     CHECK(info.free_pages == world->n_pages - held);
@@ -226,6 +232,7 @@ make_request(world_t *world, model_step_t *step)
         model_entry_t *entry = &step->entries[e];
         entry->seq           = pick(SEQUENCES);
         entry->n_parts       = pick(PARTS_MAX + 1);
+        entry->n_spare       = chance(20) ? pick(3 * world->page_size) : 0;
         for (uint32_t p = 0; p < entry->n_parts; p++) {
             make_part(world, &entry->parts[p], p);
         }
@@ -280,6 +287,7 @@ predict_begin(world_t *world, model_step_t *step, attn_status_t *wrong)
         if (seq_is_held(world, entry->seq)) {
             wrong[n++] = ATTN_ERR_BUSY;
         }
+        need += pages_for(world, entry->n_spare);
         for (uint32_t p = 0; p < entry->n_parts; p++) {
             const kv_step_chunk_t *want = &entry->parts[p].named;
             const model_chunk_t *chunk  = chunk_of(world, want->chunk);
@@ -304,6 +312,7 @@ predict_begin(world_t *world, model_step_t *step, attn_status_t *wrong)
         }
     }
     count_pages(world, &held, &shared);
+    held += spare_pages(world);
     if (n == 0 && need > world->n_pages - held) {
         wrong[n++] = ATTN_ERR_EXHAUSTED;
     }
@@ -354,7 +363,7 @@ call_begin(world_t *world, model_step_t *step, uint64_t step_id)
         for (uint32_t p = 0; p < entry->n_parts; p++) {
             chunks[e][p] = entry->parts[p].named;
         }
-        entries[e] = (kv_step_entry_t){entry->seq, entry->n_parts, chunks[e]};
+        entries[e] = (kv_step_entry_t){entry->seq, entry->n_parts, chunks[e], entry->n_spare};
     }
     attn_status_t status =
         kv_step_begin(store, world->cache, step_id, entries, step->n_entries, &step->step);

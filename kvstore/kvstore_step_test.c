@@ -171,7 +171,7 @@ test_begin_refuses_a_chunk_twice(void **state)
     kv_store_t *store         = store_with_cache(4, 16, 8);
     kv_step_chunk_t a[]       = {{1, 1, 5, 0, 0}, {2, 0, 0, 0, 1}, {1, 1, 5, 0, 2}};
     kv_step_chunk_t b[]       = {{1, 1, 5, 0, 0}, {2, 0, 0, 0, 1}};
-    kv_step_entry_t entries[] = {{1, 2, a}, {2, 2, b}};
+    kv_step_entry_t entries[] = {{1, 2, a, 0}, {2, 2, b, 0}};
     kv_step_t *step;
     (void)state;
 
@@ -240,7 +240,7 @@ test_begin_is_all_or_nothing(void **state)
     kv_store_t *store               = store_with_cache(4, 16, 8);
     kv_step_chunk_t a[]             = {{1, 1, 5, 3, 0}, {10, 0, 0, 16, 1}};
     kv_step_chunk_t b[]             = {{2, 1, 5, 4, 0}};
-    const kv_step_entry_t entries[] = {{1, 2, a}, {2, 1, b}};
+    const kv_step_entry_t entries[] = {{1, 2, a, 0}, {2, 1, b, 0}};
     kv_step_t *step;
     (void)state;
 
@@ -285,7 +285,7 @@ test_commit_fills_the_first_chunk_first(void **state)
 {
     kv_store_t *store           = store_with_cache(4, 8, 12);
     const kv_step_chunk_t a[]   = {{1, 1, 6, 2, 0}, {2, 0, 0, 8, 1}, {3, 0, 0, 5, 2}};
-    const kv_step_entry_t entry = {1, 3, a};
+    const kv_step_entry_t entry = {1, 3, a, 0};
     const struct {
         uint32_t accepted, lengths[3], free_pages;
     } cases[] = {{0, {6, 0, 0}, 10}, {1, {7, 0, 0}, 10}, {2, {8, 0, 0}, 10}, {3, {8, 1, 0}, 9},
@@ -323,7 +323,7 @@ test_abort_undoes(void **state)
 {
     kv_store_t *store           = store_with_cache(4, 8, 12);
     const kv_step_chunk_t a[]   = {{1, 1, 6, 2, 0}, {2, 0, 0, 8, 1}};
-    const kv_step_entry_t entry = {1, 2, a};
+    const kv_step_entry_t entry = {1, 2, a, 0};
     kv_chunk_info_t info;
     kv_step_t *step;
     (void)state;
@@ -336,6 +336,40 @@ test_abort_undoes(void **state)
     assert_int_equal(free_pages(store), 10);
     assert_chunk(store, 1, 1, 6, 2);
     assert_int_equal(kv_chunk_describe(store, CACHE, 2, &info), ATTN_ERR_NOT_FOUND);
+    kv_store_destroy(store);
+}
+
+/* Spare pages are the step's own, count against what is free, and go back with it. */
+static void
+test_spare_pages_go_with_their_step(void **state)
+{
+    kv_store_t *store         = store_with_cache(4, 8, 12);
+    const kv_step_chunk_t a[] = {{1, 0, 0, 8, 0}};
+    kv_step_entry_t entries[] = {{1, 1, a, 9}, {2, 0, NULL, 4}};
+    uint32_t n;
+    kv_step_t *step;
+    (void)state;
+
+    for (uint32_t commit = 0; commit < 2; commit++) {
+        WORKS(store, begin(store, 1, entries, 2, &step));
+        assert_int_equal(free_pages(store), 12 - 2 - 3 - 1);
+        assert_non_null(kv_step_spares(step, 0, &n));
+        assert_int_equal(n, 3);
+        assert_ptr_equal(kv_step_spares(step, 1, &n), kv_step_spares(step, 0, &n) + 3);
+        EXPECT(store, kv_region_close(store, CACHE), ATTN_ERR_BUSY);
+        if (commit) {
+            WORKS(store, kv_step_commit(store, step, NULL));
+        } else {
+            kv_step_abort(store, step);
+        }
+        assert_int_equal(kv_store_check(store), ATTN_OK);
+        assert_int_equal(free_pages(store), commit ? 10 : 12);
+    }
+    entries[1].n_spare = 4 * 11; /* 10 are free */
+    EXPECT(store, begin(store, 1, entries + 1, 1, &step), ATTN_ERR_EXHAUSTED);
+    entries[1].n_spare = ATTN_KV_SPARE_MAX + 1;
+    EXPECT(store, begin(store, 1, entries + 1, 1, &step), ATTN_ERR_INVALID);
+    assert_int_equal(free_pages(store), 10);
     kv_store_destroy(store);
 }
 
@@ -410,7 +444,7 @@ test_both_sides_append_at_once(void **state)
 {
     kv_store_t *store = store_with_cache(4, 16, 12);
     kv_step_chunk_t a = {1, 1, 6, 1, 0}, b = {2, 1, 6, 1, 0};
-    const kv_step_entry_t both[] = {{1, 1, &a}, {2, 1, &b}};
+    const kv_step_entry_t both[] = {{1, 1, &a, 0}, {2, 1, &b, 0}};
     kv_step_t *step, *other;
     uint32_t n;
     (void)state;
@@ -487,6 +521,7 @@ main(void)
         cmocka_unit_test(test_steps_have_a_most),
         cmocka_unit_test(test_commit_fills_the_first_chunk_first),
         cmocka_unit_test(test_abort_undoes),
+        cmocka_unit_test(test_spare_pages_go_with_their_step),
         cmocka_unit_test(test_shared_tail_is_copied_and_swapped_in),
         cmocka_unit_test(test_no_copy_where_the_tail_is_full_or_alone),
         cmocka_unit_test(test_both_sides_append_at_once),

@@ -79,6 +79,7 @@ static void
 step_free(kv_step_t *step)
 {
     free(step->copies);
+    free(step->spares);
     free(step);
 }
 
@@ -135,6 +136,12 @@ prepare(kv_begin_t *begin)
             return false;
         }
     }
+    if (step->n_spares > 0) {
+        step->spares = calloc(step->n_spares, sizeof(*step->spares));
+        if (step->spares == NULL) {
+            return false;
+        }
+    }
     for (uint32_t i = 0; i < step->n_entries; i++) {
         if (!prepare_entry(step, i, &begin->entries[i])) {
             prepare_undo(step);
@@ -182,6 +189,9 @@ reserve(kv_step_t *step)
         if (named->n_new > 0) {
             reserve_chunk(step->region, named->chunk, named->n_new, &copy);
         }
+    }
+    for (uint32_t i = 0; i < step->n_spares; i++) {
+        step->spares[i] = kv_page_take(step->region);
     }
     assert(step->n_copies == 0 || copy == step->copies + step->n_copies);
     step->region->n_steps++;
@@ -244,6 +254,14 @@ kv_step_pages(const kv_step_t *step, uint32_t entry, uint32_t chunk, uint32_t *n
     /* Nobody truncates, appends to or releases a chunk that a step names, so its list stands. */
     *n = named != NULL ? named->n_pages + named->n_reserved : 0;
     return *n > 0 ? named->pages : NULL;
+}
+
+const uint32_t *
+kv_step_spares(const kv_step_t *step, uint32_t entry, uint32_t *n)
+{
+    assert(entry < step->n_entries);
+    *n = step->entries[entry].n_spares;
+    return *n > 0 ? step->spares + step->entries[entry].first_spare : NULL;
 }
 
 bool
@@ -313,6 +331,9 @@ settle_entry(kv_step_t *step, kv_hold_t *entry, uint64_t accepted)
 static void
 step_close(kv_store_t *store, kv_step_t *step)
 {
+    for (uint32_t i = 0; i < step->n_spares; i++) {
+        kv_page_drop(step->region, step->spares[i]);
+    }
     step->region->n_steps--;
     HASH_DEL(store->steps, step);
     step_free(step);

@@ -242,8 +242,18 @@ static attn_status_t
 check_entry(kv_begin_t *begin, uint32_t i)
 {
     const kv_step_entry_t *entry = &begin->entries[i];
-    kv_named_t *named            = begin->step->chunks + begin->step->entries[i].first_chunk;
+    kv_hold_t *hold              = &begin->step->entries[i];
+    kv_named_t *named            = begin->step->chunks + hold->first_chunk;
 
+    if (entry->n_spare > ATTN_KV_SPARE_MAX) {
+        return attn_fail(ATTN_ERR_INVALID,
+                         "step %" PRIu64 ": entry %u: %u spare tokens, at most %u", begin->step->id,
+                         i, entry->n_spare, ATTN_KV_SPARE_MAX);
+    }
+    hold->first_spare = begin->step->n_spares;
+    hold->n_spares    = kv_pages_for(begin->region, entry->n_spare);
+    begin->step->n_spares += hold->n_spares;
+    begin->n_pages += hold->n_spares;
     for (uint32_t c = 0; c < entry->n_chunks; c++) {
         if (c > 0 && entry->chunks[c].number <= entry->chunks[c - 1].number) {
             return attn_fail(

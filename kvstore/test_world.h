@@ -37,7 +37,7 @@ typedef struct model_part {
 
 typedef struct model_entry {
     uint64_t seq;
-    uint32_t n_parts;
+    uint32_t n_parts, n_spare;
     model_part_t parts[PARTS_MAX];
 } model_entry_t;
 
@@ -129,6 +129,21 @@ count_pages(const world_t *world, uint32_t *held, uint32_t *shared)
             }
         }
     }
+}
+
+/* Pages that open steps hold themselves. */
+static inline uint32_t
+spare_pages(const world_t *world)
+{
+    uint32_t n = 0;
+
+    for (uint32_t s = 0; s < STEPS; s++) {
+        const model_step_t *step = &world->steps[s];
+        for (uint32_t e = 0; step->step != NULL && e < step->n_entries; e++) {
+            n += pages_for(world, step->entries[e].n_spare);
+        }
+    }
+    return n;
 }
 
 static inline bool
