@@ -375,7 +375,13 @@ add_chunk(const split_work_t *work, uint32_t i, uint32_t c, split_part_t *part)
     if (n_new == 0) {
         return;
     }
-    uint32_t row           = (uint32_t)(first - entry->base);
+    uint32_t row = (uint32_t)(first - entry->base);
+    if (entry->path) {
+        if (part->n_rows == 0) {
+            part->rows[part->n_rows++] = (struct split_rows){.first = row, .n = entry->n_new - row};
+        }
+        return;
+    }
     struct split_rows *run = part->n_rows > 0 ? &part->rows[part->n_rows - 1] : NULL;
     if (run && run->first + run->n == row) {
         run->n += n_new;

@@ -28,6 +28,8 @@ typedef struct split_layout {
 typedef struct split_entry {
     uint64_t base;
     uint32_t n_q, n_new;
+    bool path; /**< commit takes a path: whoever stores a new token stores all that follow it, too,
+                    for each may be moved to where that token is */
 } split_entry_t;
 
 /** A chunk in one worker's share. */

@@ -270,6 +270,17 @@ typedef struct attn_entry {
     uint32_t n_lists;
     const uint32_t *sparse_indptr;
     const uint32_t *sparse_pages;
+    /**
+     * Tree drafts: NULL, or which of the step's own tokens each query sees, committed ones aside:
+     * n_q rows (1 to n_new) of ceil(n_new / 8) bytes, token j being bit j % 8, least significant
+     * first, of byte j / 8. Bits beyond n_new are 0, a row has at least one bit, n_new is at most
+     * ATTN_MASK_TOKENS_MAX. Causality and sparse lists have no say among the new tokens then.
+     *
+     * A row names a path: the r-th token that it names counts as position base + r, and its query
+     * stands at the last of them, for windows and slopes. So name a token's ancestors and the token
+     * itself, list parents before children, and give RoPE the position base + depth.
+     * attn_step_commit_with() keeps a path. */
+    const uint8_t *mask;
 } attn_entry_t;
 
 typedef struct attn_batch {
@@ -361,12 +372,30 @@ ATTN_API attn_status_t attn_step_submit(attn_step_t *step, uint32_t layer, const
  * any other it is over, some owners may have committed (attn_seq_describe() tells the length that
  * all have), and attn_step_abort() frees it.
  *
- * @return ATTN_ERR_INVALID     accepted[i] is above n_new of the entry
+ * @return ATTN_ERR_INVALID     accepted[i] is above n_new of the entry, or the entry has a mask and
+ *                              keeps any: attn_step_commit_with() takes its path
  * @return ATTN_ERR_INCOMPLETE  a layer has no k, v; the sentence names layer and range
  * @return ATTN_ERR_BUSY        a submitted run is outstanding
  * @return ATTN_ERR_ABORTED, ATTN_ERR_DEADLINE, ATTN_ERR_UNAVAILABLE  a worker failed
  */
 ATTN_API attn_status_t attn_step_commit(attn_step_t *step, const uint32_t *accepted);
+
+typedef struct attn_commit {
+    size_t size;              /**< sizeof(attn_commit_t) */
+    const uint32_t *accepted; /**< [n] tokens to keep of each entry; of one with a mask, the length
+                                   of its path. NULL accepts all; not with masks */
+    /** The paths of the entries with a mask, in the order of the batch, one behind the other:
+     * ascending indices of the new tokens to keep. Their k and v come to stand one behind the other
+     * from base on, in every layer, as they were given (RoPE is the caller's: what was encoded for
+     * base + depth is right there). The sequence is then as if a plain step had appended them. */
+    const uint32_t *path;
+    uint64_t n_path; /**< of all paths together */
+} attn_commit_t;
+
+/** As attn_step_commit(), with paths. @return ATTN_ERR_INVALID also where path does not ascend,
+ * goes beyond the entry's new tokens, or is longer or shorter than the entries with a mask accept
+ */
+ATTN_API attn_status_t attn_step_commit_with(attn_step_t *step, const attn_commit_t *commit);
 
 /** End and free the step, and return everything to where it was; ends within about 2 s. A
  * submitted run completes first, if need be as ATTN_ERR_DEADLINE after 1 s. NULL is allowed. */

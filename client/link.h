@@ -63,8 +63,8 @@ typedef struct link_ops {
 
     /** One at a time. The pieces' arrays are the caller's until done. */
     void (*run)(link_step_t *step, const link_run_t *run, link_done_fn done, void *arg);
-    void (*commit)(link_step_t *step, const uint32_t *accepted, uint32_t n, link_done_fn done,
-                   void *arg);
+    /** What `commit` points to may go when the call returns. */
+    void (*commit)(link_step_t *step, const engine_commit_t *commit, link_done_fn done, void *arg);
 
     void (*abort)(link_step_t *step, link_done_fn done, void *arg);
 

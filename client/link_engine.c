@@ -194,10 +194,9 @@ engine_link_run(link_step_t *step, const link_run_t *run, link_done_fn done, voi
 }
 
 static void
-engine_link_commit(link_step_t *step, const uint32_t *accepted, uint32_t n, link_done_fn done,
-                   void *arg)
+engine_link_commit(link_step_t *step, const engine_commit_t *commit, link_done_fn done, void *arg)
 {
-    attn_status_t status = engine_step_commit(step->engine, step->id, accepted, n);
+    attn_status_t status = engine_step_commit_paths(step->engine, step->id, commit);
 
     step->ended = step->ended || status == ATTN_OK;
     finish(done, arg, status);

@@ -83,15 +83,16 @@ grpc_link_run(link_step_t *step, const link_run_t *run, link_done_fn done, void 
 }
 
 static void
-grpc_link_commit(link_step_t *step, const uint32_t *accepted, uint32_t n, link_done_fn done,
-                 void *arg)
+grpc_link_commit(link_step_t *step, const engine_commit_t *what, link_done_fn done, void *arg)
 {
     Attn__V1__StepRequest request  = ATTN__V1__STEP_REQUEST__INIT;
     Attn__V1__CommitRequest commit = ATTN__V1__COMMIT_REQUEST__INIT;
 
     commit.step_id    = step->id;
-    commit.accepted   = (uint32_t *)accepted;
-    commit.n_accepted = accepted != NULL ? n : 0;
+    commit.accepted   = (uint32_t *)what->accepted;
+    commit.n_accepted = what->accepted != NULL ? what->n : 0;
+    commit.path       = (uint32_t *)what->path;
+    commit.n_path     = what->n_path;
     request.op_case   = ATTN__V1__STEP_REQUEST__OP_COMMIT;
     request.commit    = &commit;
     step->ended       = true; /* whatever comes: a refused one is aborted next */

@@ -16,6 +16,7 @@
 #include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 
 #define ABORT_TIMEOUT_MS 1000u
 
@@ -160,6 +161,7 @@ step_free(attn_step_t *step)
         free(share->pieces);
         free(share->states);
         free(share->accepted);
+        free(share->path);
     }
     if (step->n_gathers > 0) {
         free(step->gathers[0].partials);
@@ -273,8 +275,60 @@ step_abort_shares(attn_step_t *step)
 /* ---- commit and abort ---- */
 
 static attn_status_t
-commit_check(const attn_step_t *step, const uint32_t *accepted)
+check_stored(const attn_step_t *step, const step_entry_t *e, uint32_t want)
 {
+    for (uint32_t l = 0; want > 0 && l < step->cache->geometry.layers; l++) {
+        if (!step->stored[l]) {
+            return attn_fail(ATTN_ERR_INCOMPLETE,
+                             "layer %u has no k, v for tokens %llu-%llu of sequence %llx: run it "
+                             "first",
+                             l, (unsigned long long)e->base,
+                             (unsigned long long)(e->base + want - 1),
+                             (unsigned long long)e->seq.id);
+        }
+    }
+    return ATTN_OK;
+}
+
+/* Entry i; its path begins at *path_at, which goes on to the next one's. */
+static attn_status_t
+check_accepted(const attn_step_t *step, const attn_commit_t *commit, uint32_t i, uint64_t *path_at)
+{
+    const step_entry_t *e = &step->entries[i];
+    uint32_t want         = commit->accepted != NULL ? commit->accepted[i] : e->n_new;
+
+    if (want > e->n_new) {
+        return attn_fail(ATTN_ERR_INVALID, "accepted[%u] is %u: the entry has %u new tokens", i,
+                         want, e->n_new);
+    }
+    if (e->masked && (commit->accepted == NULL || want > commit->n_path - *path_at)) {
+        return attn_fail(ATTN_ERR_INVALID,
+                         "entry %u has a mask: %u of its new tokens are to be kept, but path names "
+                         "%llu for it",
+                         i, want, (unsigned long long)(commit->n_path - *path_at));
+    }
+    if (e->masked && want > 0) {
+        attn_status_t status = engine_path_check(commit->path + *path_at, want, e->n_new);
+        if (status != ATTN_OK) {
+            return attn_fail_in(status, "entry %u: ", i);
+        }
+        *path_at += want;
+    }
+    return check_stored(step, e, want);
+}
+
+static attn_status_t
+commit_check(const attn_step_t *step, const attn_commit_t *commit)
+{
+    uint64_t path_at = 0;
+
+    if (commit == NULL || commit->size < sizeof(*commit)) {
+        return attn_fail(ATTN_ERR_INVALID, "commit.size must be sizeof(attn_commit_t)");
+    }
+    if (commit->path == NULL && commit->n_path > 0) {
+        return attn_fail(ATTN_ERR_INVALID, "path is NULL, but n_path is %llu",
+                         (unsigned long long)commit->n_path);
+    }
     if (!atomic_load(&step->idle)) {
         return attn_fail(ATTN_ERR_BUSY,
                          "a run of the step is outstanding: wait for its completion");
@@ -283,23 +337,44 @@ commit_check(const attn_step_t *step, const uint32_t *accepted)
         return attn_fail(ATTN_ERR_ABORTED, "the step was aborted: %s", step->sentence);
     }
     for (uint32_t i = 0; i < step->n; i++) {
-        const step_entry_t *e = &step->entries[i];
-        uint32_t want         = accepted != NULL ? accepted[i] : e->n_new;
-        if (want > e->n_new) {
-            return attn_fail(ATTN_ERR_INVALID, "accepted[%u] is %u: the entry has %u new tokens", i,
-                             want, e->n_new);
-        }
-        for (uint32_t l = 0; want > 0 && l < step->cache->geometry.layers; l++) {
-            if (!step->stored[l]) {
-                return attn_fail(
-                    ATTN_ERR_INCOMPLETE,
-                    "layer %u has no k, v for tokens %llu-%llu of sequence %llx: run it first", l,
-                    (unsigned long long)e->base, (unsigned long long)(e->base + want - 1),
-                    (unsigned long long)e->seq.id);
-            }
+        attn_status_t status = check_accepted(step, commit, i, &path_at);
+        if (status != ATTN_OK) {
+            return status;
         }
     }
+    if (path_at != commit->n_path) {
+        return attn_fail(ATTN_ERR_INVALID,
+                         "path has %llu numbers: the entries with a mask accept %llu tokens",
+                         (unsigned long long)commit->n_path, (unsigned long long)path_at);
+    }
     return ATTN_OK;
+}
+
+/* What to keep, in the words of a share's batch: parts ascend in entry, and so do paths. */
+static void
+share_commit(share_t *share, const attn_commit_t *commit, engine_commit_t *out)
+{
+    const attn_step_t *step = share->step;
+    const uint32_t *path    = commit->path;
+    uint64_t n_path         = 0;
+    uint32_t entry          = 0;
+
+    for (uint32_t p = 0; p < share->split->n_parts; p++) {
+        uint32_t i = share->split->parts[p].entry;
+        for (; entry < i; entry++) {
+            path += step->entries[entry].masked ? commit->accepted[entry] : 0;
+        }
+        share->accepted[p] =
+            commit->accepted != NULL ? commit->accepted[i] : step->entries[i].n_new;
+        if (step->entries[i].masked && share->accepted[p] > 0) {
+            memcpy(share->path + n_path, path, share->accepted[p] * sizeof(*path));
+            n_path += share->accepted[p];
+        }
+    }
+    *out = (engine_commit_t){.accepted = share->accepted,
+                             .n        = share->split->n_parts,
+                             .path     = share->path,
+                             .n_path   = n_path};
 }
 
 /* The layouts as they are now that the step is committed. */
@@ -336,12 +411,12 @@ layouts_drop(attn_step_t *step)
 }
 
 attn_status_t
-attn_step_commit(attn_step_t *step, const uint32_t *accepted)
+attn_step_commit_with(attn_step_t *step, const attn_commit_t *commit)
 {
     attn_status_t status = step_may_wait("attn_step_commit");
 
     if (status == ATTN_OK) {
-        status = commit_check(step, accepted);
+        status = commit_check(step, commit);
     }
     if (status != ATTN_OK) {
         return status;
@@ -349,13 +424,10 @@ attn_step_commit(attn_step_t *step, const uint32_t *accepted)
     step_call_start(step);
     for (uint32_t s = 0; s < step->n_shares; s++) {
         share_t *share = &step->shares[s];
-        for (uint32_t p = 0; p < share->split->n_parts; p++) {
-            uint32_t i         = share->split->parts[p].entry;
-            share->accepted[p] = accepted != NULL ? accepted[i] : step->entries[i].n_new;
-        }
+        engine_commit_t words;
+        share_commit(share, commit, &words);
         step_share_start(share);
-        share->link->ops->commit(share->remote, share->accepted, share->split->n_parts,
-                                 step_share_done, share);
+        share->link->ops->commit(share->remote, &words, step_share_done, share);
     }
     step_call_started(step);
     status = step_call_wait(step, step->deadline_ns);
@@ -365,9 +437,17 @@ attn_step_commit(attn_step_t *step, const uint32_t *accepted)
         layouts_drop(step);
         return status;
     }
-    layouts_advance(step, accepted);
+    layouts_advance(step, commit->accepted);
     step_retire(step);
     return ATTN_OK;
+}
+
+attn_status_t
+attn_step_commit(attn_step_t *step, const uint32_t *accepted)
+{
+    attn_commit_t commit = {.size = sizeof(commit), .accepted = accepted};
+
+    return attn_step_commit_with(step, &commit);
 }
 
 /* Inside a completion nobody may wait: the keeper aborts it. */

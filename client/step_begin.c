@@ -70,6 +70,10 @@ batch_check(const attn_cache_t *cache, const attn_batch_t *batch)
                 e->n_lists, cache->geometry.kv_heads);
         }
         attn_status_t status = sparse_check(e, i);
+        if (status == ATTN_OK && e->mask != NULL &&
+            (status = attn_mask_check(e->mask, e->n_q, e->n_new)) != ATTN_OK) {
+            attn_fail_in(status, "entry %u: ", i);
+        }
         if (status != ATTN_OK) {
             return status;
         }
@@ -137,6 +141,7 @@ step_new(attn_cache_t *cache, const attn_batch_t *batch, uint64_t deadline_ns, a
                                                .base    = e->base,
                                                .n_q     = e->n_q,
                                                .n_new   = e->n_new,
+                                               .masked  = e->mask != NULL,
                                                .q_row   = step->q_rows,
                                                .new_row = step->new_rows};
         step->q_rows += e->n_q;
@@ -210,7 +215,8 @@ begin_split(attn_step_t *step, uint64_t *epoch_p)
             status = attn_fail(ATTN_ERR_STALE, "sequence %llx was changed meanwhile",
                                (unsigned long long)e->seq.id);
         } else {
-            entries[i] = (split_entry_t){.base = e->base, .n_q = e->n_q, .n_new = e->n_new};
+            entries[i] = (split_entry_t){
+                .base = e->base, .n_q = e->n_q, .n_new = e->n_new, .path = e->masked};
             layouts[i] = (split_layout_t){
                 .seq = layout->seq, .n_chunks = layout->n_chunks, .chunks = layout->chunks};
             *epoch_p = attn_min(*epoch_p, layout->epoch);
@@ -295,7 +301,8 @@ share_batch(share_t *share, const attn_batch_t *batch, uint64_t epoch, engine_ba
                                                     .nodes         = part->nodes,
                                                     .n_lists       = e->n_lists,
                                                     .sparse_indptr = e->sparse_indptr,
-                                                    .sparse_pages  = e->sparse_pages};
+                                                    .sparse_pages  = e->sparse_pages,
+                                                    .mask          = part->attends ? e->mask : NULL};
         for (uint32_t r = 0; r < part->n_refs; r++) {
             const split_ref_t *ref = &part->refs[r];
             *chunk++               = (kv_step_chunk_t){.chunk      = ref->id,

@@ -23,6 +23,7 @@ typedef struct share {
     uint64_t n_states;
     uint8_t *states;     /* partials as they come: all e, all l, all A */
     uint32_t *accepted;  /* [parts] at commit */
+    uint32_t *path;      /* of its parts with a mask, at commit: room for all their new tokens */
     uint64_t compute_ns; /* of the last run */
 } share_t;
 
@@ -46,6 +47,7 @@ typedef struct step_entry {
     uint64_t base;
     uint32_t n_q, n_new;
     uint64_t q_row, new_row; /* first row in the batch */
+    bool masked;
 } step_entry_t;
 
 struct attn_step {

@@ -72,17 +72,20 @@ share_layout(attn_step_t *step, share_t *share)
 {
     const split_share_t *split = share->split;
     row_bytes_t row            = row_bytes(step);
-    uint64_t runs              = 0;
+    uint64_t runs = 0, path = 0;
 
     for (uint32_t p = 0; p < split->n_parts; p++) {
+        const step_entry_t *e = &step->entries[split->parts[p].entry];
         runs += split->parts[p].n_rows;
+        path += e->masked ? e->n_new : 0;
     }
     uint64_t parts  = split->n_parts;
     span_t *spans   = calloc(3 * parts + 2 * runs + 1, sizeof(*spans));
     share->q        = spans;
     share->accepted = calloc(parts + 1, sizeof(*share->accepted));
+    share->path     = calloc(path + 1, sizeof(*share->path));
     share->pieces   = calloc(3 * parts + 2 * runs + 2, sizeof(*share->pieces));
-    if (spans == NULL || share->accepted == NULL || share->pieces == NULL) {
+    if (spans == NULL || share->accepted == NULL || share->path == NULL || share->pieces == NULL) {
         return attn_fail(ATTN_ERR_NO_MEMORY, "no memory for a step's layout");
     }
     share->o   = spans + parts;

@@ -242,6 +242,21 @@ sparse_encode(wire_block_t *block, const uint32_t *indptr, const uint32_t *pages
     return ATTN_OK;
 }
 
+/* No bytes are no mask. What the bits say is checked by who uses them. */
+static attn_status_t
+mask_decode(const ProtobufCBinaryData *mask, uint32_t n_q, uint32_t n_new, const uint8_t **mask_p)
+{
+    uint64_t row_bytes = attn_mask_row_bytes(n_new);
+
+    if (mask->len > 0 && mask->len != n_q * row_bytes) {
+        return attn_fail(ATTN_ERR_INVALID,
+                         "mask has %zu bytes: none, or %u rows (n_q) of %llu for %u new tokens",
+                         mask->len, n_q, (unsigned long long)row_bytes, n_new);
+    }
+    *mask_p = mask->len > 0 ? mask->data : NULL;
+    return ATTN_OK;
+}
+
 static attn_status_t
 worker_entry_decode(wire_block_t *block, const Attn__V1__WorkerEntry *message,
                     engine_entry_t *entry)
@@ -264,15 +279,19 @@ worker_entry_decode(wire_block_t *block, const Attn__V1__WorkerEntry *message,
         nodes[k] =
             (attn_node_t){.level = message->nodes[k]->level, .index = message->nodes[k]->index};
     }
-    *entry = (engine_entry_t){.seq      = message->seq,
-                              .base     = message->base_position,
-                              .n_q      = message->n_q,
-                              .n_new    = message->n_new,
-                              .n_chunks = (uint32_t)message->n_chunks,
-                              .chunks   = chunks,
-                              .n_nodes  = (uint32_t)message->n_nodes,
-                              .nodes    = nodes,
-                              .n_lists  = (uint32_t)message->n_sparse};
+    *entry               = (engine_entry_t){.seq      = message->seq,
+                                            .base     = message->base_position,
+                                            .n_q      = message->n_q,
+                                            .n_new    = message->n_new,
+                                            .n_chunks = (uint32_t)message->n_chunks,
+                                            .chunks   = chunks,
+                                            .n_nodes  = (uint32_t)message->n_nodes,
+                                            .nodes    = nodes,
+                                            .n_lists  = (uint32_t)message->n_sparse};
+    attn_status_t status = mask_decode(&message->mask, message->n_q, message->n_new, &entry->mask);
+    if (status != ATTN_OK) {
+        return status;
+    }
     return sparse_decode(block, message->sparse, message->n_sparse, &entry->sparse_indptr,
                          &entry->sparse_pages);
 }
@@ -349,6 +368,10 @@ worker_entry_encode(wire_block_t *block, const engine_entry_t *e, Attn__V1__Work
     message->n_nodes       = e->n_nodes;
     message->nodes         = nodes;
     message->n_sparse      = e->n_lists;
+    if (e->mask != NULL) {
+        message->mask.data = (uint8_t *)e->mask;
+        message->mask.len  = e->n_q * attn_mask_row_bytes(e->n_new);
+    }
     return sparse_encode(block, e->sparse_indptr, e->sparse_pages, e->n_lists, &message->sparse);
 }
 
@@ -403,6 +426,9 @@ wire_begin_decode(wire_block_t *block, const Attn__V1__BeginStepRequest *message
                                                           .n_lists = (uint32_t)from->n_sparse};
         status = sparse_decode(block, from->sparse, from->n_sparse, &entries[i].sparse_indptr,
                                &entries[i].sparse_pages);
+        if (status == ATTN_OK) {
+            status = mask_decode(&from->mask, from->n_q, from->n_new, &entries[i].mask);
+        }
     }
     *batch = (attn_batch_t){
         .size       = sizeof(*batch),

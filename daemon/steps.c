@@ -91,6 +91,17 @@ steps_run_do(steps_t *steps, steps_run_t *run, tensor_t **answer_p)
     return ATTN_OK;
 }
 
+attn_status_t
+steps_commit(steps_t *steps, const Attn__V1__CommitRequest *request)
+{
+    engine_commit_t commit = {.accepted = request->n_accepted > 0 ? request->accepted : NULL,
+                              .n        = (uint32_t)request->n_accepted,
+                              .path     = request->path,
+                              .n_path   = request->n_path};
+
+    return steps->ops->commit(steps->service, request->step_id, &commit);
+}
+
 void
 steps_run_close(steps_run_t *run)
 {
@@ -129,8 +140,7 @@ serve_commit(void *service, const ProtobufCMessage *request, wire_block_t *block
     if (unary_reply(block, &attn__v1__empty__descriptor, reply_p) == NULL) {
         return ATTN_ERR_NO_MEMORY;
     }
-    return steps->ops->commit(steps->service, r->step_id, r->n_accepted > 0 ? r->accepted : NULL,
-                              (uint32_t)r->n_accepted);
+    return steps_commit(steps, r);
 }
 
 static attn_status_t

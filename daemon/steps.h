@@ -52,7 +52,7 @@ typedef struct steps_ops {
     attn_status_t (*begin)(void *service, const ProtobufCMessage *request, steps_begun_t *begun);
     attn_status_t (*sizes)(void *service, uint64_t step_id, steps_sizes_t *sizes);
     attn_status_t (*run)(void *service, const steps_layer_t *layer);
-    attn_status_t (*commit)(void *service, uint64_t step_id, const uint32_t *accepted, uint32_t n);
+    attn_status_t (*commit)(void *service, uint64_t step_id, const engine_commit_t *commit);
     attn_status_t (*abort)(void *service, uint64_t step_id, const char *reason);
 } steps_ops_t;
 

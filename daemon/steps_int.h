@@ -45,6 +45,9 @@ attn_status_t steps_run_open(steps_t *steps, const Attn__V1__RunRequest *head, u
 /** Do the run when all its data is there. *answer_p is NULL if it has no answer. */
 attn_status_t steps_run_do(steps_t *steps, steps_run_t *run, tensor_t **answer_p);
 
+/** Commit as the message asks. */
+attn_status_t steps_commit(steps_t *steps, const Attn__V1__CommitRequest *request);
+
 /** Give the run's data back. */
 void steps_run_close(steps_run_t *run);
 

@@ -107,9 +107,9 @@ fake_end(service_t *service, uint64_t id)
 }
 
 static attn_status_t
-fake_commit(void *arg, uint64_t id, const uint32_t *accepted, uint32_t n)
+fake_commit(void *arg, uint64_t id, const engine_commit_t *commit)
 {
-    if (n > 0 && accepted[0] == 99) {
+    if (commit->accepted != NULL && commit->accepted[0] == 99) {
         return attn_fail(ATTN_ERR_INVALID, "accepted[0] is 99");
     }
     return fake_end(arg, id);

@@ -271,10 +271,7 @@ stream_operate(stream_t *stream, const Attn__V1__StepRequest *request)
         do_begin(stream, &request->worker_begin->base, true);
     } else if (request->op_case == ATTN__V1__STEP_REQUEST__OP_COMMIT) {
         const Attn__V1__CommitRequest *r = request->commit;
-        do_end(stream, r->step_id,
-               steps->ops->commit(steps->service, r->step_id,
-                                  r->n_accepted > 0 ? r->accepted : NULL, (uint32_t)r->n_accepted),
-               ATTN__V1__STEP_REPLY__OP_COMMIT);
+        do_end(stream, r->step_id, steps_commit(steps, r), ATTN__V1__STEP_REPLY__OP_COMMIT);
     } else if (request->op_case == ATTN__V1__STEP_REQUEST__OP_ABORT) {
         do_end(stream, request->abort->step_id,
                steps->ops->abort(steps->service, request->abort->step_id, "its client aborted it"),

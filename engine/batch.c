@@ -177,6 +177,43 @@ check_attends(const attn_geometry_t *g, const engine_entry_t *e)
     return ATTN_OK;
 }
 
+/* Where the new tokens of a chunk are among those of the entry: [*first_p, *first_p + n_new). */
+static void
+new_tokens_of(const attn_geometry_t *g, const engine_entry_t *e, const kv_step_chunk_t *c,
+              uint32_t *first_p)
+{
+    *first_p = (uint32_t)((uint64_t)c->number * g->chunk_size + c->length - e->base);
+}
+
+uint32_t
+engine_entry_rows(const attn_geometry_t *g, const engine_entry_t *e, uint32_t *first_p)
+{
+    uint32_t n = 0;
+
+    *first_p = 0;
+    for (uint32_t c = 0; c < e->n_chunks; c++) {
+        if (e->mask != NULL && e->chunks[c].n_new > 0) {
+            new_tokens_of(g, e, &e->chunks[c], first_p);
+            return e->n_new - *first_p;
+        }
+        n += e->chunks[c].n_new;
+    }
+    return n;
+}
+
+bool
+engine_entry_owns(const attn_geometry_t *g, const engine_entry_t *e, uint32_t token)
+{
+    for (uint32_t c = 0; c < e->n_chunks; c++) {
+        uint32_t first;
+        new_tokens_of(g, e, &e->chunks[c], &first);
+        if (e->chunks[c].n_new > 0 && token >= first && token - first < e->chunks[c].n_new) {
+            return true;
+        }
+    }
+    return false;
+}
+
 static attn_status_t
 check_entry(const attn_geometry_t *g, const engine_entry_t *e)
 {
@@ -202,6 +239,9 @@ check_entry(const attn_geometry_t *g, const engine_entry_t *e)
         if (status != ATTN_OK) {
             return status;
         }
+    }
+    if (e->mask != NULL && (status = attn_mask_check(e->mask, e->n_q, e->n_new)) != ATTN_OK) {
+        return status;
     }
     if ((status = check_nodes(e)) != ATTN_OK ||
         (status = check_sparse(g, e, kv_length)) != ATTN_OK) {
@@ -259,9 +299,8 @@ engine_step_check(const engine_cache_t *cache, const engine_batch_t *batch)
         }
         rows += e->n_q;
         states += (uint64_t)e->n_q * e->n_nodes * g->q_heads; /* < 2^20 * 2^20 * 2^10 an entry */
-        for (uint32_t c = 0; c < e->n_chunks; c++) {
-            new_rows += e->chunks[c].n_new;
-        }
+        uint32_t first;
+        new_rows += engine_entry_rows(g, e, &first);
         if (rows > ENGINE_ROWS_MAX || new_rows > ENGINE_ROWS_MAX ||
             states > ANSWER_BYTES_MAX / (8 + 4 * g->head_dim_v) ||
             rows * g->q_heads * g->head_dim_v > ANSWER_BYTES_MAX / 8) {
@@ -317,13 +356,15 @@ carve(engine_step_t *step, const engine_batch_t *batch, bump_t *bump)
         e.nodes         = bump_copy(bump, from->nodes, from->n_nodes * sizeof(*from->nodes));
         e.sparse_indptr = bump_copy(bump, from->sparse_indptr, lists * sizeof(uint32_t));
         e.sparse_pages  = bump_copy(bump, from->sparse_pages, pages * sizeof(uint32_t));
+        if (from->mask != NULL) {
+            e.mask = bump_copy(bump, from->mask, from->n_q * attn_mask_row_bytes(from->n_new));
+        }
         if (step->entries != NULL) {
             step->entries[i] = e;
         }
         n_chunks += from->n_chunks;
-        for (uint32_t c = 0; c < from->n_chunks; c++) {
-            n_new += from->chunks[c].n_new;
-        }
+        uint32_t first;
+        n_new += engine_entry_rows(&step->cache->geometry, from, &first);
     }
     step->n            = batch->n;
     step->n_new_rows   = n_new;
@@ -331,6 +372,7 @@ carve(engine_step_t *step, const engine_batch_t *batch, bump_t *bump)
     step->runs         = bump_take(bump, n_chunks * sizeof(*step->runs));
     step->slot_pages   = bump_take(bump, n_new * sizeof(uint32_t));
     step->slot_offsets = bump_take(bump, n_new * sizeof(uint32_t));
+    step->slot_first   = bump_take(bump, batch->n * sizeof(uint64_t));
     step->stored       = bump_take(bump, step->cache->geometry.layers);
     step->plans        = bump_take(bump, step->cache->n_variants * sizeof(*step->plans));
 }
@@ -368,9 +410,9 @@ engine_batch_fingerprint(const engine_batch_t *batch)
     mix(&hash, &batch->cache, sizeof(batch->cache));
     for (uint32_t i = 0; i < batch->n; i++) {
         const engine_entry_t *e = &batch->entries[i];
-        uint64_t numbers[]      = {e->seq,         e->base,        e->n_q,         e->n_new,
-                                   e->n_chunks,    e->n_nodes,     e->n_lists,     batch->n,
-                                   batch->q_dtype, batch->o_dtype, batch->want_lse};
+        uint64_t numbers[]      = {e->seq,         e->base,        e->n_q,          e->n_new,
+                                   e->n_chunks,    e->n_nodes,     e->n_lists,      batch->n,
+                                   batch->q_dtype, batch->o_dtype, batch->want_lse, e->mask != NULL};
         mix(&hash, numbers, sizeof(numbers));
         for (uint32_t c = 0; c < e->n_chunks; c++) {
             uint64_t chunk[] = {e->chunks[c].chunk, e->chunks[c].generation, e->chunks[c].length,
@@ -384,6 +426,9 @@ engine_batch_fingerprint(const engine_batch_t *batch)
         if (e->n_lists > 0) {
             mix(&hash, e->sparse_indptr, (e->n_lists + 1u) * sizeof(uint32_t));
             mix(&hash, e->sparse_pages, e->sparse_indptr[e->n_lists] * sizeof(uint32_t));
+        }
+        if (e->mask != NULL) {
+            mix(&hash, e->mask, e->n_q * attn_mask_row_bytes(e->n_new));
         }
     }
     return XXH3_64bits_digest(&hash);
@@ -402,6 +447,47 @@ layout_slots(engine_step_t *step, const kv_step_chunk_t *c, const uint32_t *page
         step->slot_offsets[at] = t % page_size;
     }
     return at;
+}
+
+/* Slots of the new tokens of entry i, in the order of its chunks. */
+static void
+layout_chunks(engine_step_t *step, uint32_t i)
+{
+    const engine_entry_t *e = &step->entries[i];
+    uint64_t at             = step->slot_first[i];
+
+    for (uint32_t c = 0; c < e->n_chunks; c++) {
+        uint32_t n_pages;
+        const uint32_t *pages = kv_step_pages(step->kv, i, c, &n_pages);
+        at                    = layout_slots(step, &e->chunks[c], pages, at);
+    }
+}
+
+/* The same with a mask: in the order of the tokens, those of other owners' chunks spare. */
+static void
+layout_masked(engine_step_t *step, uint32_t i)
+{
+    const attn_geometry_t *g = &step->cache->geometry;
+    const engine_entry_t *e  = &step->entries[i];
+    uint32_t first, n_pages, spare = 0;
+    uint32_t n             = engine_entry_rows(g, e, &first);
+    const uint32_t *spares = kv_step_spares(step->kv, i, &n_pages);
+    uint64_t at            = step->slot_first[i];
+
+    for (uint32_t t = first; t < first + n; t++, at++) {
+        if (!engine_entry_owns(g, e, t)) {
+            step->slot_pages[at]   = spares[spare / g->page_size];
+            step->slot_offsets[at] = spare++ % g->page_size;
+        }
+    }
+    for (uint32_t c = 0; c < e->n_chunks; c++) {
+        uint32_t from;
+        const uint32_t *pages = kv_step_pages(step->kv, i, c, &n_pages);
+        new_tokens_of(g, e, &e->chunks[c], &from);
+        if (e->chunks[c].n_new > 0) {
+            layout_slots(step, &e->chunks[c], pages, step->slot_first[i] + from - first);
+        }
+    }
 }
 
 static void
@@ -449,7 +535,14 @@ engine_step_layout(engine_step_t *step)
                 step->kv_bytes += (uint64_t)tokens * g->kv_heads * (g->head_dim_k + g->head_dim_v) *
                                   attn_dtype_size(g->kv_dtype);
             }
-            slots = layout_slots(step, &e->chunks[c], pages, slots);
+        }
+        step->slot_first[i] = slots;
+        uint32_t unused;
+        slots += engine_entry_rows(g, e, &unused);
+        if (e->mask != NULL) {
+            layout_masked(step, i);
+        } else {
+            layout_chunks(step, i);
         }
         step->problem[i] = (attn_problem_entry_t){
             .kv_length     = e->base + e->n_new,
@@ -462,6 +555,8 @@ engine_step_layout(engine_step_t *step)
             .sparse_indptr = e->sparse_indptr,
             .sparse_pages  = e->sparse_pages,
             .dense_from    = e->base,
+            .mask          = e->mask,
+            .mask_tokens   = e->mask != NULL ? e->n_new : 0,
         };
     }
     layout_sizes(step, step->sizes.lse != 0);

@@ -136,6 +136,9 @@ typedef struct engine_entry {
     uint32_t n_lists; /**< block-sparse, as attn_entry_t */
     const uint32_t *sparse_indptr;
     const uint32_t *sparse_pages;
+    /** NULL, or the entry's mask, as attn_entry_t; with n_q 0 there is none. What is stored here is
+     * then every new token from the first in the chunks named to the entry's last. */
+    const uint8_t *mask;
 } engine_entry_t;
 
 typedef struct engine_batch {
@@ -194,6 +197,24 @@ attn_status_t engine_step_run(engine_t *engine, uint64_t step_id, uint32_t layer
  */
 attn_status_t engine_step_commit(engine_t *engine, uint64_t step_id, const uint32_t *accepted,
                                  uint32_t n_accepted);
+
+/** What to keep of a step. */
+typedef struct engine_commit {
+    const uint32_t *accepted; /**< [n] as engine_step_commit(): of an entry with a mask the length
+                                 of its path */
+    uint32_t n;
+    /** The paths of the entries with a mask, one behind the other: indices of the new tokens to
+     * keep, ascending. They come to stand one behind the other from the entry's base on. */
+    const uint32_t *path;
+    uint64_t n_path;
+} engine_commit_t;
+
+/** As engine_step_commit(), with paths. @return ATTN_ERR_INVALID also for a path */
+attn_status_t engine_step_commit_paths(engine_t *engine, uint64_t step_id,
+                                       const engine_commit_t *commit);
+
+/** Are these n indices of n_new tokens, ascending? @return ATTN_ERR_INVALID */
+attn_status_t engine_path_check(const uint32_t *path, uint32_t n, uint32_t n_new);
 
 /** Abort: idempotent, unknown ids are ATTN_OK. reason goes to whoever asks for the step later. */
 attn_status_t engine_step_abort(engine_t *engine, uint64_t step_id, const char *reason);

@@ -61,6 +61,7 @@ typedef struct engine_step {
     engine_sizes_t sizes;
     uint64_t n_new_rows;                 /* k, v rows stored here */
     uint32_t *slot_pages, *slot_offsets; /* [n_new_rows] */
+    uint64_t *slot_first;                /* [n] of each entry */
     uint8_t *stored;                     /* [layers] */
     uint64_t kv_bytes;                   /* that one run reads */
     UT_hash_handle hh;
@@ -107,5 +108,23 @@ attn_status_t engine_step_check(const engine_cache_t *cache, const engine_batch_
 attn_status_t engine_step_copy(engine_step_t *step, const engine_batch_t *batch);
 void engine_step_layout(engine_step_t *step);
 uint64_t engine_batch_fingerprint(const engine_batch_t *batch);
+
+/** Which of the entry's new tokens come here, with their rows: [*first_p, *first_p + returned).
+ * With a mask some of them are spare: in no chunk named. Without one *first_p says nothing. */
+uint32_t engine_entry_rows(const attn_geometry_t *geometry, const engine_entry_t *e,
+                           uint32_t *first_p);
+
+/** Does the new token of that index go to a chunk named here? */
+bool engine_entry_owns(const attn_geometry_t *geometry, const engine_entry_t *e, uint32_t token);
+
+/* ---- commit.c ---- */
+
+/** Check what is to be kept, and count it: here[n]. */
+attn_status_t engine_commit_check(const engine_step_t *step, const engine_commit_t *commit,
+                                  uint32_t *here);
+
+/** Move the tokens of the paths to their places, all layers. After engine_commit_check(). */
+attn_status_t engine_commit_move(engine_t *engine, const engine_step_t *step,
+                                 const engine_commit_t *commit);
 
 #endif

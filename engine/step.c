@@ -158,6 +158,18 @@ step_leave(engine_t *engine, engine_step_t *step)
 
 /* ---- begin ---- */
 
+/* New tokens that come here though their chunks are others'. */
+static uint32_t
+spare_tokens(const engine_step_t *step, const engine_entry_t *e)
+{
+    uint32_t first, owned = 0;
+
+    for (uint32_t c = 0; c < e->n_chunks; c++) {
+        owned += e->chunks[c].n_new;
+    }
+    return engine_entry_rows(&step->cache->geometry, e, &first) - owned;
+}
+
 /* Reserve pages and lay out the problem. Under the engine's lock. */
 static attn_status_t
 begin_reserve(engine_t *engine, engine_step_t *step, const engine_batch_t *batch)
@@ -170,7 +182,8 @@ begin_reserve(engine_t *engine, engine_step_t *step, const engine_batch_t *batch
     for (uint32_t i = 0; i < batch->n; i++) {
         entries[i] = (kv_step_entry_t){.seq      = batch->entries[i].seq,
                                        .n_chunks = batch->entries[i].n_chunks,
-                                       .chunks   = batch->entries[i].chunks};
+                                       .chunks   = batch->entries[i].chunks,
+                                       .n_spare  = spare_tokens(step, &batch->entries[i])};
     }
     attn_status_t status =
         kv_step_begin(engine->store, batch->cache, batch->step_id, entries, batch->n, &step->kv);
@@ -483,48 +496,6 @@ engine_step_run(engine_t *engine, uint64_t step_id, uint32_t layer, const void *
 
 /* ---- commit and abort ---- */
 
-/* How many of the first `accepted` tokens of entry e are stored in its chunk c. */
-static uint32_t
-accepted_in(const engine_step_t *step, const engine_entry_t *e, const kv_step_chunk_t *c,
-            uint32_t accepted)
-{
-    uint64_t first = (uint64_t)c->number * step->cache->geometry.chunk_size + c->length - e->base;
-
-    return c->n_new == 0 || accepted <= first ? 0 : (uint32_t)attn_min(accepted - first, c->n_new);
-}
-
-/* Tokens accepted here, entry by entry, and whether every layer has them. */
-static attn_status_t
-commit_check(const engine_step_t *step, const uint32_t *accepted, uint32_t n, uint32_t *here)
-{
-    if (accepted != NULL && n != step->n) {
-        return attn_fail(ATTN_ERR_INVALID, "accepted has %u numbers: the batch has %u entries here",
-                         n, step->n);
-    }
-    for (uint32_t i = 0; i < step->n; i++) {
-        const engine_entry_t *e = &step->entries[i];
-        uint32_t want           = accepted != NULL ? accepted[i] : e->n_new;
-        if (want > e->n_new) {
-            return attn_fail(ATTN_ERR_INVALID, "accepted[%u] is %u: the entry has %u new tokens", i,
-                             want, e->n_new);
-        }
-        here[i] = 0;
-        for (uint32_t c = 0; c < e->n_chunks; c++) {
-            here[i] += accepted_in(step, e, &e->chunks[c], want);
-        }
-        for (uint32_t l = 0; here[i] > 0 && l < step->cache->geometry.layers; l++) {
-            if (!step->stored[l]) {
-                return attn_fail(
-                    ATTN_ERR_INCOMPLETE,
-                    "layer %u has no k, v for tokens %llu-%llu of sequence %llx: run it first", l,
-                    (unsigned long long)e->base, (unsigned long long)(e->base + want - 1),
-                    (unsigned long long)e->seq);
-            }
-        }
-    }
-    return ATTN_OK;
-}
-
 static bool
 was_committed(engine_t *engine, uint64_t id)
 {
@@ -536,8 +507,7 @@ was_committed(engine_t *engine, uint64_t id)
 }
 
 attn_status_t
-engine_step_commit(engine_t *engine, uint64_t step_id, const uint32_t *accepted,
-                   uint32_t n_accepted)
+engine_step_commit_paths(engine_t *engine, uint64_t step_id, const engine_commit_t *commit)
 {
     engine_step_t *step;
 
@@ -547,9 +517,12 @@ engine_step_commit(engine_t *engine, uint64_t step_id, const uint32_t *accepted,
     }
     uint32_t *here = calloc(step->n, sizeof(*here));
     status         = here != NULL
-                         ? commit_check(step, accepted, n_accepted, here)
+                         ? engine_commit_check(step, commit, here)
                          : attn_fail(ATTN_ERR_NO_MEMORY, "no memory to commit %u entries", step->n);
-    if (status == ATTN_OK) {
+    if (status == ATTN_OK && (status = engine_commit_move(engine, step, commit)) != ATTN_OK) {
+        /* Its new tokens may be torn: nobody may commit them any more. */
+        step_abort_locked(engine, step, "its commit failed");
+    } else if (status == ATTN_OK) {
         plans_free(step);
         pthread_mutex_lock(&engine->lock);
         status = kv_step_commit(engine->store, step->kv, here);
@@ -560,6 +533,14 @@ engine_step_commit(engine_t *engine, uint64_t step_id, const uint32_t *accepted,
     free(here);
     step_leave(engine, step);
     return status;
+}
+
+attn_status_t
+engine_step_commit(engine_t *engine, uint64_t step_id, const uint32_t *accepted,
+                   uint32_t n_accepted)
+{
+    return engine_step_commit_paths(engine, step_id,
+                                    &(engine_commit_t){.accepted = accepted, .n = n_accepted});
 }
 
 attn_status_t

@@ -198,6 +198,12 @@ typedef struct attn_answer {
     int32_t *e; /**< [states] */
 } attn_answer_t;
 
+/** A token's row on its way to another place. */
+typedef struct attn_move {
+    uint32_t from_page, from_offset;
+    uint32_t to_page, to_offset;
+} attn_move_t;
+
 typedef struct attn_backend attn_backend_t;
 
 /** A backend: a row of the table. cpu now; cuda and fault take their place beside it. */
@@ -252,6 +258,14 @@ typedef struct attn_backend_ops {
     /** The way back: rows that append stored, to k and v, packed, in the calling thread alone. */
     attn_status_t (*read)(attn_backend_t *backend, const attn_kv_t *kv, const uint32_t *pages,
                           const uint32_t *offsets, uint64_t n, void *k, void *v);
+
+    /**
+     * Copy n rows of K and V, one layer, one row after the other: a row may be read that a later
+     * one writes to.
+     * @return ATTN_ERR_INVALID  a page or offset that the cache does not have; nothing was copied
+     */
+    attn_status_t (*move)(attn_backend_t *backend, const attn_kv_t *kv, const attn_move_t *moves,
+                          uint64_t n);
 
     /** Copy the first `tokens` tokens of page `from` to page `to`, one layer. */
     attn_status_t (*copy_page)(attn_backend_t *backend, const attn_kv_t *kv, uint32_t from,

@@ -245,7 +245,7 @@ op_run(void *service, const steps_layer_t *l)
 }
 
 static attn_status_t
-op_commit(void *service, uint64_t id, const uint32_t *accepted, uint32_t n)
+op_commit(void *service, uint64_t id, const engine_commit_t *commit)
 {
     thin_t *thin = service;
     thin_step_t *step;
@@ -255,11 +255,14 @@ op_commit(void *service, uint64_t id, const uint32_t *accepted, uint32_t n)
     if (status != ATTN_OK) {
         return committed ? ATTN_OK : status;
     }
-    if (accepted != NULL && n != step->n) {
-        status = attn_fail(ATTN_ERR_INVALID, "accepted has %u numbers: the batch has %u entries", n,
-                           step->n);
+    if (commit->accepted != NULL && commit->n != step->n) {
+        status = attn_fail(ATTN_ERR_INVALID, "accepted has %u numbers: the batch has %u entries",
+                           commit->n, step->n);
     } else {
-        status = attn_step_commit(step->step, accepted);
+        status = attn_step_commit_with(step->step, &(attn_commit_t){.size = sizeof(attn_commit_t),
+                                                                    .accepted = commit->accepted,
+                                                                    .path     = commit->path,
+                                                                    .n_path   = commit->n_path});
     }
     if (status == ATTN_OK) {
         step_end(thin, step, true, "");

@@ -90,11 +90,11 @@ step_run(void *service, const steps_layer_t *l)
 }
 
 static attn_status_t
-step_commit(void *service, uint64_t step_id, const uint32_t *accepted, uint32_t n)
+step_commit(void *service, uint64_t step_id, const engine_commit_t *commit)
 {
     worker_t *worker = service;
 
-    return engine_step_commit(worker->engine, step_id, accepted, n);
+    return engine_step_commit_paths(worker->engine, step_id, commit);
 }
 
 static attn_status_t

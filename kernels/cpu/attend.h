@@ -123,6 +123,8 @@ attn_status_t cpu_read(attn_backend_t *backend, const attn_kv_t *kv, const uint3
 attn_status_t cpu_compare(attn_backend_t *backend, const attn_kv_t *kv, const uint32_t *pages,
                           const uint32_t *offsets, uint64_t n, const void *k, const void *v,
                           bool *equal_p);
+attn_status_t cpu_move(attn_backend_t *backend, const attn_kv_t *kv, const attn_move_t *moves,
+                       uint64_t n);
 attn_status_t cpu_copy_page(attn_backend_t *backend, const attn_kv_t *kv, uint32_t from,
                             uint32_t to, uint32_t tokens);
 

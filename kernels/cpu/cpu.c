@@ -243,6 +243,7 @@ const attn_backend_ops_t attn_cpu_backend_ops = {
     .append          = cpu_append,
     .compare         = cpu_compare,
     .read            = cpu_read,
+    .move            = cpu_move,
     .copy_page       = cpu_copy_page,
     .workspace_bytes = cpu_workspace_bytes,
     .attend          = cpu_attend,

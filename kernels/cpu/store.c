@@ -198,6 +198,44 @@ copy_tokens(const attn_kv_t *kv, void *store, uint64_t page_stride, uint32_t d, 
     }
 }
 
+/* One row, head by head. The places may be the same. */
+static void
+copy_row(const attn_kv_t *kv, void *store, uint64_t page_stride, uint32_t d,
+         const attn_move_t *move)
+{
+    size_t size = attn_dtype_size(kv->dtype), head = (size_t)kv->page_size * d * size;
+    const uint8_t *from =
+        (uint8_t *)store + move->from_page * page_stride * size + move->from_offset * d * size;
+    uint8_t *to =
+        (uint8_t *)store + move->to_page * page_stride * size + move->to_offset * d * size;
+
+    for (uint32_t h = 0; h < kv->kv_heads; h++, from += head, to += head) {
+        memmove(to, from, d * size);
+    }
+}
+
+attn_status_t
+cpu_move(attn_backend_t *backend, const attn_kv_t *kv, const attn_move_t *moves, uint64_t n)
+{
+    (void)backend;
+    for (uint64_t i = 0; i < n; i++) {
+        const attn_move_t *m = &moves[i];
+        if (m->from_page >= kv->n_pages || m->to_page >= kv->n_pages ||
+            m->from_offset >= kv->page_size || m->to_offset >= kv->page_size) {
+            return attn_fail(ATTN_ERR_INVALID,
+                             "move %llu from page %u, offset %u to page %u, offset %u: the cache "
+                             "has %llu pages of %u",
+                             (unsigned long long)i, m->from_page, m->from_offset, m->to_page,
+                             m->to_offset, (unsigned long long)kv->n_pages, kv->page_size);
+        }
+    }
+    for (uint64_t i = 0; i < n; i++) {
+        copy_row(kv, kv->k, kv->k_page_stride, kv->head_dim_k, &moves[i]);
+        copy_row(kv, kv->v, kv->v_page_stride, kv->head_dim_v, &moves[i]);
+    }
+    return ATTN_OK;
+}
+
 attn_status_t
 cpu_copy_page(attn_backend_t *backend, const attn_kv_t *kv, uint32_t from, uint32_t to,
               uint32_t tokens)
