@@ -293,12 +293,16 @@ report(const store_t *s, const char *name, const char *of, uint32_t group, uint3
         target > 1 ? "at most" : "target", target, reached ? "" : "  MISSED");
     fflush(stdout);
     if (opt.json != NULL) {
-        fprintf(opt.json,
-                "{\"bench\":\"attend\",\"case\":\"%s\",\"of\":\"%s\",\"dtype\":\"%s\",\"group\":%u,"
-                "\"context\":%u,\"threads\":%u,\"isa\":\"%s\",\"value\":%.4g,\"unit\":\"%s\","
-                "\"bound\":%.4g,\"ratio\":%.4f,\"target\":%.2f}\n",
-                name, of, s->dtype_name, group, context, s->threads, opt.isa, value, unit, bound,
-                ratio, target);
+        fprintf(
+            opt.json,
+            "{\"bench\":\"attend\",\"case\":\"%s%s%s %s, group %u, %uk, %u thr\",\"kind\":\"%s\","
+            "\"of\":\"%s\",\"dtype\":\"%s\",\"group\":%u,\"context\":%u,\"threads\":%u,"
+            "\"isa\":\"%s\",\"value\":%.4g,\"unit\":\"%s\",\"bound\":%.4g,\"ratio\":%.4f,"
+            "\"target\":%.2f,\"sense\":\"%s\"}\n",
+            name, strcmp(of, "run") == 0 ? "" : " of ", strcmp(of, "run") == 0 ? "" : of,
+            s->dtype_name, group, context / 1024, s->threads, name, of, s->dtype_name, group,
+            context, s->threads, opt.isa, value, unit, bound, ratio, target,
+            target > 1 ? "most" : "least");
         fflush(opt.json);
     }
 }

@@ -383,17 +383,16 @@ static void
 report(const result_options_t *options, const sim_t *s, const char *name, double value,
        const char *unit, double target)
 {
+    char judged[64] = "";
+
     if (target > 0) {
-        result_json(options, "balance",
-                    "\"sequences\":%llu,\"workers\":%u,\"case\":\"%s\",\"value\":%.6g,"
-                    "\"unit\":\"%s\",\"target\":%g,\"sense\":\"most\"",
-                    (unsigned long long)s->n, s->workers, name, value, unit, target);
-    } else {
-        result_json(options, "balance",
-                    "\"sequences\":%llu,\"workers\":%u,\"case\":\"%s\",\"value\":%.6g,"
-                    "\"unit\":\"%s\"",
-                    (unsigned long long)s->n, s->workers, name, value, unit);
+        snprintf(judged, sizeof(judged), ",\"target\":%g,\"sense\":\"most\"", target);
     }
+    result_json(options, "balance",
+                "\"case\":\"%s, %llu sequences\",\"of\":\"%s\",\"sequences\":%llu,\"workers\":%u,"
+                "\"value\":%.6g,\"unit\":\"%s\"%s",
+                name, (unsigned long long)s->n, name, (unsigned long long)s->n, s->workers, value,
+                unit, judged);
 }
 
 static void

@@ -13,9 +13,11 @@ import glob
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 
 import plots
 import token_bench
@@ -23,6 +25,7 @@ import token_bench
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 BUILD = os.environ.get("ATTN_BUILD", os.path.join(ROOT, "build-bench"))
 TIMES = ("ns", "us", "ms", "s", "bytes")
+LIMIT = 600  # seconds for one program
 
 # name: (what it measures, [program of the build, argument ...]). A program that is not there is
 # said to be missing.
@@ -87,23 +90,41 @@ def build():
                 sys.exit(f"bench/run: {command[0]} failed: see {log}")
 
 
-def read_lines(path):
-    with open(path, encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines if line.strip()]
+def run_limited(command):
+    """Run a command with all it starts. Returns its exit code, or None if it took too long."""
+    process = subprocess.Popen(command, start_new_session=True)
+    try:
+        return process.wait(LIMIT)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        if process.returncode is None:  # too long, or interrupted
+            os.killpg(process.pid, signal.SIGTERM)
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
 
 
 def run_program(name, quick):
     """Run a program, its output shown as it comes. Returns its results, or None and a reason."""
+    program = " ".join(PROGRAMS[name][1])
     command = [os.path.join(BUILD, PROGRAMS[name][1][0]), *PROGRAMS[name][1][1:]]
     if not os.access(command[0], os.X_OK):
         return None, f"{PROGRAMS[name][1][0]} is not in this build"
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
-        command += ["--json", file.name] + (["--quick"] if quick else [])
-        code = subprocess.run(command, check=False).returncode
-        results = read_lines(file.name)
-    if code != 0:
-        return None, f"{' '.join(PROGRAMS[name][1])} ended with {code}"
-    return results, None
+        code = run_limited(command + ["--json", file.name] + (["--quick"] if quick else []))
+        if code is None:
+            return None, f"{program} took more than {LIMIT} s"
+        if code != 0:
+            return None, f"{program} ended with {code}"
+        with open(file.name, encoding="utf-8") as lines:
+            try:
+                results = [json.loads(line) for line in lines if line.strip()]
+            except ValueError as error:
+                return None, f"{program} wrote what is no JSON: {error}"
+    return (results, None) if results else (None, f"{program} wrote no results")
 
 
 # ---- verdicts ----
@@ -125,14 +146,17 @@ def show_verdicts(results):
     rows = [(result, judged) for result, judged in rows if judged is not None]
     if not rows:
         return
-    print(f"\n{'bench':<11} {'case':<34} {'value':>12} {'':<8} {'ratio':>7} {'target':>7}  verdict")
+    print(f"\n{'bench':<10} {'case':<38} {'value':>10} {'':<8} {'ratio':>7} {'target':>7}  verdict")
     for result, (met, margin) in rows:
-        ratio = "" if result.get("ratio") is None else f"{result['ratio']:.2f}"
-        word = "met" if met else f"MISSED by {-margin:.0f} %"
-        print(f"{result['bench']:<11} {result['case']:<34} {result['value']:>12.4g} "
+        ratio = "" if result.get("ratio") is None else f"{result['ratio']:.3f}"
+        word = "met" if met else f"MISSED by {-margin:.1f} %"
+        print(f"{result['bench']:<10} {result['case']:<38} {result['value']:>10.4g} "
               f"{result.get('unit', ''):<8} {ratio:>7} {result['target']:>7.4g}  {word}")
-    missed = sum(not met for _, (met, _) in rows)
-    print(f"\n{len(rows) - missed} of {len(rows)} targets met")
+    print()
+    of_what = [result.get("kind", result["bench"]) for result, _ in rows]
+    for what in dict.fromkeys(of_what):
+        mine = [met for name, (_, (met, _)) in zip(of_what, rows) if name == what]
+        print(f"{what:<10} {sum(mine)} of {len(mine)} targets met")
 
 
 # ---- the whole ----
@@ -168,6 +192,7 @@ def main():
     for name in options.names:
         what = TOKEN if name == "token" else PROGRAMS[name][0]
         print(f"\n== {name}: {what}", flush=True)
+        start = time.monotonic()
         if name == "token":
             found, reason = token_bench.run(ROOT, BUILD, options.quick)
         else:
@@ -177,6 +202,7 @@ def main():
             missing[name] = reason
         else:
             results += found
+            print(f"({time.monotonic() - start:.0f} s)")
     show_verdicts(results)
     os.makedirs(options.out, exist_ok=True)
     path = os.path.join(options.out, "results.json")
@@ -192,4 +218,7 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("bench/run: interrupted")
