@@ -39,3 +39,7 @@ endforeach()
 install(FILES ${PROJECT_SOURCE_DIR}/deploy/attnd.conf DESTINATION ${CMAKE_INSTALL_DATADIR}/attnd)
 install(FILES ${PROJECT_SOURCE_DIR}/proto/attn/v1/attn.proto
         DESTINATION ${CMAKE_INSTALL_DATADIR}/attnd/proto/attn/v1)
+# Manual pages, where man(1) looks for them.
+install(FILES ${PROJECT_SOURCE_DIR}/docs/man/attnd.1 ${PROJECT_SOURCE_DIR}/docs/man/attnctl.1
+        DESTINATION ${CMAKE_INSTALL_MANDIR}/man1)
+install(FILES ${PROJECT_SOURCE_DIR}/docs/man/attnd.conf.5 DESTINATION ${CMAKE_INSTALL_MANDIR}/man5)

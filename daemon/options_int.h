@@ -14,6 +14,9 @@ attn_status_t option_set_value(const option_t *row, void *values, const char *te
 /** The row's field as text that option_set_value() takes. */
 void option_get_value(const option_t *row, const void *values, char text[OPTIONS_VALUE_MAX]);
 
+/** "HOST:PORT", "MS": what stands for the value in help; "" of a switch. */
+const char *option_value_name(const option_t *row);
+
 /** "integer, 0 to 1024": what may be written. */
 void option_describe_kind(const option_t *row, char text[OPTIONS_VALUE_MAX]);
 

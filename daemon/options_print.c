@@ -29,8 +29,8 @@ print_wrapped(FILE *out, const char *lead, const char *text)
     fputc('\n', out);
 }
 
-static const char *
-value_name(const option_t *row)
+const char *
+option_value_name(const option_t *row)
 {
     static const char *const names[] = {
         [OPTION_TEXT] = "TEXT", [OPTION_ADDRESS] = "HOST:PORT",
@@ -51,7 +51,7 @@ static void
 print_option(FILE *out, const option_t *row)
 {
     char line[2 * OPTIONS_VALUE_MAX], kind[OPTIONS_VALUE_MAX], lead[HELP_INDENT + 1];
-    const char *value = value_name(row);
+    const char *value = option_value_name(row);
 
     memset(lead, ' ', HELP_INDENT);
     lead[HELP_INDENT] = '\0';
