@@ -43,3 +43,16 @@ install(FILES ${PROJECT_SOURCE_DIR}/proto/attn/v1/attn.proto
 install(FILES ${PROJECT_SOURCE_DIR}/docs/man/attnd.1 ${PROJECT_SOURCE_DIR}/docs/man/attnctl.1
         DESTINATION ${CMAKE_INSTALL_MANDIR}/man1)
 install(FILES ${PROJECT_SOURCE_DIR}/docs/man/attnd.conf.5 DESTINATION ${CMAKE_INSTALL_MANDIR}/man5)
+
+# Units and the user of the daemons. Units name the program where it comes to lie.
+install(CODE "
+  set(ATTN_BINDIR \"\${CMAKE_INSTALL_PREFIX}/${CMAKE_INSTALL_BINDIR}\")
+  foreach(unit attnd-coordinator attnd-worker)
+    configure_file(${PROJECT_SOURCE_DIR}/deploy/systemd/\${unit}.service.in
+                   ${PROJECT_BINARY_DIR}/units/\${unit}.service @ONLY)
+  endforeach()" COMPONENT service)
+install(FILES ${PROJECT_BINARY_DIR}/units/attnd-coordinator.service
+              ${PROJECT_BINARY_DIR}/units/attnd-worker.service
+        DESTINATION lib/systemd/system COMPONENT service)
+install(FILES ${PROJECT_SOURCE_DIR}/deploy/systemd/attnd.sysusers DESTINATION lib/sysusers.d
+        RENAME attnd.conf COMPONENT service)

@@ -45,6 +45,12 @@ void process_random_bytes(void *bytes, size_t n); /* at most 256 */
 /** 64 random bits, not 0. */
 uint64_t process_random(void);
 
+/**
+ * Tell the service manager, if one started us (NOTIFY_SOCKET, as sd_notify(3) has it): lines of
+ * NAME=value, such as READY=1, at most 511 bytes. From any thread; what cannot be sent is not.
+ */
+void process_notify(const char *format, ...) __attribute__((format(printf, 1, 2)));
+
 /** Tell `attnd dev`, if it started us, that we are ready; once. */
 void process_ready(const char *line);
 

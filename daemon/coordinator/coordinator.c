@@ -219,6 +219,7 @@ start(coordinator_t *c)
                      "reason=\"no --join-secret-file: who may connect may be a worker\"");
         }
         process_ready(c->address);
+        process_notify("READY=1\nSTATUS=serving on %s", c->address);
     }
     return status;
 }
@@ -232,6 +233,7 @@ drain(coordinator_t *c)
     uint64_t end = attn_now_ns() + DRAIN_MS * ATTN_NS_PER_MS;
 
     attn_log(ATTN_LOG_INFO, "coordinator.draining", "open_steps=%u", thin_open_steps(c->thin));
+    process_notify("STOPPING=1\nSTATUS=draining");
     rpc_server_set_serving(c->server, false);
     steps_drain(c->steps);
     while (thin_open_steps(c->thin) > 0 && attn_now_ns() < end) {

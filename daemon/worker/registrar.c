@@ -41,6 +41,7 @@ struct registrar {
     /* Of the thread. */
     uint32_t heartbeat_ms; /* as told; 0: never joined yet */
     uint32_t failures;     /* in a row */
+    bool said_joined;      /* to the service manager */
 };
 
 /* Sleep. @return false when it is time to stop */
@@ -169,8 +170,15 @@ note(registrar_t *r, attn_status_t status)
             attn_log(ATTN_LOG_INFO, "worker.coordinator_back", "coordinator=%s failures=%u",
                      r->worker->options.coordinator, r->failures);
         }
-        r->failures = 0;
+        if (!r->said_joined) {
+            process_notify("STATUS=worker %u of %s", atomic_load(&r->worker->id),
+                           r->worker->options.coordinator);
+        }
+        r->said_joined = true;
+        r->failures    = 0;
     } else if (r->failures++ == 0) {
+        process_notify("STATUS=waiting for the coordinator at %s", r->worker->options.coordinator);
+        r->said_joined = false;
         attn_log(ATTN_LOG_WARN, "worker.coordinator_away", "coordinator=%s status=%s reason=\"%s\"",
                  r->worker->options.coordinator, attn_strerror(status), attn_last_error());
     }
@@ -213,7 +221,8 @@ registrar_thread(void *arg)
             }
         }
         start_over(r, attn_last_error());
-        r->failures = 0;
+        r->failures    = 0;
+        r->said_joined = false;
     }
     return NULL;
 }

@@ -88,6 +88,8 @@ start(worker_t *worker)
              "address=%s tls=%s kind=%s slab=%llu read_bandwidth=%.3g", worker->address,
              worker->certs.tls != NULL ? "yes" : "no", info.kind,
              (unsigned long long)info.slab_bytes, info.read_bandwidth);
+    /* Ready without a coordinator, too: it is waited for as long as it takes. */
+    process_notify("READY=1\nSTATUS=waiting for the coordinator at %s", o->coordinator);
     return registrar_start(worker, &worker->registrar);
 }
 
@@ -130,6 +132,7 @@ drain(worker_t *worker)
 
     attn_log(ATTN_LOG_INFO, "worker.draining", "open_steps=%llu drain_ms=%llu",
              (unsigned long long)open_steps(worker), (unsigned long long)worker->options.drain_ms);
+    process_notify("STOPPING=1\nSTATUS=draining");
     rpc_server_set_serving(worker->server, false);
     steps_drain(worker->steps);
     while (open_steps(worker) > 0 && attn_now_ns() < end) {
