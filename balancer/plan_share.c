@@ -22,8 +22,8 @@ may_share(const builder_t *b, uint32_t e)
     const attn_problem_entry_t *entry = &b->problem->entries[e];
 
     /* With a window, what the entries see of a prefix differs, and is short. */
-    return entry->n_q > 0 && entry->n_runs > 0 && entry->n_lists == 0 && b->problem->window == 0 &&
-           (uint64_t)entry->n_q * b->plan->group * 2 <= ATTN_WORK_ROWS;
+    return entry->n_q > 0 && entry->n_runs > 0 && entry->n_lists == 0 && !entry->lists_change &&
+           b->problem->window == 0 && (uint64_t)entry->n_q * b->plan->group * 2 <= ATTN_WORK_ROWS;
 }
 
 /* Whole leaves from `leaf` on with equal tokens in run `run` of both entries. */

@@ -85,7 +85,7 @@ add_spans_of_run(builder_t *b, uint32_t e, uint32_t r, uint32_t segment, int64_t
     }
     uint32_t first = see_first > start ? (uint32_t)(see_first - start) : 0;
     uint32_t end   = see_end < start + run->length ? (uint32_t)(see_end - start) : run->length;
-    if (entry->n_lists > 0) {
+    if (entry->n_lists > 0 && !entry->lists_change) {
         narrow_to_lists(b, entry, run, &first, &end);
     }
     if (first >= end) {

@@ -281,6 +281,10 @@ typedef struct attn_entry {
      * itself, list parents before children, and give RoPE the position base + depth.
      * attn_step_commit_with() keeps a path. */
     const uint8_t *mask;
+    /** Lists that differ from layer to layer: pages that those given with a run
+     * (attn_step_run_with()) may have, all lists of the entry together; 0: none are given. At most
+     * 2,097,152 in a batch. An entry with room is planned as a dense one. */
+    uint32_t list_room;
 } attn_entry_t;
 
 typedef struct attn_batch {
@@ -346,6 +350,29 @@ ATTN_API attn_status_t attn_step_run(attn_step_t *step, uint32_t layer, const at
  * merging. Not to be called while a run is outstanding. */
 ATTN_API uint64_t attn_step_compute_ns(const attn_step_t *step);
 
+/** Block-sparse lists of one entry for one layer, as those of attn_entry_t. */
+typedef struct attn_lists {
+    uint32_t n_lists;       /**< 0: the entry's of begin, or none; 1; or kv_heads */
+    const uint32_t *indptr; /**< [n_lists + 1], from 0 on */
+    const uint32_t *pages;  /**< [indptr[n_lists]], at most the entry's list_room */
+} attn_lists_t;
+
+typedef struct attn_run {
+    size_t size; /**< sizeof(attn_run_t) */
+    uint32_t layer;
+    const attn_tensor_t *q, *k, *v, *o;
+    float *lse;
+    /** [n] one per entry, for this run in place of those of begin; NULL: those of begin. Answers
+     * are, bit for bit, those of a step whose begin had these lists. They are not remembered: give
+     * them again to ask again. */
+    const attn_lists_t *lists;
+} attn_run_t;
+
+/** attn_step_run() with all that a run may have.
+ * @return ATTN_ERR_INVALID   also for a list, or one of an entry whose list_room is 0
+ * @return ATTN_ERR_TOO_LARGE more pages than the entry's list_room */
+ATTN_API attn_status_t attn_step_run_with(attn_step_t *step, const attn_run_t *run);
+
 /** Called exactly once per submitted run, on a thread of the library or inside
  * attn_step_submit itself, with no lock held. error is the sentence of
  * attn_last_error() (empty on ATTN_OK), valid during the call. It must not block:
@@ -365,6 +392,11 @@ ATTN_API attn_status_t attn_step_submit(attn_step_t *step, uint32_t layer, const
                                         const attn_tensor_t *k, const attn_tensor_t *v,
                                         const attn_tensor_t *o, float *lse, attn_done_fn done,
                                         void *arg);
+
+/** attn_step_submit() of such a run. `run` and its tensor structs are copied, the lists are not:
+ * they stay as they are until `done` was called. */
+ATTN_API attn_status_t attn_step_submit_with(attn_step_t *step, const attn_run_t *run,
+                                             attn_done_fn done, void *arg);
 
 /**
  * Commit the first accepted[i] new tokens of every entry, and end the step: on ATTN_OK it

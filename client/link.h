@@ -24,6 +24,8 @@ typedef struct link_run {
     uint32_t n_q, n_k, n_v;     /**< pieces; n_q = 0: no q; n_k = 0: no k, v */
     const struct iovec *answer; /**< room for the answer, in the wire's order, as pieces */
     uint32_t n_answer;
+    const engine_lists_t *lists; /**< for this run; what they point to stays until done, too */
+    uint32_t n_lists;
     uint64_t *compute_ns; /**< set before done: how long it took there, without the way */
 } link_run_t;
 

@@ -183,10 +183,10 @@ engine_link_run(link_step_t *step, const link_run_t *run, link_done_fn done, voi
     bool direct      = run->n_answer == 1;
     void *answer     = direct ? run->answer[0].iov_base : scratch;
 
-    uint64_t start = attn_now_ns();
-    attn_status_t status =
-        engine_step_run(step->engine, step->id, run->layer, q, k, v, answer, NULL);
-    *run->compute_ns = attn_now_ns() - start;
+    uint64_t start       = attn_now_ns();
+    attn_status_t status = engine_step_run_lists(step->engine, step->id, run->layer, q, k, v,
+                                                 answer, NULL, run->lists, run->n_lists);
+    *run->compute_ns     = attn_now_ns() - start;
     if (status == ATTN_OK && q != NULL && !direct) {
         scatter(answer, run->answer, run->n_answer);
     }

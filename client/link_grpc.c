@@ -26,7 +26,8 @@ struct link_step {
     uint64_t id;
     link_done_fn begin_done;
     void *begin_arg;
-    bool ended; /* nothing of the step is open on the stream: the pipe is clean */
+    wire_block_t lists; /* of the run in progress */
+    bool ended;         /* nothing of the step is open on the stream: the pipe is clean */
 };
 
 static grpc_link_t *
@@ -79,7 +80,17 @@ grpc_link_begin(link_t *link, const engine_batch_t *batch, link_done_fn done, vo
 static void
 grpc_link_run(link_step_t *step, const link_run_t *run, link_done_fn done, void *arg)
 {
-    pipe_run(step->pipe, step->id, run, done, arg);
+    Attn__V1__EntryLists **lists = NULL;
+
+    wire_free(&step->lists); /* of the run before */
+    if (run->n_lists > 0) {
+        attn_status_t status = wire_lists_encode(&step->lists, run->lists, run->n_lists, &lists);
+        if (status != ATTN_OK) {
+            done(arg, status, "no memory for the lists of a run");
+            return;
+        }
+    }
+    pipe_run(step->pipe, step->id, run, lists, done, arg);
 }
 
 static void
@@ -123,6 +134,7 @@ grpc_link_step_free(link_step_t *step)
 {
     if (step != NULL) {
         pipe_give(step->pipe, step->ended);
+        wire_free(&step->lists);
         free(step);
     }
 }

@@ -49,7 +49,9 @@ struct pipe {
     bool replied;
     attn_status_t status;
     char sentence[512];
-    link_run_t run;    /* PIPE_RUN */
+    link_run_t run;               /* PIPE_RUN */
+    Attn__V1__EntryLists **lists; /* and its lists */
+    uint32_t n_lists;
     uint64_t received; /* bytes of the answer so far ... */
     uint64_t expected; /* ... of these */
     uint64_t step_id;
@@ -319,6 +321,8 @@ send_part(pipe_t *pipe, const struct iovec *part, uint32_t n, uint64_t offset)
     head.total      = pipe->total;
     head.no_kv      = pipe->run.n_k == 0;
     head.no_q       = pipe->run.n_q == 0;
+    head.lists      = offset == 0 ? pipe->lists : NULL;
+    head.n_lists    = offset == 0 ? pipe->n_lists : 0;
     request.op_case = ATTN__V1__STEP_REQUEST__OP_RUN;
     request.run     = &head;
     send_request(pipe, &request, part, n);
@@ -465,12 +469,15 @@ pipe_call(pipe_t *pipe, pipe_op_t op, const Attn__V1__StepRequest *request, link
 }
 
 void
-pipe_run(pipe_t *pipe, uint64_t step_id, const link_run_t *run, link_done_fn done, void *arg)
+pipe_run(pipe_t *pipe, uint64_t step_id, const link_run_t *run, Attn__V1__EntryLists **lists,
+         link_done_fn done, void *arg)
 {
     uint64_t total = pieces_bytes(run->q, run->n_q) + pieces_bytes(run->k, run->n_k) +
                      pieces_bytes(run->v, run->n_v);
 
     pthread_mutex_lock(&pipe->lock);
+    pipe->lists   = lists;
+    pipe->n_lists = run->n_lists;
     pipe->run     = *run; /* before the operation starts: from then on an answer may come */
     pipe->step_id = step_id;
     pipe->walk =

@@ -44,8 +44,10 @@ void pipe_give(pipe_t *pipe, bool clean);
 void pipe_call(pipe_t *pipe, pipe_op_t op, const Attn__V1__StepRequest *request, link_done_fn done,
                void *arg);
 
-/** A run: its tensors out in parts, its answer into run->answer. Tensors are read until done. */
-void pipe_run(pipe_t *pipe, uint64_t step_id, const link_run_t *run, link_done_fn done, void *arg);
+/** A run: its tensors out in parts, its answer into run->answer. Tensors, and lists[run->n_lists],
+ * are read until done. */
+void pipe_run(pipe_t *pipe, uint64_t step_id, const link_run_t *run, Attn__V1__EntryLists **lists,
+              link_done_fn done, void *arg);
 
 /** As link_ops_t.cancel. */
 void pipe_cancel(pipe_t *pipe);

@@ -162,6 +162,7 @@ step_free(attn_step_t *step)
         free(share->states);
         free(share->accepted);
         free(share->path);
+        free(share->lists);
     }
     if (step->n_gathers > 0) {
         free(step->gathers[0].partials);

@@ -137,15 +137,17 @@ step_new(attn_cache_t *cache, const attn_batch_t *batch, uint64_t deadline_ns, a
     }
     for (uint32_t i = 0; i < batch->n; i++) {
         const attn_entry_t *e = &batch->entries[i];
-        step->entries[i]      = (step_entry_t){.seq     = e->seq,
-                                               .base    = e->base,
-                                               .n_q     = e->n_q,
-                                               .n_new   = e->n_new,
-                                               .masked  = e->mask != NULL,
-                                               .q_row   = step->q_rows,
-                                               .new_row = step->new_rows};
+        step->entries[i]      = (step_entry_t){.seq       = e->seq,
+                                               .base      = e->base,
+                                               .n_q       = e->n_q,
+                                               .n_new     = e->n_new,
+                                               .masked    = e->mask != NULL,
+                                               .list_room = e->list_room,
+                                               .q_row     = step->q_rows,
+                                               .new_row   = step->new_rows};
         step->q_rows += e->n_q;
         step->new_rows += e->n_new;
+        step->list_room += e->list_room;
     }
     while (step->id == 0) {
         if (getrandom(&step->id, sizeof(step->id), 0) != sizeof(step->id)) {
@@ -302,7 +304,8 @@ share_batch(share_t *share, const attn_batch_t *batch, uint64_t epoch, engine_ba
                                                     .n_lists       = e->n_lists,
                                                     .sparse_indptr = e->sparse_indptr,
                                                     .sparse_pages  = e->sparse_pages,
-                                                    .mask          = part->attends ? e->mask : NULL};
+                                                    .mask          = part->attends ? e->mask : NULL,
+                                                    .list_room     = e->list_room};
         for (uint32_t r = 0; r < part->n_refs; r++) {
             const split_ref_t *ref = &part->refs[r];
             *chunk++               = (kv_step_chunk_t){.chunk      = ref->id,

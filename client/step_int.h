@@ -19,7 +19,8 @@ typedef struct share {
 
     span_t *q, *k, *v, *o, *lse; /* of the caller's packed tensors */
     uint32_t n_q, n_k, n_v, n_o, n_lse;
-    struct iovec *pieces; /* the same as pointers, rebuilt each run */
+    struct iovec *pieces;  /* the same as pointers, rebuilt each run */
+    engine_lists_t *lists; /* [parts] of the run in progress, if any entry has list_room */
     uint64_t n_states;
     uint8_t *states;     /* partials as they come: all e, all l, all A */
     uint32_t *accepted;  /* [parts] at commit */
@@ -48,6 +49,7 @@ typedef struct step_entry {
     uint32_t n_q, n_new;
     uint64_t q_row, new_row; /* first row in the batch */
     bool masked;
+    uint32_t list_room;
 } step_entry_t;
 
 struct attn_step {
@@ -65,9 +67,10 @@ struct attn_step {
     uint32_t n_shares;
     share_t *shares;
     uint32_t n_gathers;
-    gather_t *gathers; /* entries answered with partials */
-    uint8_t *stored;   /* [layers] */
-    bool dead;         /* a share failed for good */
+    gather_t *gathers;  /* entries answered with partials */
+    uint8_t *stored;    /* [layers] */
+    uint64_t list_room; /* of all entries */
+    bool dead;          /* a share failed for good */
     atomic_bool aborting;
     bool given_up;      /* the keeper is to abort it; under client->lock */
     uint32_t looked_at; /* the housekeeper's round; under client->lock */

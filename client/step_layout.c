@@ -84,8 +84,10 @@ share_layout(attn_step_t *step, share_t *share)
     share->q        = spans;
     share->accepted = calloc(parts + 1, sizeof(*share->accepted));
     share->path     = calloc(path + 1, sizeof(*share->path));
+    share->lists    = step->list_room > 0 ? calloc(parts + 1, sizeof(*share->lists)) : NULL;
     share->pieces   = calloc(3 * parts + 2 * runs + 2, sizeof(*share->pieces));
-    if (spans == NULL || share->accepted == NULL || share->path == NULL || share->pieces == NULL) {
+    if (spans == NULL || share->accepted == NULL || share->path == NULL ||
+        (share->lists == NULL && step->list_room > 0) || share->pieces == NULL) {
         return attn_fail(ATTN_ERR_NO_MEMORY, "no memory for a step's layout");
     }
     share->o   = spans + parts;

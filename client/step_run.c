@@ -95,6 +95,38 @@ take(attn_step_t *step, uint32_t which, const attn_tensor_t *tensor, const char 
     return data;
 }
 
+/* The workers check the pages; how many there are is used here already. */
+static attn_status_t
+lists_check(const attn_step_t *step, const attn_lists_t *lists)
+{
+    for (uint32_t i = 0; lists != NULL && i < step->n; i++) {
+        const attn_lists_t *l = &lists[i];
+        uint32_t room         = step->entries[i].list_room;
+        if (l->n_lists == 0) {
+            continue;
+        }
+        if (room == 0 || (l->n_lists != 1 && l->n_lists != step->cache->geometry.kv_heads) ||
+            l->indptr == NULL || l->indptr[0] != 0) {
+            return attn_fail(
+                ATTN_ERR_INVALID,
+                "lists[%u] has %u lists, and its entry list_room %u: 1 list or one per "
+                "KV head (%u), from indptr[0] = 0 on, where there is room",
+                i, l->n_lists, room, step->cache->geometry.kv_heads);
+        }
+        for (uint32_t j = 0; j < l->n_lists; j++) {
+            if (l->indptr[j + 1] < l->indptr[j]) {
+                return attn_fail(ATTN_ERR_INVALID, "lists[%u]: indptr[%u] is below the one before",
+                                 i, j + 1);
+            }
+        }
+        if (l->indptr[l->n_lists] > room || (l->indptr[l->n_lists] > 0 && l->pages == NULL)) {
+            return attn_fail(ATTN_ERR_TOO_LARGE, "lists[%u] has %u pages%s: its list_room is %u", i,
+                             l->indptr[l->n_lists], l->pages == NULL ? " at NULL" : "", room);
+        }
+    }
+    return ATTN_OK;
+}
+
 static attn_status_t
 run_check(const attn_step_t *step, uint32_t layer, const attn_tensor_t *q, const attn_tensor_t *k,
           const attn_tensor_t *v, const attn_tensor_t *o, const float *lse)
@@ -141,8 +173,24 @@ pieces_put(struct iovec *at, const span_t *spans, uint32_t n, void *base)
     return at;
 }
 
+/* The lists of a run, in the words of a share's batch; returns how many. */
+static uint32_t
+share_lists(share_t *share, const attn_lists_t *lists)
+{
+    uint32_t n = 0;
+
+    for (uint32_t p = 0; lists != NULL && share->lists != NULL && p < share->split->n_parts; p++) {
+        const attn_lists_t *from = &lists[share->split->parts[p].entry];
+        if (from->n_lists > 0) {
+            share->lists[n++] = (engine_lists_t){
+                .entry = p, .n_lists = from->n_lists, .indptr = from->indptr, .pages = from->pages};
+        }
+    }
+    return n;
+}
+
 static void
-share_run(share_t *share, void *q, void *k, void *v)
+share_run(share_t *share, void *q, void *k, void *v, const attn_lists_t *lists)
 {
     attn_step_t *step = share->step;
     link_run_t run = {.layer = step->layer, .q = share->pieces, .compute_ns = &share->compute_ns};
@@ -161,6 +209,8 @@ share_run(share_t *share, void *q, void *k, void *v)
         *end++         = (struct iovec){.iov_base = share->states, .iov_len = bytes};
     }
     run.n_answer = (uint32_t)(end - run.answer);
+    run.lists    = share->lists;
+    run.n_lists  = run.n_q > 0 ? share_lists(share, lists) : 0;
     if (run.n_q + run.n_k == 0) {
         return; /* nothing of this layer is this worker's */
     }
@@ -207,23 +257,35 @@ step_run_finish(attn_step_t *step)
     step_complete(step, done, arg, status, sentence);
 }
 
+static attn_status_t
+run_size_check(const attn_run_t *run)
+{
+    return run != NULL && run->size >= sizeof(*run)
+               ? ATTN_OK
+               : attn_fail(ATTN_ERR_INVALID, "run.size must be sizeof(attn_run_t)");
+}
+
 /* Everything but waiting. done NULL: the caller waits. */
 static attn_status_t
-run_start(attn_step_t *step, uint32_t layer, const attn_tensor_t *q, const attn_tensor_t *k,
-          const attn_tensor_t *v, const attn_tensor_t *o, float *lse, attn_done_fn done, void *arg)
+run_start(attn_step_t *step, const attn_run_t *run, attn_done_fn done, void *arg)
 {
     const attn_geometry_t *g = &step->cache->geometry;
-    attn_status_t status     = run_check(step, layer, q, k, v, o, lse);
+    float *lse               = run->lse;
+    attn_status_t status = run_check(step, run->layer, run->q, run->k, run->v, run->o, run->lse);
+
+    if (status == ATTN_OK) {
+        status = lists_check(step, run->lists);
+    }
 
     step->o_to.data = status == ATTN_OK ? NULL : step->o_to.data;
     void *q_rows =
-        take(step, 0, q, "q", step->q_dtype, step->q_rows, g->q_heads, g->head_dim_k, &status);
-    void *k_rows =
-        take(step, 1, k, "k", g->kv_dtype, step->new_rows, g->kv_heads, g->head_dim_k, &status);
-    void *v_rows =
-        take(step, 2, v, "v", g->kv_dtype, step->new_rows, g->kv_heads, g->head_dim_v, &status);
-    void *o_rows = take(step, 3, q != NULL ? o : NULL, "o", step->o_dtype, step->q_rows, g->q_heads,
+        take(step, 0, run->q, "q", step->q_dtype, step->q_rows, g->q_heads, g->head_dim_k, &status);
+    void *k_rows = take(step, 1, run->k, "k", g->kv_dtype, step->new_rows, g->kv_heads,
+                        g->head_dim_k, &status);
+    void *v_rows = take(step, 2, run->v, "v", g->kv_dtype, step->new_rows, g->kv_heads,
                         g->head_dim_v, &status);
+    void *o_rows = take(step, 3, run->q != NULL ? run->o : NULL, "o", step->o_dtype, step->q_rows,
+                        g->q_heads, g->head_dim_v, &status);
     if (status == ATTN_OK && step->want_lse && lse == NULL && q_rows != NULL) {
         if (step->lse_unwanted == NULL) {
             step->lse_unwanted = malloc(step->q_rows * g->q_heads * sizeof(float));
@@ -234,7 +296,7 @@ run_start(attn_step_t *step, uint32_t layer, const attn_tensor_t *q, const attn_
     if (status != ATTN_OK) {
         return status;
     }
-    step->layer    = layer;
+    step->layer    = run->layer;
     step->runs_kv  = k_rows != NULL;
     step->o        = o_rows;
     step->lse      = lse;
@@ -243,20 +305,22 @@ run_start(attn_step_t *step, uint32_t layer, const attn_tensor_t *q, const attn_
     step_call_start(step);
     for (uint32_t s = 0; s < step->n_shares; s++) {
         step->shares[s].compute_ns = 0; /* unless something of this layer is this worker's */
-        share_run(&step->shares[s], q_rows, k_rows, v_rows);
+        share_run(&step->shares[s], q_rows, k_rows, v_rows, run->lists);
     }
     step_call_started(step);
     return ATTN_OK;
 }
 
 attn_status_t
-attn_step_run(attn_step_t *step, uint32_t layer, const attn_tensor_t *q, const attn_tensor_t *k,
-              const attn_tensor_t *v, const attn_tensor_t *o, float *lse)
+attn_step_run_with(attn_step_t *step, const attn_run_t *run)
 {
     attn_status_t status = step_may_wait("attn_step_run");
 
     if (status == ATTN_OK) {
-        status = run_start(step, layer, q, k, v, o, lse, NULL, NULL);
+        status = run_size_check(run);
+    }
+    if (status == ATTN_OK) {
+        status = run_start(step, run, NULL, NULL);
     }
     if (status != ATTN_OK) {
         return status;
@@ -264,6 +328,16 @@ attn_step_run(attn_step_t *step, uint32_t layer, const attn_tensor_t *q, const a
     step_call_wait(step, step->deadline_ns);
     status = run_complete(step);
     return status == ATTN_OK ? ATTN_OK : attn_fail(status, "%s", step->sentence);
+}
+
+attn_status_t
+attn_step_run(attn_step_t *step, uint32_t layer, const attn_tensor_t *q, const attn_tensor_t *k,
+              const attn_tensor_t *v, const attn_tensor_t *o, float *lse)
+{
+    attn_run_t run = {
+        .size = sizeof(run), .layer = layer, .q = q, .k = k, .v = v, .o = o, .lse = lse};
+
+    return attn_step_run_with(step, &run);
 }
 
 uint64_t
@@ -278,14 +352,28 @@ attn_step_compute_ns(const attn_step_t *step)
 }
 
 attn_status_t
+attn_step_submit_with(attn_step_t *step, const attn_run_t *run, attn_done_fn done, void *arg)
+{
+    attn_status_t status = run_size_check(run);
+
+    if (status != ATTN_OK) {
+        return status;
+    }
+    if (done == NULL) {
+        return attn_fail(ATTN_ERR_INVALID, "done is NULL: attn_step_run() waits");
+    }
+    return run_start(step, run, done, arg);
+}
+
+attn_status_t
 attn_step_submit(attn_step_t *step, uint32_t layer, const attn_tensor_t *q, const attn_tensor_t *k,
                  const attn_tensor_t *v, const attn_tensor_t *o, float *lse, attn_done_fn done,
                  void *arg)
 {
-    if (done == NULL) {
-        return attn_fail(ATTN_ERR_INVALID, "done is NULL: attn_step_run() waits");
-    }
-    return run_start(step, layer, q, k, v, o, lse, done, arg);
+    attn_run_t run = {
+        .size = sizeof(run), .layer = layer, .q = q, .k = k, .v = v, .o = o, .lse = lse};
+
+    return attn_step_submit_with(step, &run, done, arg);
 }
 
 void

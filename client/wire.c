@@ -242,6 +242,53 @@ sparse_encode(wire_block_t *block, const uint32_t *indptr, const uint32_t *pages
     return ATTN_OK;
 }
 
+attn_status_t
+wire_lists_decode(wire_block_t *block, Attn__V1__EntryLists *const *messages, size_t n,
+                  engine_lists_t **lists_p)
+{
+    engine_lists_t *lists = wire_alloc(block, n, sizeof(*lists));
+
+    if (lists == NULL) {
+        return ATTN_ERR_NO_MEMORY;
+    }
+    for (size_t i = 0; i < n; i++) {
+        lists[i].entry       = messages[i]->entry;
+        lists[i].n_lists     = (uint32_t)messages[i]->n_sparse;
+        attn_status_t status = sparse_decode(block, messages[i]->sparse, messages[i]->n_sparse,
+                                             &lists[i].indptr, &lists[i].pages);
+        if (status != ATTN_OK) {
+            return status;
+        }
+    }
+    *lists_p = lists;
+    return ATTN_OK;
+}
+
+attn_status_t
+wire_lists_encode(wire_block_t *block, const engine_lists_t *lists, uint32_t n,
+                  Attn__V1__EntryLists ***messages_p)
+{
+    Attn__V1__EntryLists **messages = wire_alloc(block, n, sizeof(*messages));
+    Attn__V1__EntryLists *items     = wire_alloc(block, n, sizeof(*items));
+
+    if (messages == NULL || items == NULL) {
+        return ATTN_ERR_NO_MEMORY;
+    }
+    for (uint32_t i = 0; i < n; i++) {
+        attn__v1__entry_lists__init(&items[i]);
+        items[i].entry       = lists[i].entry;
+        items[i].n_sparse    = lists[i].n_lists;
+        messages[i]          = &items[i];
+        attn_status_t status = sparse_encode(block, lists[i].indptr, lists[i].pages,
+                                             lists[i].n_lists, &items[i].sparse);
+        if (status != ATTN_OK) {
+            return status;
+        }
+    }
+    *messages_p = messages;
+    return ATTN_OK;
+}
+
 /* No bytes are no mask. What the bits say is checked by who uses them. */
 static attn_status_t
 mask_decode(const ProtobufCBinaryData *mask, uint32_t n_q, uint32_t n_new, const uint8_t **mask_p)
@@ -289,6 +336,7 @@ worker_entry_decode(wire_block_t *block, const Attn__V1__WorkerEntry *message,
                                             .nodes    = nodes,
                                             .n_lists  = (uint32_t)message->n_sparse};
     attn_status_t status = mask_decode(&message->mask, message->n_q, message->n_new, &entry->mask);
+    entry->list_room     = message->list_room;
     if (status != ATTN_OK) {
         return status;
     }
@@ -368,6 +416,7 @@ worker_entry_encode(wire_block_t *block, const engine_entry_t *e, Attn__V1__Work
     message->n_nodes       = e->n_nodes;
     message->nodes         = nodes;
     message->n_sparse      = e->n_lists;
+    message->list_room     = e->list_room;
     if (e->mask != NULL) {
         message->mask.data = (uint8_t *)e->mask;
         message->mask.len  = e->n_q * attn_mask_row_bytes(e->n_new);
@@ -426,6 +475,7 @@ wire_begin_decode(wire_block_t *block, const Attn__V1__BeginStepRequest *message
                                                           .n_lists = (uint32_t)from->n_sparse};
         status = sparse_decode(block, from->sparse, from->n_sparse, &entries[i].sparse_indptr,
                                &entries[i].sparse_pages);
+        entries[i].list_room = from->list_room;
         if (status == ATTN_OK) {
             status = mask_decode(&from->mask, from->n_q, from->n_new, &entries[i].mask);
         }

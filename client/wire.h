@@ -33,11 +33,17 @@ attn_status_t wire_begin_decode(wire_block_t *block, const Attn__V1__BeginStepRe
 attn_status_t wire_layout_decode(const Attn__V1__SequenceLayout *message,
                                  attn_seq_info_t *info); /* attn_seq_info_free() */
 
+/** Lists of a run; copied, for the message may go before they are used. */
+attn_status_t wire_lists_decode(wire_block_t *block, Attn__V1__EntryLists *const *messages,
+                                size_t n, engine_lists_t **lists_p);
+
 /* Encoding: the messages point into block and into what they were made of. */
 attn_status_t wire_geometry_encode(wire_block_t *block, const attn_geometry_t *geometry,
                                    Attn__V1__Geometry **message_p);
 attn_status_t wire_worker_begin_encode(wire_block_t *block, const engine_batch_t *batch,
                                        uint64_t now_ns, Attn__V1__WorkerBeginRequest **message_p);
+attn_status_t wire_lists_encode(wire_block_t *block, const engine_lists_t *lists, uint32_t n,
+                                Attn__V1__EntryLists ***messages_p);
 attn_status_t wire_chunks_encode(wire_block_t *block, const attn_seq_info_t *info,
                                  Attn__V1__ChunkInfo ***chunks_p);
 attn_status_t wire_holes_encode(wire_block_t *block, const attn_seq_info_t *info,

@@ -55,7 +55,15 @@ steps_run_open(steps_t *steps, const Attn__V1__RunRequest *head, uint64_t total,
                          (unsigned long long)(q + kv), (unsigned long long)q,
                          (unsigned long long)kv);
     }
-    return tensor_take(steps->tensors, total, &run->data);
+    run->n_lists = (uint32_t)head->n_lists;
+    status       = wire_lists_decode(&run->block, head->lists, head->n_lists, &run->lists);
+    if (status == ATTN_OK) {
+        status = tensor_take(steps->tensors, total, &run->data);
+    }
+    if (status != ATTN_OK) {
+        steps_run_close(run);
+    }
+    return status;
 }
 
 attn_status_t
@@ -79,7 +87,9 @@ steps_run_do(steps_t *steps, steps_run_t *run, tensor_t **answer_p)
                                                      .k       = kv ? k : NULL,
                                                      .v       = kv ? k + s->k : NULL,
                                                      .answer = answer != NULL ? answer->data : NULL,
-                                                     .sizes  = s,
+                                                     .lists  = run->lists,
+                                                     .n_lists    = run->n_lists,
+                                                     .sizes      = s,
                                                      .compute_ns = &run->compute_ns,
                                                  });
     }
@@ -106,7 +116,10 @@ void
 steps_run_close(steps_run_t *run)
 {
     tensor_unref(run->data);
-    run->data = NULL;
+    wire_free(&run->block);
+    run->data    = NULL;
+    run->lists   = NULL;
+    run->n_lists = 0;
 }
 
 /* ---- unary calls ---- */

@@ -37,6 +37,8 @@ typedef struct steps_layer {
     uint32_t layer;
     const void *q, *k, *v;
     void *answer;
+    const engine_lists_t *lists;
+    uint32_t n_lists;
     const steps_sizes_t
         *sizes;           /**< what the tensors were made for: while data came in, the step may have
                                ended and its id, a client's choice, become another step's */

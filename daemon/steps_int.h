@@ -29,7 +29,10 @@ typedef struct steps_run {
     bool no_kv, no_q;
     uint64_t total, got; /* bytes of data */
     steps_sizes_t sizes;
-    tensor_t *data;      /* q, k, v as far as they came; NULL: no run */
+    tensor_t *data; /* q, k, v as far as they came; NULL: no run */
+    engine_lists_t *lists;
+    uint32_t n_lists;
+    wire_block_t block;  /* of the lists */
     uint64_t compute_ns; /* set by steps_run_do() */
 } steps_run_t;
 

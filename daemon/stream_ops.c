@@ -200,6 +200,9 @@ take_part(stream_t *stream, const Attn__V1__RunRequest *head, uint64_t size)
         return attn_fail(ATTN_ERR_INVALID,
                          "run.data is set: on a stream, data goes into StepRequest.data");
     }
+    if (head->n_lists > 0 && head->offset != 0) {
+        return attn_fail(ATTN_ERR_INVALID, "lists come with the first part of a run alone");
+    }
     if (run->data == NULL && head->offset != 0) {
         return attn_fail(ATTN_ERR_INVALID, "offset is %llu: no run of step %016llx is under way",
                          (unsigned long long)head->offset, (unsigned long long)head->step_id);

@@ -271,10 +271,43 @@ check_not_released(const engine_cache_t *cache, const engine_entry_t *e)
 }
 
 attn_status_t
+engine_lists_check(const engine_step_t *step, const engine_lists_t *lists, uint32_t n)
+{
+    for (uint32_t i = 0; i < n; i++) {
+        const engine_lists_t *l = &lists[i];
+        if (l->entry >= step->n || (i > 0 && l->entry <= lists[i - 1].entry) || l->n_lists == 0) {
+            return attn_fail(
+                ATTN_ERR_INVALID,
+                "lists[%u] is of entry %u, with %u lists: entries ascend, are below %u, "
+                "and have lists",
+                i, l->entry, l->n_lists, step->n);
+        }
+        engine_entry_t e = step->entries[l->entry];
+        e.n_lists        = l->n_lists;
+        e.sparse_indptr  = l->indptr;
+        e.sparse_pages   = l->pages;
+        if (e.list_room == 0) {
+            return attn_fail(ATTN_ERR_INVALID,
+                             "lists of entry %u: its list_room is 0, so none come with a run",
+                             l->entry);
+        }
+        attn_status_t status = check_sparse(&step->cache->geometry, &e, e.base + e.n_new);
+        if (status == ATTN_OK && l->indptr[l->n_lists] > e.list_room) {
+            status = attn_fail(ATTN_ERR_TOO_LARGE, "%u pages, more than list_room, %u",
+                               l->indptr[l->n_lists], e.list_room);
+        }
+        if (status != ATTN_OK) {
+            return attn_fail_in(status, "lists of entry %u: ", l->entry);
+        }
+    }
+    return ATTN_OK;
+}
+
+attn_status_t
 engine_step_check(const engine_cache_t *cache, const engine_batch_t *batch)
 {
     const attn_geometry_t *g = &cache->geometry;
-    uint64_t rows = 0, new_rows = 0, states = 0;
+    uint64_t rows = 0, new_rows = 0, states = 0, list_room = 0;
 
     if (batch->step_id == 0) {
         return attn_fail(ATTN_ERR_INVALID, "step_id is 0: choose a random one");
@@ -296,6 +329,12 @@ engine_step_check(const engine_cache_t *cache, const engine_batch_t *batch)
         }
         if (status != ATTN_OK) {
             return attn_fail_in(status, "entry %u: ", i);
+        }
+        list_room += e->list_room;
+        if (list_room > ENGINE_LIST_ROOM_MAX) {
+            return attn_fail(ATTN_ERR_TOO_LARGE,
+                             "entry %u: list_room adds up to %llu pages: at most %u in a batch", i,
+                             (unsigned long long)list_room, ENGINE_LIST_ROOM_MAX);
         }
         rows += e->n_q;
         states += (uint64_t)e->n_q * e->n_nodes * g->q_heads; /* < 2^20 * 2^20 * 2^10 an entry */
@@ -412,7 +451,8 @@ engine_batch_fingerprint(const engine_batch_t *batch)
         const engine_entry_t *e = &batch->entries[i];
         uint64_t numbers[]      = {e->seq,         e->base,        e->n_q,          e->n_new,
                                    e->n_chunks,    e->n_nodes,     e->n_lists,      batch->n,
-                                   batch->q_dtype, batch->o_dtype, batch->want_lse, e->mask != NULL};
+                                   batch->q_dtype, batch->o_dtype, batch->want_lse, e->mask != NULL,
+                                   e->list_room};
         mix(&hash, numbers, sizeof(numbers));
         for (uint32_t c = 0; c < e->n_chunks; c++) {
             uint64_t chunk[] = {e->chunks[c].chunk, e->chunks[c].generation, e->chunks[c].length,
@@ -555,6 +595,7 @@ engine_step_layout(engine_step_t *step)
             .sparse_indptr = e->sparse_indptr,
             .sparse_pages  = e->sparse_pages,
             .dense_from    = e->base,
+            .lists_change  = e->list_room > 0,
             .mask          = e->mask,
             .mask_tokens   = e->mask != NULL ? e->n_new : 0,
         };

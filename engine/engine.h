@@ -22,6 +22,7 @@
 #define ENGINE_LAYERS_MAX 1024u
 #define ENGINE_ROWS_MAX (1u << 20) /* query rows, and new tokens, of a step */
 #define ENGINE_TIMEOUT_MS_MAX 600000u
+#define ENGINE_LIST_ROOM_MAX (1u << 21) /* pages of the lists of a run */
 
 typedef struct engine engine_t;
 
@@ -139,6 +140,7 @@ typedef struct engine_entry {
     /** NULL, or the entry's mask, as attn_entry_t; with n_q 0 there is none. What is stored here is
      * then every new token from the first in the chunks named to the entry's last. */
     const uint8_t *mask;
+    uint32_t list_room; /**< pages of the lists that a run may bring; 0: none */
 } engine_entry_t;
 
 typedef struct engine_batch {
@@ -188,6 +190,23 @@ attn_status_t engine_step_sizes(engine_t *engine, uint64_t step_id, engine_sizes
 attn_status_t engine_step_run(engine_t *engine, uint64_t step_id, uint32_t layer, const void *q,
                               const void *k, const void *v, void *answer,
                               const engine_sizes_t *sizes);
+
+/** Lists of one entry for one run, in place of those of begin. */
+typedef struct engine_lists {
+    uint32_t entry;   /**< index in the batch */
+    uint32_t n_lists; /**< 1 or kv_heads */
+    const uint32_t *indptr, *pages;
+} engine_lists_t;
+
+/**
+ * As engine_step_run(), with lists for this run: n of them, ascending in entry. They are not kept.
+ * @return ATTN_ERR_INVALID also for a list, or one of an entry without list_room;
+ *         ATTN_ERR_TOO_LARGE for more pages than that
+ */
+attn_status_t engine_step_run_lists(engine_t *engine, uint64_t step_id, uint32_t layer,
+                                    const void *q, const void *k, const void *v, void *answer,
+                                    const engine_sizes_t *sizes, const engine_lists_t *lists,
+                                    uint32_t n);
 
 /**
  * Publish the first accepted[i] new tokens of each entry (of the whole entry: tokens that other

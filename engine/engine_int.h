@@ -117,6 +117,10 @@ uint32_t engine_entry_rows(const attn_geometry_t *geometry, const engine_entry_t
 /** Does the new token of that index go to a chunk named here? */
 bool engine_entry_owns(const attn_geometry_t *geometry, const engine_entry_t *e, uint32_t token);
 
+/** Check the lists that a run brings. */
+attn_status_t engine_lists_check(const engine_step_t *step, const engine_lists_t *lists,
+                                 uint32_t n);
+
 /* ---- commit.c ---- */
 
 /** Check what is to be kept, and count it: here[n]. */

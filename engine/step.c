@@ -472,9 +472,24 @@ run_locked(engine_t *engine, engine_step_t *step, uint32_t layer, const void *q,
     return status;
 }
 
+/* Put the lists of a run in place of those of begin, or those back. Under the step's lock: its runs
+ * are taken one at a time, and the plans were made for any lists. */
+static void
+put_lists(engine_step_t *step, const engine_lists_t *lists, uint32_t n, bool back)
+{
+    for (uint32_t i = 0; i < n; i++) {
+        const engine_entry_t *e       = &step->entries[lists[i].entry];
+        attn_problem_entry_t *problem = &step->problem[lists[i].entry];
+        problem->n_lists              = back ? e->n_lists : lists[i].n_lists;
+        problem->sparse_indptr        = back ? e->sparse_indptr : lists[i].indptr;
+        problem->sparse_pages         = back ? e->sparse_pages : lists[i].pages;
+    }
+}
+
 attn_status_t
-engine_step_run(engine_t *engine, uint64_t step_id, uint32_t layer, const void *q, const void *k,
-                const void *v, void *answer, const engine_sizes_t *sizes)
+engine_step_run_lists(engine_t *engine, uint64_t step_id, uint32_t layer, const void *q,
+                      const void *k, const void *v, void *answer, const engine_sizes_t *sizes,
+                      const engine_lists_t *lists, uint32_t n)
 {
     engine_step_t *step;
     attn_status_t status = step_enter(engine, step_id, &step);
@@ -487,11 +502,20 @@ engine_step_run(engine_t *engine, uint64_t step_id, uint32_t layer, const void *
         status = attn_fail(ATTN_ERR_CONFLICT,
                            "step %016llx became another step while data of layer %u came in",
                            (unsigned long long)step_id, layer);
-    } else {
+    } else if ((status = engine_lists_check(step, lists, n)) == ATTN_OK) {
+        put_lists(step, lists, n, false);
         status = run_locked(engine, step, layer, q, k, v, answer);
+        put_lists(step, lists, n, true);
     }
     step_leave(engine, step);
     return status;
+}
+
+attn_status_t
+engine_step_run(engine_t *engine, uint64_t step_id, uint32_t layer, const void *q, const void *k,
+                const void *v, void *answer, const engine_sizes_t *sizes)
+{
+    return engine_step_run_lists(engine, step_id, layer, q, k, v, answer, sizes, NULL, 0);
 }
 
 /* ---- commit and abort ---- */

@@ -160,6 +160,9 @@ typedef struct attn_problem_entry {
     const uint32_t *sparse_indptr;
     const uint32_t *sparse_pages;
     uint64_t dense_from;
+    /** The lists may be put in place of others, of n_lists 0 to kv_heads, between two attends of
+     * one plan: it is made for any. */
+    bool lists_change;
     /** NULL, or the mask of the n_q queries over the last mask_tokens tokens: which of those a
      * query sees, whether or not the layer is causal, and where it stands. */
     const uint8_t *mask;

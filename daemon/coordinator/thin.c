@@ -215,6 +215,34 @@ op_sizes(void *service, uint64_t id, steps_sizes_t *sizes)
     return status;
 }
 
+/* A run's lists by entry; *lists_p is NULL if it has none. */
+static attn_status_t
+run_lists(const thin_step_t *step, const steps_layer_t *l, attn_lists_t **lists_p)
+{
+    if (l->n_lists == 0) {
+        return ATTN_OK;
+    }
+    attn_lists_t *lists = calloc(step->n, sizeof(*lists));
+    *lists_p            = lists;
+    if (lists == NULL) {
+        return attn_fail(ATTN_ERR_NO_MEMORY, "no memory for the lists of a run");
+    }
+    for (uint32_t i = 0; i < l->n_lists; i++) {
+        const engine_lists_t *from = &l->lists[i];
+        if (from->entry >= step->n || (i > 0 && from->entry <= l->lists[i - 1].entry) ||
+            from->n_lists == 0) {
+            return attn_fail(
+                ATTN_ERR_INVALID,
+                "lists[%u] is of entry %u, with %u lists: entries ascend, are below %u, "
+                "and have lists",
+                i, from->entry, from->n_lists, step->n);
+        }
+        lists[from->entry] =
+            (attn_lists_t){.n_lists = from->n_lists, .indptr = from->indptr, .pages = from->pages};
+    }
+    return ATTN_OK;
+}
+
 static attn_status_t
 op_run(void *service, const steps_layer_t *l)
 {
@@ -234,8 +262,19 @@ op_run(void *service, const steps_layer_t *l)
     if (step->want_lse && l->answer != NULL) {
         lse = (float *)(void *)((uint8_t *)l->answer + step->o_bytes);
     }
-    status = attn_step_run(step->step, l->layer, l->q != NULL ? &q : NULL, l->k != NULL ? &k : NULL,
-                           l->v != NULL ? &v : NULL, l->answer != NULL ? &o : NULL, lse);
+    attn_lists_t *lists = NULL;
+    status              = run_lists(step, l, &lists);
+    if (status == ATTN_OK) {
+        status = attn_step_run_with(step->step, &(attn_run_t){.size  = sizeof(attn_run_t),
+                                                              .layer = l->layer,
+                                                              .q     = l->q != NULL ? &q : NULL,
+                                                              .k     = l->k != NULL ? &k : NULL,
+                                                              .v     = l->v != NULL ? &v : NULL,
+                                                              .o   = l->answer != NULL ? &o : NULL,
+                                                              .lse = lse,
+                                                              .lists = lists});
+    }
+    free(lists);
     if (status == ATTN_ERR_ABORTED) {
         return step_lost(thin, step);
     }

@@ -83,8 +83,8 @@ step_run(void *service, const steps_layer_t *l)
         .q = l->sizes->q, .k = l->sizes->k, .v = l->sizes->v, .answer = l->sizes->answer};
 
     uint64_t start       = attn_now_ns();
-    attn_status_t status = engine_step_run(worker->engine, l->step_id, l->layer, l->q, l->k, l->v,
-                                           l->answer, &made_for);
+    attn_status_t status = engine_step_run_lists(worker->engine, l->step_id, l->layer, l->q, l->k,
+                                                 l->v, l->answer, &made_for, l->lists, l->n_lists);
     *l->compute_ns       = attn_now_ns() - start;
     return status;
 }

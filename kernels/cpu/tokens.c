@@ -222,18 +222,38 @@ take_zeros(const cpu_tokens_t *tokens, uint32_t from, uint32_t to)
     }
 }
 
+/* Does the head see a page of the leaf at all? Of a long sequence short lists show few leaves, and
+ * the others cost no more than this search. */
+static bool
+leaf_is_listed(const cpu_attend_t *x, const attn_problem_entry_t *entry, uint32_t kv_head,
+               const attn_leaf_t *at)
+{
+    uint64_t size = x->kv->page_size, last = at->first + at->tokens - 1;
+    uint64_t base = at->run->chunk * attn_div_up(x->kv->chunk_size, size);
+
+    if (entry->n_lists == 0 || (uint64_t)at->position + at->tokens > entry->dense_from) {
+        return true;
+    }
+    listed_t list = list_from(entry, kv_head, base + at->first / size);
+    return list.at < list.end && *list.at <= base + last / size;
+}
+
 void
 cpu_tokens_of(const cpu_attend_t *x, const cpu_scratch_t *scratch, const attn_work_t *work,
               uint32_t kv_head, const attn_leaf_t *at, cpu_leaf_t *leaf)
 {
     uint32_t e                        = x->plan->members[work->member_first].entry;
     const attn_problem_entry_t *entry = &x->plan->problem.entries[e];
-    uint32_t page_size                = x->kv->page_size;
-    hull_t hull                       = mask_rows(x, scratch, work, at);
-    bool masked                       = is_masked(x, work, at);
-    bool sparse                       = entry->n_lists > 0;
-    uint64_t pages                    = attn_div_up(x->kv->chunk_size, page_size); /* of a chunk */
-    uint64_t page_base                = at->run->chunk * pages;
+    if (!leaf_is_listed(x, entry, kv_head, at)) {
+        leaf->first = leaf->end = 0;
+        return;
+    }
+    uint32_t page_size = x->kv->page_size;
+    hull_t hull        = mask_rows(x, scratch, work, at);
+    bool masked        = is_masked(x, work, at);
+    bool sparse        = entry->n_lists > 0;
+    uint64_t pages     = attn_div_up(x->kv->chunk_size, page_size); /* of a chunk */
+    uint64_t page_base = at->run->chunk * pages;
     if (masked) {
         hull = place_rows(x, scratch, work, at);
     }

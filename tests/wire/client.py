@@ -14,6 +14,7 @@ import sys
 import tempfile
 
 import grpc
+import numpy as np
 from grpc_tools import protoc
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -151,6 +152,8 @@ class Stream:
             part = pb.RunRequest()
             part.CopyFrom(message)
             part.offset, part.total = offset, len(data)
+            if offset:
+                del part.lists[:]
             self.requests.put(pb.StepRequest(run=part, data=data[offset:offset + self.part]))
         return self.answer
 
@@ -197,13 +200,28 @@ class Cache:
 
 
 class Entry:
-    """One sequence of a batch; sparse: page lists, none, one, or one per KV head."""
+    """One sequence of a batch; sparse: page lists, none, one, or one per KV head; mask: rows of
+    booleans, [n_q][n_new], or None; list_room: pages of lists that come with a run."""
 
-    def __init__(self, seq, base, n_q, n_new, sparse=()):
+    def __init__(self, seq, base, n_q, n_new, sparse=(), mask=None, list_room=0):
         self.seq, self.base, self.n_q, self.n_new, self.sparse = seq, base, n_q, n_new, sparse
+        self.mask, self.list_room = mask, list_room
 
     def pages(self):
-        return [pb.PageList(pages=pages) for pages in self.sparse]
+        return page_lists(self.sparse)
+
+    def mask_bytes(self):
+        return b"" if self.mask is None else \
+            np.packbits(self.mask, axis=1, bitorder="little").tobytes()
+
+
+def page_lists(lists):
+    return [pb.PageList(pages=pages) for pages in lists]
+
+
+def entry_lists(lists):
+    """Lists of a run, by number of their entry in the batch, as messages."""
+    return [pb.EntryLists(entry=i, sparse=page_lists(lists[i])) for i in sorted(lists)]
 
 
 class Client:
@@ -287,18 +305,22 @@ class Step:
                                       want_lse=want_lse, timeout_ms=timeout_ms)
         for entry in entries:
             request.entries.add(seq=entry.seq, base_position=entry.base, n_q=entry.n_q,
-                                n_new=entry.n_new, sparse=entry.pages())
+                                n_new=entry.n_new, sparse=entry.pages(),
+                                mask=entry.mask_bytes(), list_room=entry.list_room)
         self.o_bytes = sum(entry.n_q for entry in entries) * cache.o_row(o_dtype or q_dtype)
         self.id = steps.call("begin", request)().step_id
 
-    def run(self, layer, q=b"", k=b"", v=b"", no_kv=False, no_q=False):
-        """One layer. Returns the bytes of o and of the LSE."""
-        request = pb.RunRequest(step_id=self.id, layer=layer, no_kv=no_kv, no_q=no_q)
+    def run(self, layer, q=b"", k=b"", v=b"", no_kv=False, no_q=False, lists=None):
+        """One layer. Returns the bytes of o and of the LSE. lists: by entry, for this run."""
+        request = pb.RunRequest(step_id=self.id, layer=layer, no_kv=no_kv, no_q=no_q,
+                                lists=entry_lists(lists or {}))
         _, data = self.steps.call("run", request, q + k + v)()
         return data[:self.o_bytes], data[self.o_bytes:]
 
-    def commit(self, accepted=()):
-        self.steps.call("commit", pb.CommitRequest(step_id=self.id, accepted=accepted))()
+    def commit(self, accepted=(), paths=()):
+        """paths: of the entries with a mask, in the batch's order."""
+        self.steps.call("commit", pb.CommitRequest(step_id=self.id, accepted=accepted,
+                                                   path=[t for path in paths for t in path]))()
 
     def abort(self):
         self.steps.call("abort", pb.AbortRequest(step_id=self.id))()

@@ -62,13 +62,17 @@ class Share:
         self.request.entries.add(
             seq=entry.seq, base_position=entry.base, n_q=entry.n_q if attends else 0,
             n_new=entry.n_new, chunks=refs, sparse=entry.pages() if attends else [],
-            nodes=[pb.Node(level=l, index=x) for l, x in nodes] if attends else [])
+            nodes=[pb.Node(level=l, index=x) for l, x in nodes] if attends else [],
+            mask=entry.mask_bytes() if attends else b"", list_room=entry.list_room)
         if attends:
             self.q_rows.append((q_row, entry.n_q))
         for ref in refs:
             if ref.n_new:
-                start = max(entry.base, ref.number * chunk_size)
-                self.kv_rows.append((kv_row + start - entry.base, ref.n_new))
+                first = max(entry.base, ref.number * chunk_size) - entry.base
+                if entry.mask is not None:  # and all that follow: they may be moved here
+                    self.kv_rows.append((kv_row + first, entry.n_new - first))
+                    break
+                self.kv_rows.append((kv_row + first, ref.n_new))
 
 
 def chunk_refs(layout, entry, chunk_size):
@@ -147,10 +151,14 @@ class DirectStep:
         for share, reply in zip(self.shares.values(), replies):
             share.reply = reply
 
-    def run(self, layer, q=b"", k=b"", v=b"", no_kv=False, no_q=False):
+    def run(self, layer, q=b"", k=b"", v=b"", no_kv=False, no_q=False, lists=None):
         g = self.cache.geometry
         q_row = self.cache.q_row(self.q_dtype)
-        request = lambda share: pb.RunRequest(step_id=self.id, layer=layer, no_kv=no_kv, no_q=no_q)
+
+        def request(share):
+            own = {at: lists[i] for at, i in enumerate(share.batch) if i in (lists or {})}
+            return pb.RunRequest(step_id=self.id, layer=layer, no_kv=no_kv, no_q=no_q,
+                                 lists=client.entry_lists(own))
 
         def data(share):
             return (take(q, share.q_rows, q_row) + take(k, share.kv_rows, self.cache.k_row)
@@ -187,9 +195,12 @@ class DirectStep:
                 parts[i].lse = answer[lse_at:lse_at + lse_size]
                 o_at, lse_at = o_at + o_size, lse_at + lse_size
 
-    def commit(self, accepted=()):
+    def commit(self, accepted=(), paths=()):
+        masked = [i for i, entry in enumerate(self.entries) if entry.mask is not None]
+        of_entry = dict(zip(masked, paths))
         self.fan_out("commit", lambda share: pb.CommitRequest(
-            step_id=self.id, accepted=[accepted[i] for i in share.batch] if accepted else []))
+            step_id=self.id, accepted=[accepted[i] for i in share.batch] if accepted else [],
+            path=[t for i in share.batch for t in of_entry.get(i, ())]))
 
     def abort(self):
         for share in self.shares.values():

@@ -67,6 +67,16 @@ def seen_mask(lists, head, length, base, page_size, chunk_size):
     return mask
 
 
+def attend_paths(q, k, v, layer, base, mask, lists=(), page_size=16, chunk_size=2048):
+    """One entry with a mask: each query as though the tokens that its row names were all that is
+    new, one behind the other from base on."""
+    rows = []
+    for i, named in enumerate(mask):
+        seen = np.concatenate([np.arange(base), base + np.flatnonzero(named)])
+        rows.append(attend(q[i:i + 1], k[seen], v[seen], layer, base, lists, page_size, chunk_size))
+    return tuple(np.concatenate(part) for part in zip(*rows))
+
+
 def attend(q, k, v, layer, base, lists=(), page_size=16, chunk_size=2048):
     """One entry, one layer.
 

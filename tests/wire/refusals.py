@@ -292,6 +292,93 @@ class Refusals(Clustered):
             with self.subTest(name, unary=code):
                 self.refused(status, words, call, code=code)
 
+    def test_masks(self):
+        """Masks of a wrong size or with wrong bits, as bytes."""
+        def begin(s, n_q, n_new, mask):
+            entry = Entry(self.seq, self.N, n_q, n_new)
+            entry.mask_bytes = lambda: mask
+            self.thin.begin(s, self.cache, [entry], q_dtype=1)
+
+        stream = self.thin.stream()
+        for name, status, words, *args in (
+                ("a byte short", INVALID, "mask", 3, 9, bytes([1] * 5)),
+                ("a byte long", INVALID, "mask", 3, 9, bytes([1] * 7)),
+                ("without queries", INVALID, "mask", 0, 3, b"\1"),
+                ("more queries than tokens", INVALID, "n_q", 3, 2, b"\1\1\1"),
+                ("a bit beyond", INVALID, "bit", 3, 3, b"\1\3\x0f"),
+                ("nothing named", INVALID, "row 1", 3, 3, b"\1\0\7"),
+                ("too many tokens", TOO_LARGE, "n_new", 1, 1025, bytes([1] * 129)),
+                ("huge", (INVALID, TOO_LARGE), "mask|n_q|n_new", HUGE, HUGE, b"\1")):
+            with self.subTest(name):
+                self.refused(status, words, lambda: begin(self.steps, *args))
+                self.refused(status, words, lambda: begin(stream, *args), code=False)
+        stream.close()
+
+    def test_paths(self):
+        mask = np.array([[1, 0, 0], [1, 1, 0], [1, 0, 1]], bool)
+        for transport in (self.thin.unary(), self.thin.stream()):
+            code = isinstance(transport, client.Unary)
+            seq = self.thin.create(self.cache)
+            step = self.thin.begin(transport, self.cache, [Entry(seq, 0, 3, 3, mask=mask)],
+                                   q_dtype=1)
+            q, k, v = self.tensors(3, 3)
+            refuse = lambda *a: self.refused(*a, code=code)
+            for layer in (0, 1):
+                step.run(layer, q, k, v)
+            refuse(INVALID, "mask|accepted", step.commit)
+            refuse(INVALID, "mask|path", lambda: step.commit([2]))
+            refuse(INVALID, "path", lambda: step.commit([2], [[0]]))
+            refuse(INVALID, "path", lambda: step.commit([2], [[0, 1, 2]]))
+            refuse(INVALID, "path", lambda: step.commit([2], [[1, 0]]))
+            refuse(INVALID, "path", lambda: step.commit([2], [[1, 1]]))
+            refuse(INVALID, "path", lambda: step.commit([2], [[0, 3]]))
+            refuse(INVALID, "path", lambda: step.commit([2], [[0, HUGE]]))
+            refuse(INVALID, "accepted", lambda: step.commit([4], [[0, 1, 2, 3]]))
+            step.commit([2], [[0, 2]])
+            step.commit([2], [[0, 2]])  # idempotent
+            self.assertEqual(self.thin.describe(self.cache, seq).length, 2)
+            step = self.thin.begin(transport, self.cache, [Entry(seq, 2, 1, 1)], q_dtype=1)
+            for layer in (0, 1):
+                step.run(layer, *self.tensors(1, 1))
+            refuse(INVALID, "path", lambda: step.commit([1], [[0]]))  # it has no mask
+            step.abort()
+            self.thin.free(self.cache, seq)
+            transport.close()
+
+    def test_lists_of_a_run(self):
+        page_max = 2 * 16 - 1
+        for transport in (self.thin.unary(), self.thin.stream()):
+            code = isinstance(transport, client.Unary)
+            seq = self.thin.fork(self.cache, self.seq, self.N)
+            entries = [Entry(seq, self.N, 1, 0, list_room=3)]
+            step = self.thin.begin(transport, self.cache, entries, q_dtype=1)
+            q = self.tensors(1, 0)[0]
+            for name, status, words, lists in (
+                    ("over the room", TOO_LARGE, "list_room", {0: [[0, 1, 2, 3]]}),
+                    ("pages descend", INVALID, "page", {0: [[1, 0]]}),
+                    ("a page twice", INVALID, "page", {0: [[1, 1]]}),
+                    ("a page beyond", INVALID, "page", {0: [[0, page_max + 1]]}),
+                    ("three lists", INVALID, "lists", {0: [[0], [1], [2]]}),
+                    ("no lists", INVALID, "lists", {0: []}),
+                    ("no such entry", INVALID, "lists", {1: [[0]]}),
+                    ("entry huge", INVALID, "lists", {HUGE: [[0]]})):
+                with self.subTest(name, unary=code):
+                    self.refused(status, words, lambda: step.run(0, q, no_kv=True, lists=lists),
+                                 code=code)
+            self.assertNotEqual(step.run(0, q, no_kv=True, lists={0: [[0, 2]]}),
+                                step.run(0, q, no_kv=True))
+            step.abort()
+            entries[0].list_room = 0
+            step = self.thin.begin(transport, self.cache, entries, q_dtype=1)
+            self.refused(INVALID, "list_room", lambda: step.run(0, q, no_kv=True,
+                                                                lists={0: [[0]]}), code=code)
+            step.abort()
+            entries[0].list_room = HUGE
+            self.refused(TOO_LARGE, "list_room", lambda: self.thin.begin(
+                transport, self.cache, entries, q_dtype=1), code=code)
+            self.thin.free(self.cache, seq)
+            transport.close()
+
     def test_nan_in_q(self):
         step = self.thin.begin(self.steps, self.cache, [Entry(self.seq, self.N, 1, 0)], q_dtype=1)
         q = np.full((1, 4, 32), np.nan, "f4").tobytes()

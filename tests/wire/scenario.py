@@ -27,6 +27,19 @@ def geometry(kv_dtype):
                 region_bytes=24 << 20)
 
 
+def tree(*parents):
+    """The mask of a tree: each token's parent, -1 for a root; parents come before children."""
+    mask = np.zeros((len(parents), len(parents)), bool)
+    for token, parent in enumerate(parents):
+        mask[token] = mask[parent] if parent >= 0 else False
+        mask[token, token] = True
+    return mask
+
+
+def wide_tree(n):
+    return tree(*(-1 if t == 0 else (t - 1) // 3 if t % 4 else t - 1 for t in range(n)))
+
+
 # (sequence, n_q, n_new[, options]); base is the sequence's length unless options say otherwise.
 BATCHES = [
     [("a", 540, 540), ("b", 300, 300), ("c", 1, 1)],                    # prefill, ragged
@@ -38,6 +51,14 @@ BATCHES = [
     "fork a 530 e", "truncate b 256", "truncate d 100",
     [("e", 4, 4, dict(accept=2)), ("b", 1, 1), ("d", 3, 3, dict(accept=0)), ("a", 1, 1)],
     [("e", 1, 1), ("a", 300, 300), ("b", 70, 70)],
+    [("c", 7, 7, dict(mask=tree(-1, 0, 0, 1, 3, 2, -1), path=[0, 1, 3, 4])),  # drafts: in a page,
+     ("a", 1, 1), ("b", 90, 90, dict(mask=wide_tree(90), path=[0, 1, 4, 13, 40]))],  # and longer
+    [("e", 60, 60, dict(mask=wide_tree(60), path=list(range(0, 60, 3)))), ("d", 2, 2)],
+    [("e", 300, 300, dict(mask=wide_tree(300), path=list(range(1, 300, 2))))],  # over two chunks
+    [("c", 2, 3, dict(mask=tree(-1, 0, 0)[1:], path=[])), ("e", 1, 1)],
+    [("a", 2, 2, dict(sparse=[[0, 3]], room=20,                          # lists by layer
+                      lists={0: [[1, 5, 12]], 2: [[0], [], [11, 23]], 3: [[]]})),
+     ("b", 1, 1, dict(room=8, lists={1: [[0, 2, 4]]})), ("c", 1, 1)],
     "free d",
     [("a", 1, 1), ("b", 1, 1), ("c", 1, 1), ("e", 1, 1)],
 ]
@@ -48,12 +69,17 @@ class Step:
 
     def __init__(self, rng, batch, sequences, dtypes):
         self.names = [row[0] for row in batch]
-        self.entries, self.accepted = [], []
+        self.entries, self.kept, self.lists = [], [], []  # kept: new tokens, by index
         for name, n_q, n_new, *options in batch:
             options = options[0] if options else {}
             base = options.get("base", len(sequences[name]))
-            self.entries.append(Entry(name, base, n_q, n_new, options.get("sparse", ())))
-            self.accepted.append(options.get("accept", n_new))
+            self.entries.append(Entry(name, base, n_q, n_new, options.get("sparse", ()),
+                                      options.get("mask"), options.get("room", 0)))
+            path = options.get("path")
+            self.kept.append(list(range(options.get("accept", n_new))) if path is None else path)
+            self.lists.append(options.get("lists", {}))
+        self.accepted = [len(kept) for kept in self.kept]
+        self.paths = [kept for kept, e in zip(self.kept, self.entries) if e.mask is not None]
         kv, self.q_dtype, self.o_dtype = dtypes
         self.tensors = [self.draw(rng, kv) for _ in LAYERS]
         self.expected = [self.attend(layer, sequences, kv) for layer in range(len(LAYERS))]
@@ -75,12 +101,14 @@ class Step:
     def attend(self, layer, sequences, kv):
         q, k, v = self.numbers(layer, kv)
         row, q_at, new_at, parts, v_max = oracle.Layer(**LAYERS[layer]), 0, 0, [], 0.0
-        for entry in self.entries:
+        for entry, given in zip(self.entries, self.lists):
             old, new = sequences[entry.seq], slice(new_at, new_at + entry.n_new)
             keys = np.concatenate([old.k[layer][:entry.base], k[new]])
             values = np.concatenate([old.v[layer][:entry.base], v[new]])
-            parts.append(oracle.attend(q[q_at:q_at + entry.n_q], keys, values, row, entry.base,
-                                       entry.sparse, PAGE, CHUNK))
+            what = (q[q_at:q_at + entry.n_q], keys, values, row, entry.base)
+            pages = (given.get(layer, entry.sparse), PAGE, CHUNK)
+            parts.append(oracle.attend(*what, *pages) if entry.mask is None
+                         else oracle.attend_paths(*what, entry.mask, *pages))
             v_max = max(v_max, np.abs(values).max(initial=0))
             q_at, new_at = q_at + entry.n_q, new_at + entry.n_new
         return tuple(np.concatenate(x) for x in zip(*parts)) + (v_max,)
@@ -88,10 +116,11 @@ class Step:
     def append(self, sequences, kv):
         numbers = [self.numbers(layer, kv) for layer in range(len(LAYERS))]
         at = 0
-        for entry, accepted in zip(self.entries, self.accepted):
+        for entry, kept in zip(self.entries, self.kept):
             if entry.n_new:
-                sequences[entry.seq].append([k[at:at + accepted] for _, k, _ in numbers],
-                                            [v[at:at + accepted] for _, _, v in numbers])
+                rows = at + np.array(kept, int)
+                sequences[entry.seq].append([k[rows] for _, k, _ in numbers],
+                                            [v[rows] for _, _, v in numbers])
             at += entry.n_new
 
     def error(self, layer, answer, kv):
@@ -132,14 +161,16 @@ class Story:
             if isinstance(act, list):
                 self.do(thin, cache, seqs, *act)
                 continue
-            entries = [Entry(seqs[e.seq], e.base, e.n_q, e.n_new, e.sparse) for e in act.entries]
+            entries = [Entry(seqs[e.seq], e.base, e.n_q, e.n_new, e.sparse, e.mask, e.list_room)
+                       for e in act.entries]
             step = begin(cache, entries, q_dtype=act.q_dtype, o_dtype=act.o_dtype,
                          want_lse=number % 3 != 2)
             # Layers come in any order.
             for layer in (range(len(LAYERS)) if number % 2 else reversed(range(len(LAYERS)))):
-                answers[number, layer] = step.run(layer, *act.tensors[layer])
-            whole = act.accepted == [e.n_new for e in act.entries]
-            step.commit(() if whole else act.accepted)
+                lists = {i: given[layer] for i, given in enumerate(act.lists) if layer in given}
+                answers[number, layer] = step.run(layer, *act.tensors[layer], lists=lists)
+            whole = act.accepted == [e.n_new for e in act.entries] and not act.paths
+            step.commit(() if whole else act.accepted, act.paths)
         self.seqs = seqs
         return answers
 
