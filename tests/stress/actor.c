@@ -320,6 +320,8 @@ check_lost(actor_t *a, uint32_t s, const attn_seq_info_t *info)
         if (chunk->lost && first <= shadow->maybe) {
             lost = attn_min(lost, first);
             check_gone(a, chunk);
+        } else if (chunk->sealed && chunk->length < want) { /* a fork's owner refills it */
+            lost = attn_min(lost, first);
         } else if (!chunk->lost && chunk->length < want) {
             actor_fail(a,
                        "LOST MORE THAN A WORKER'S: sequence %llx, chunk %u on worker %u, which "
@@ -331,11 +333,38 @@ check_lost(actor_t *a, uint32_t s, const attn_seq_info_t *info)
     return lost;
 }
 
-/* Tokens were lost: go on with what is before them, or not at all. */
+/* Fill all holes with what was there. Others, whose forks share them, may do so at the same time,
+ * or may have left one filled in part. */
 static bool
-recover(actor_t *a, uint32_t s, uint64_t lost)
+refill(actor_t *a, uint32_t s, const attn_seq_info_t *info)
+{
+    const shadow_t *shadow = &a->seqs[s];
+    attn_status_t status   = ATTN_OK;
+
+    if (shadow->maybe != shadow->length || info->n_holes == 0) {
+        return false;
+    }
+    for (uint32_t h = 0; h < info->n_holes && status == ATTN_OK; h++) {
+        uint64_t end = info->holes[h].open ? shadow->length : info->holes[h].end;
+        status = actor_write(a, &a->connection->target, shadow->seq, shadow, info->holes[h].first,
+                             attn_min(end, shadow->length));
+        actor_log(a, "refill %llx from %llu to %llu%s: %s: %.80s",
+                  (unsigned long long)shadow->seq.id, (unsigned long long)info->holes[h].first,
+                  (unsigned long long)end, info->holes[h].open ? ", open" : "",
+                  attn_strerror(status), status == ATTN_OK ? "" : attn_last_error());
+    }
+    atomic_fetch_add(&a->figures->refilled, status == ATTN_OK);
+    return status == ATTN_OK;
+}
+
+/* Tokens were lost: fill them in, or go on with what is before them, or not at all. */
+static bool
+recover(actor_t *a, uint32_t s, const attn_seq_info_t *info, uint64_t lost)
 {
     atomic_fetch_add(&a->figures->lost, 1);
+    if (chance_one_in(&a->chance, 2) && refill(a, s, info)) {
+        return true;
+    }
     if (lost == 0 || lost > a->seqs[s].length || chance_one_in(&a->chance, 3)) {
         actor_drop(a, s);
         return false;
@@ -363,14 +392,15 @@ actor_resolve(actor_t *a, uint32_t s)
         return false;
     }
     for (uint32_t c = 0; c < info.n_chunks; c++) {
-        any = any || info.chunks[c].lost;
+        any = any || info.chunks[c].lost ||
+              (info.chunks[c].sealed && info.chunks[c].length < a->geometry->chunk_size);
     }
     actor_log(a, "describe %llx: %llu tokens in %u chunks%s; %llu to %llu are known",
               (unsigned long long)shadow->seq.id, (unsigned long long)info.length, info.n_chunks,
               any ? ", some lost" : "", (unsigned long long)shadow->length,
               (unsigned long long)shadow->maybe);
     uint64_t lost = any ? check_lost(a, s, &info) : UINT64_MAX;
-    bool usable   = lost != UINT64_MAX ? recover(a, s, lost) : any || check_whole(a, s, &info);
+    bool usable = lost != UINT64_MAX ? recover(a, s, &info, lost) : any || check_whole(a, s, &info);
     attn_seq_info_free(&info);
     return usable;
 }
@@ -475,6 +505,10 @@ one_act(actor_t *a)
 
     a->disturbances = atomic_load(&a->stress->disturbances);
     a->act_began_ns = attn_now_ns();
+    if (shadow->used && shadow->length > 0 &&
+        stress_sabotage(a->stress, a->number, SABOTAGE_TOKENS)) {
+        target_truncate(&a->connection->target, shadow->seq, shadow->length - 1);
+    }
     if (!shadow->used && common->used && kind % 3 == 0) {
         fork_into(a, common, chance_in(&a->chance, 1, common->length), s);
     } else if (!shadow->used && kind < 24) {
@@ -489,6 +523,8 @@ one_act(actor_t *a)
         actor_drop(a, s);
     } else if (shadow->used && kind == 3) {
         actor_resolve(a, s);
+    } else if (shadow->used && kind == 4 && shadow->length > 0 && a->plan->kind != TARGET_THIN) {
+        actor_export(a, s);
     } else {
         actor_step(a);
     }

@@ -15,6 +15,7 @@
 #define ACTOR_ROWS 400u     /* query rows, and new tokens, of a step */
 #define ACTOR_TWIN_ROWS 64u /* of an entry that is asked again elsewhere */
 #define ACTOR_ENTRIES 4u
+#define ACTOR_DRAFT 24u    /* tokens of a tree draft */
 #define ACTOR_LENGTH 1100u /* sequences are cut when they grow longer */
 #define ACTOR_LAYERS 4u
 
@@ -96,6 +97,14 @@ void actor_step(actor_t *actor);
 attn_status_t actor_ingest(actor_t *actor, target_t *target, shadow_t *s, uint64_t n,
                            uint64_t content);
 
+/** Write tokens [first, end) of the shadow at their places: at the sequence's end, or into a hole.
+ * @return the status of the first step that failed */
+attn_status_t actor_write(actor_t *actor, target_t *target, attn_seq_t seq, const shadow_t *from,
+                          uint64_t first, uint64_t end);
+
+/** Read committed tokens of some layers back, and hold them against the shadow. */
+void actor_export(actor_t *actor, uint32_t s);
+
 /** One entry of a step. */
 typedef struct part {
     uint32_t s; /* of actor->seqs */
@@ -104,6 +113,10 @@ typedef struct part {
     uint64_t content, q_content;
     uint32_t q_row, new_row; /* first rows in the step's tensors */
     uint32_t n_lists, indptr[9], pages[8 * 192];
+    bool masked; /* n_q rows of mask; path: what is kept, accepted of it */
+    uint8_t mask[ACTOR_DRAFT * ((ACTOR_DRAFT + 7) / 8)];
+    uint32_t path[ACTOR_DRAFT];
+    uint64_t shift; /* rows of content are those at position + shift */
 } part_t;
 
 /** Is this entry's answer, alone in an engine of another shape, the same bit by bit? The answers

@@ -9,6 +9,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #define JUDGED_ROWS 6u  /* of an entry's answer; of more, so many drawn by chance */
 #define SETTLE_MS 1000u /* behind a step's deadline its workers have ended it */
@@ -43,9 +44,9 @@ actor_write_rows(const actor_t *a, const part_t *p, uint32_t layer, bool with_q,
                     (uint8_t *)a->q + (uint64_t)(p->q_row + i) * nq * size);
     }
     for (uint32_t i = 0; with_kv && i < p->n_new; i++) {
-        truth_write(ROW_K, p->content, p->base + i, layer, nk, g->kv_dtype,
+        truth_write(ROW_K, p->content, p->base + p->shift + i, layer, nk, g->kv_dtype,
                     (uint8_t *)a->k + (uint64_t)(p->new_row + i) * nk * size);
-        truth_write(ROW_V, p->content, p->base + i, layer, nv, g->kv_dtype,
+        truth_write(ROW_V, p->content, p->base + p->shift + i, layer, nv, g->kv_dtype,
                     (uint8_t *)a->v + (uint64_t)(p->new_row + i) * nv * size);
     }
 }
@@ -64,6 +65,7 @@ actor_question(const actor_t *a, const part_t *p, uint32_t layer, attn_dtype_t o
                         .n_lists   = p->n_lists,
                         .indptr    = p->indptr,
                         .pages     = p->pages,
+                        .mask      = p->masked ? p->mask : NULL,
                         .o_dtype   = o_dtype};
 }
 
@@ -127,6 +129,35 @@ draw_lists(actor_t *a, part_t *p)
     }
 }
 
+/* A tree of new tokens: each query names a token and its ancestors, and one branch is kept. */
+static void
+draw_mask(actor_t *a, part_t *p)
+{
+    uint32_t stride = (p->n_new + 7) / 8, parent[ACTOR_DRAFT], n = 0;
+
+    /* A thin client's messages have no masks. */
+    p->masked = a->plan->kind != TARGET_THIN && p->n_q == p->n_new && p->n_new > 1 &&
+                p->n_new <= ACTOR_DRAFT && chance_one_in(&a->chance, 2);
+    if (!p->masked) {
+        return;
+    }
+    memset(p->mask, 0, sizeof(p->mask));
+    for (uint32_t i = 0; i < p->n_new; i++) {
+        uint32_t before = (uint32_t)chance_below(&a->chance, 3);
+        parent[i]       = before < i ? i - 1 - before : UINT32_MAX;
+        for (uint32_t at = i; at != UINT32_MAX; at = parent[at]) {
+            p->mask[i * stride + at / 8] |= (uint8_t)(1 << at % 8);
+        }
+    }
+    uint32_t leaf = (uint32_t)chance_below(&a->chance, p->n_new);
+    for (uint32_t i = 0; i <= leaf; i++) {
+        if (p->mask[leaf * stride + i / 8] >> i % 8 & 1) {
+            p->path[n++] = i;
+        }
+    }
+    p->accepted = attn_min(p->accepted, n);
+}
+
 static void
 add_part(trial_t *t, uint32_t s)
 {
@@ -146,6 +177,7 @@ add_part(trial_t *t, uint32_t s)
     p->new_row   = t->new_rows;
     p->accepted =
         chance_one_in(&a->chance, 4) ? (uint32_t)chance_below(&a->chance, p->n_new + 1) : p->n_new;
+    draw_mask(a, p);
     t->rows += p->n_q;
     t->new_rows += p->n_new;
     t->entries[i] = (attn_entry_t){.seq           = a->seqs[s].seq,
@@ -154,7 +186,8 @@ add_part(trial_t *t, uint32_t s)
                                    .n_new         = p->n_new,
                                    .n_lists       = p->n_lists,
                                    .sparse_indptr = p->indptr,
-                                   .sparse_pages  = p->pages};
+                                   .sparse_pages  = p->pages,
+                                   .mask          = p->masked ? p->mask : NULL};
     t->batch.n++;
 }
 
@@ -195,10 +228,11 @@ log_batch(trial_t *t)
         const part_t *p = &t->parts[i];
         actor_log(a,
                   "  entry %u: sequence %llx of %llu, base %llu, n_q %u, n_new %u, accepts %u, "
-                  "%u lists, content %llx",
+                  "%u lists, content %llx%s",
                   i, (unsigned long long)a->seqs[p->s].seq.id,
                   (unsigned long long)a->seqs[p->s].length, (unsigned long long)p->base, p->n_q,
-                  p->n_new, p->accepted, p->n_lists, (unsigned long long)p->content);
+                  p->n_new, p->accepted, p->n_lists, (unsigned long long)p->content,
+                  p->masked ? ", a tree" : "");
     }
 }
 
@@ -270,6 +304,20 @@ keep_for_twin(trial_t *t, uint32_t layer)
     }
 }
 
+/* What --break asks for. */
+static void
+spoil(trial_t *t)
+{
+    actor_t *a = t->a;
+
+    if (stress_sabotage(a->stress, a->number, SABOTAGE_ANSWER)) {
+        ((uint8_t *)a->o)[attn_dtype_size(t->batch.o_dtype) - 1] ^= 0x40; /* of the exponent */
+    }
+    if (t->batch.want_lse && stress_sabotage(a->stress, a->number, SABOTAGE_LSE)) {
+        a->lse[0] += 1e-3f * (1 + (a->lse[0] < 0 ? -a->lse[0] : a->lse[0]));
+    }
+}
+
 static bool
 judge(trial_t *t, uint32_t layer)
 {
@@ -325,12 +373,20 @@ run(trial_t *t, uint32_t layer, bool with_q, bool with_kv)
                    attn_dtype_size(t->batch.o_dtype)); /* NaN */
     }
     actor_call(a, "run", t->ends_ns);
+    if (stress_sabotage(a->stress, a->number, SABOTAGE_UNENDED)) {
+        for (;;) {
+            pause();
+        }
+    }
     attn_status_t status =
         actor_called(a, target_run(&a->connection->target, &t->step, &t->batch, &r));
     actor_log(a, "run layer %u%s%s%s: %s", layer, with_q ? " q" : "", with_kv ? " kv" : "",
               r.submit ? " submitted" : "", attn_strerror(status));
     if (status == ATTN_OK) {
         t->stored[layer] = t->stored[layer] || with_kv;
+        if (with_q) {
+            spoil(t);
+        }
         if (with_q && !judge(t, layer)) {
             t->over = true;
         } else if (with_q && t->twin >= 0) {
@@ -447,6 +503,16 @@ abort_step(trial_t *t)
 }
 
 static void
+append_accepted(shadow_t *s, const part_t *p)
+{
+    if (p->masked) {
+        shadow_append_path(s, p->base, p->content, p->path, p->accepted);
+    } else {
+        shadow_append(s, p->base, p->content);
+    }
+}
+
+static void
 committed(trial_t *t)
 {
     actor_t *a = t->a;
@@ -456,8 +522,9 @@ committed(trial_t *t)
         shadow_t *s     = &a->seqs[p->s];
         if (p->accepted > 0) {
             shadow_cut(s, p->base);
-            shadow_append(s, p->base, p->content);
+            append_accepted(s, p);
             s->length = s->maybe = p->base + p->accepted;
+            atomic_fetch_add(&a->figures->paths, p->masked);
             atomic_fetch_add(&a->figures->tokens, p->accepted);
         }
         a->unsettled_until_ns[p->s] = 0;
@@ -473,10 +540,26 @@ half_committed(trial_t *t)
         const part_t *p = &t->parts[i];
         shadow_t *s     = &t->a->seqs[p->s];
         if (p->accepted > 0) {
-            shadow_append(s, p->base, p->content);
+            append_accepted(s, p);
             s->maybe = p->base + p->accepted;
         }
     }
+}
+
+static attn_status_t
+commit_step(trial_t *t)
+{
+    uint32_t accepted[ACTOR_ENTRIES], path[ACTOR_ENTRIES * ACTOR_DRAFT];
+    attn_commit_t what = {.size = sizeof(what), .accepted = accepted, .path = path};
+
+    for (uint32_t i = 0; i < t->batch.n; i++) {
+        const part_t *p = &t->parts[i];
+        accepted[i]     = p->accepted;
+        for (uint32_t j = 0; p->masked && j < p->accepted; j++) {
+            path[what.n_path++] = p->path[j];
+        }
+    }
+    return target_commit(&t->step, &what);
 }
 
 /* @return the step ended as it was meant to */
@@ -484,13 +567,9 @@ static bool
 commit(trial_t *t)
 {
     actor_t *a = t->a;
-    uint32_t accepted[ACTOR_ENTRIES];
 
-    for (uint32_t i = 0; i < t->batch.n; i++) {
-        accepted[i] = t->parts[i].accepted;
-    }
     actor_call(a, "commit", t->ends_ns);
-    attn_status_t status = actor_called(a, target_commit(&t->step, accepted));
+    attn_status_t status = actor_called(a, commit_step(t));
     actor_log(a, "commit: %s", attn_strerror(status));
     if (status == ATTN_OK) {
         committed(t);
@@ -507,18 +586,17 @@ commit(trial_t *t)
 static void
 commit_too_early(trial_t *t)
 {
-    actor_t *a = t->a;
-    uint32_t accepted[ACTOR_ENTRIES], any = 0;
+    actor_t *a   = t->a;
+    uint32_t any = 0;
 
     for (uint32_t i = 0; i < t->batch.n; i++) {
-        accepted[i] = t->parts[i].accepted;
-        any += accepted[i];
+        any += t->parts[i].accepted;
     }
     if (any == 0) {
         return;
     }
     actor_call(a, "commit", t->ends_ns);
-    attn_status_t status = actor_called(a, target_commit(&t->step, accepted));
+    attn_status_t status = actor_called(a, commit_step(t));
     actor_log(a, "commit too early: %s", attn_strerror(status));
     if (status == ATTN_OK) {
         actor_fail(a, "AN INCOMPLETE STEP WAS COMMITTED");
@@ -591,43 +669,4 @@ actor_step(actor_t *a)
             atomic_store(&a->stress->stop, true);
         }
     }
-}
-
-/* ---- steps without a trial ---- */
-
-attn_status_t
-actor_ingest(actor_t *a, target_t *target, shadow_t *s, uint64_t n, uint64_t content)
-{
-    attn_status_t status = ATTN_OK;
-
-    while (n > 0 && status == ATTN_OK) {
-        part_t part        = {.base    = s->length,
-                              .n_new   = (uint32_t)attn_min(n, chance_in(&a->chance, 1, INGEST_PIECE)),
-                              .content = content};
-        attn_entry_t entry = {.seq = s->seq, .base = part.base, .n_new = part.n_new};
-        attn_batch_t batch = {.size       = sizeof(batch),
-                              .n          = 1,
-                              .entries    = &entry,
-                              .q_dtype    = a->geometry->kv_dtype,
-                              .timeout_ms = a->stress->options.step_timeout_ms};
-        target_step_t step;
-        status = target_begin(target, &batch, true, &step);
-        if (status != ATTN_OK) {
-            break;
-        }
-        for (uint32_t l = 0; l < a->geometry->layers && status == ATTN_OK; l++) {
-            actor_write_rows(a, &part, l, false, true);
-            status = target_run(target, &step, &batch,
-                                &(target_run_t){.layer = l, .k = a->k, .v = a->v});
-        }
-        status = status == ATTN_OK ? target_commit(&step, NULL) : status;
-        if (status != ATTN_OK) {
-            target_abort(&step);
-            break;
-        }
-        shadow_append(s, part.base, content);
-        s->length = s->maybe = part.base + part.n_new;
-        n -= part.n_new;
-    }
-    return status;
 }

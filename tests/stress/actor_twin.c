@@ -13,12 +13,7 @@ write_prefix(actor_t *a, const part_t *p, shadow_t *copy)
     const shadow_t *s    = &a->seqs[p->s];
     attn_status_t status = target_create(&a->twin, &copy->seq);
 
-    for (uint32_t i = 0; status == ATTN_OK && i < s->n && s->segments[i].first < p->base; i++) {
-        uint64_t end =
-            i + 1 < s->n && s->segments[i + 1].first < p->base ? s->segments[i + 1].first : p->base;
-        status = actor_ingest(a, &a->twin, copy, end - copy->length, s->segments[i].content);
-    }
-    return status;
+    return status == ATTN_OK ? actor_write(a, &a->twin, copy->seq, s, 0, p->base) : status;
 }
 
 static bool
@@ -45,7 +40,8 @@ ask(actor_t *a, const part_t *original, const attn_batch_t *like, shadow_t *copy
                           .n_new         = p.n_new,
                           .n_lists       = p.n_lists,
                           .sparse_indptr = p.indptr,
-                          .sparse_pages  = p.pages};
+                          .sparse_pages  = p.pages,
+                          .mask          = p.masked ? p.mask : NULL};
     attn_batch_t batch = *like;
     target_step_t step;
 

@@ -7,7 +7,6 @@
 #include "base/status.h"
 #include "tests/stress/proc.h"
 
-#include <dirent.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -18,7 +17,6 @@
 #define THREADS_PER_CONNECTION 2u
 #define LAG_LOOK_MS 10u
 #define LAG_KEPT 200u /* looks */
-#define SETTLE_MS 25000u
 
 atomic_uint_fast64_t client_lag_us;
 
@@ -67,34 +65,41 @@ warm_up(const client_plan_t *plan)
     return counts;
 }
 
-/* "grpc_global_tim default-executo ...": whose they are tells much. */
-static void
-thread_names(char *text, size_t size)
+static void *
+sleep_thread(void *arg)
 {
-    DIR *folder = opendir("/proc/self/task");
-    size_t n    = 0;
-    char path[300], name[32];
-
-    text[0] = '\0';
-    for (struct dirent *e; folder != NULL && (e = readdir(folder)) != NULL;) {
-        snprintf(path, sizeof(path), "/proc/self/task/%s/comm", e->d_name);
-        FILE *file = e->d_name[0] != '.' ? fopen(path, "r") : NULL;
-        if (file != NULL && fscanf(file, "%31s", name) == 1 && n < size) {
-            n += (size_t)snprintf(text + n, size - n, " %s", name);
-        }
-        if (file != NULL) {
-            fclose(file);
-        }
+    for (;;) {
+        pause();
     }
-    if (folder != NULL) {
-        closedir(folder);
+    return arg;
+}
+
+/* What --break asks for: something is left on purpose. */
+static void
+leave_behind(const client_plan_t *plan)
+{
+    pthread_t thread;
+
+    if (stress_sabotage(plan->stress, plan->first, SABOTAGE_DESCRIPTOR) && dup(0) < 0) {
+        abort();
+    }
+    if (stress_sabotage(plan->stress, plan->first, SABOTAGE_THREAD) &&
+        pthread_create(&thread, NULL, sleep_thread, NULL) != 0) {
+        abort();
+    }
+    if (stress_sabotage(plan->stress, plan->first, SABOTAGE_MEMORY)) {
+        static volatile uint8_t *left;
+        left = malloc(STRESS_GROWTH_BYTES + (8 << 20));
+        for (uint64_t i = 0; i < STRESS_GROWTH_BYTES + (8 << 20); i += 4096) {
+            left[i] = 1;
+        }
     }
 }
 
 static void
 check_left_behind(const client_plan_t *plan, const proc_counts_t *before)
 {
-    uint64_t end = attn_now_ns() + SETTLE_MS * ATTN_NS_PER_MS;
+    uint64_t end = attn_now_ns() + plan->stress->options.settle_ms * ATTN_NS_PER_MS;
     proc_counts_t now;
 
     if (before->threads == 0) {
@@ -103,17 +108,19 @@ check_left_behind(const client_plan_t *plan, const proc_counts_t *before)
     do {
         nanosleep(&(struct timespec){.tv_nsec = 50000000}, NULL);
         proc_count(getpid(), &now);
-    } while ((now.threads > before->threads || now.descriptors > before->descriptors) &&
-             attn_now_ns() < end);
-    if (now.threads > before->threads || now.descriptors > before->descriptors) {
+    } while (proc_grew(before, &now) && attn_now_ns() < end);
+    if (proc_grew(before, &now)) {
         char names[1024];
-        thread_names(names, sizeof(names));
+        proc_thread_names(getpid(), names, sizeof(names));
         stress_fail(plan->stress,
                     "LEAK: %s client process %u (life %u) has %u threads and %u descriptors after "
-                    "it closed all; it had %u and %u; threads:%s\n",
-                    target_names[plan->kind], plan->process, plan->life, now.threads,
-                    now.descriptors, before->threads, before->descriptors, names);
+                    "it closed all; it had %u and %u; threads: %s\n",
+                    target_names[plan->kind], plan->process, plan->life,
+                    now.threads + now.core_threads, now.descriptors,
+                    before->threads + before->core_threads, before->descriptors, names);
+        return;
     }
+    stress_check_memory(plan->stress, target_names[plan->kind], plan->process, before, &now);
 }
 
 static void
@@ -178,6 +185,7 @@ client_main(const client_plan_t *plan)
     pthread_join(lag, NULL);
     free(actors);
     free(connections);
+    leave_behind(plan);
     if (!atomic_load(&plan->stress->failed)) {
         check_left_behind(plan, &before);
     }

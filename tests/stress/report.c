@@ -10,6 +10,7 @@
 typedef struct totals {
     uint64_t steps, calls, answers, rows, twins, tokens;
     uint64_t forks, truncates, frees, creates, aborts, partial_commits, recovered, lost;
+    uint64_t paths, exports, refilled;
     uint64_t statuses[STATUSES];
     uint64_t late_us, slow_us;
 } totals_t;
@@ -35,6 +36,9 @@ sum(const stress_t *stress)
         t.partial_commits += f->partial_commits;
         t.recovered += f->recovered;
         t.lost += f->lost;
+        t.paths += f->paths;
+        t.exports += f->exports;
+        t.refilled += f->refilled;
         t.late_us = attn_max(t.late_us, f->late_us);
         t.slow_us = attn_max(t.slow_us, f->slow_us);
         for (uint32_t k = 0; k < STATUSES; k++) {
@@ -86,10 +90,16 @@ print_table(const supervisor_t *s, const totals_t *t, const proc_counts_t *coord
     ROW("chaos", "%u workers killed, %u stopped, %u for long; %u coordinators, %u clients killed",
         s->chaos.kills, s->chaos.stops, s->chaos.long_stops, s->chaos.coordinators,
         s->chaos.clients);
-    ROW("sequences that lost tokens", "%llu, %llu went on with what was before",
-        (unsigned long long)t->lost, (unsigned long long)t->recovered);
+    ROW("sequences that lost tokens", "%llu, %llu were refilled, %llu went on with what was before",
+        (unsigned long long)t->lost, (unsigned long long)t->refilled,
+        (unsigned long long)t->recovered);
+    ROW("paths of trees kept", "%llu", (unsigned long long)t->paths);
+    ROW("exports, row by row", "%llu", (unsigned long long)t->exports);
     ROW("resident memory", "worker %.1f MiB (slab included), coordinator %.1f MiB",
         (double)worker_rss(s) / (1 << 20), (double)coordinator->rss_bytes / (1 << 20));
+    ROW("growth, slabs aside", "at most %.1f MiB of any process; %.0f MiB are allowed",
+        (double)atomic_load(&s->stress->most_growth) / (1 << 20),
+        (double)STRESS_GROWTH_BYTES / (1 << 20));
     for (uint32_t k = 1; k < STATUSES; k++) {
         if (t->statuses[k] > 0) {
             ROW(attn_strerror((attn_status_t) - (int)k), "%llu calls",
@@ -126,6 +136,7 @@ write_json(const supervisor_t *s, const totals_t *t, const proc_counts_t *coordi
     cJSON_AddNumberToObject(root, "clients_killed", s->chaos.clients);
     cJSON_AddNumberToObject(root, "worker_rss", (double)worker_rss(s));
     cJSON_AddNumberToObject(root, "coordinator_rss", (double)coordinator->rss_bytes);
+    cJSON_AddNumberToObject(root, "growth", (double)atomic_load(&s->stress->most_growth));
     cJSON_AddStringToObject(root, "failure", s->stress->failure);
     char *text = cJSON_PrintUnformatted(root);
     FILE *file = fopen(o->json, "a");

@@ -192,6 +192,17 @@ shadow_append(shadow_t *s, uint64_t first, uint64_t content)
 }
 
 void
+shadow_append_path(shadow_t *s, uint64_t first, uint64_t content, const uint32_t *path, uint32_t n)
+{
+    for (uint32_t j = 0; j < n; j++) {
+        if (j == 0 || path[j] != path[j - 1] + 1) {
+            shadow_append(s, first + j, content);
+            s->segments[s->n - 1].shift = path[j] - j;
+        }
+    }
+}
+
+void
 shadow_cut(shadow_t *s, uint64_t length)
 {
     while (s->n > 0 && s->segments[s->n - 1].first >= length) {
@@ -206,12 +217,13 @@ shadow_copy(shadow_t *to, const shadow_t *from, uint64_t length)
 {
     for (uint32_t i = 0; i < from->n; i++) {
         shadow_append(to, from->segments[i].first, from->segments[i].content);
+        to->segments[to->n - 1].shift = from->segments[i].shift;
     }
     shadow_cut(to, length);
 }
 
-uint64_t
-shadow_content(const shadow_t *s, uint64_t position)
+segment_t
+shadow_segment(const shadow_t *s, uint64_t position)
 {
     uint32_t low = 0, high = s->n;
 
@@ -219,5 +231,5 @@ shadow_content(const shadow_t *s, uint64_t position)
         uint32_t middle                                         = (low + high) / 2;
         *(s->segments[middle].first <= position ? &low : &high) = middle;
     }
-    return s->segments[low].content;
+    return s->segments[low];
 }

@@ -29,7 +29,8 @@
 #include <unistd.h>
 
 #define THREADS_PER_PROCESS 4u
-#define END_MS 60000u /* for the clients to leave */
+#define END_MS 60000u       /* for the clients to leave */
+#define END_FAILED_MS 3000u /* when it is known that something is wrong */
 
 static const char usage[] =
     "usage: stress [options]\n"
@@ -43,6 +44,10 @@ static const char usage[] =
     "  --seed N         (1)\n"
     "  --late-ms N      how late behind its deadline a call may end (250)\n"
     "  --timeout-ms N, --step-timeout-ms N, --lost-ms N, --lease-ms N\n"
+    "  --unended-ms N   how long behind its deadline a call counts as never ending (10000)\n"
+    "  --settle-ms N    for what was closed to be gone, beside leases (25000)\n"
+    "  --break KIND     do it wrong on purpose, once, which must be seen: answer, lse, tokens,\n"
+    "                   unended, descriptor, thread or memory\n"
     "  --no-twins       do not compare bits with a second engine\n"
     "  --check-store    workers verify their stores all the time\n"
     "  --json FILE      append the figures as a line of JSON\n"
@@ -51,6 +56,25 @@ static const char usage[] =
     "Exit codes: 0 all was right; 1 something was not, told with seed and history; 2 arguments.\n";
 
 /* ---- options ---- */
+
+static bool
+take_sabotage(const char *name, sabotage_t *sabotage)
+{
+    static const char *const names[SABOTAGES] = {
+        [SABOTAGE_ANSWER] = "answer",         [SABOTAGE_LSE] = "lse",
+        [SABOTAGE_TOKENS] = "tokens",         [SABOTAGE_UNENDED] = "unended",
+        [SABOTAGE_DESCRIPTOR] = "descriptor", [SABOTAGE_THREAD] = "thread",
+        [SABOTAGE_MEMORY] = "memory",
+    };
+
+    for (uint32_t i = SABOTAGE_NONE + 1; i < SABOTAGES; i++) {
+        if (strcmp(name, names[i]) == 0) {
+            *sabotage = (sabotage_t)i;
+            return true;
+        }
+    }
+    return false;
+}
 
 static bool
 take_chaos(const char *list, stress_options_t *o)
@@ -87,6 +111,9 @@ enum {
     STEP_TIMEOUT,
     LOST,
     LEASE,
+    UNENDED,
+    SETTLE,
+    BREAK,
     NO_TWINS,
     CHECK_STORE,
     JSON,
@@ -108,6 +135,9 @@ static const struct option options[] = {
     {"step-timeout-ms", required_argument, NULL, STEP_TIMEOUT},
     {"lost-ms", required_argument, NULL, LOST},
     {"lease-ms", required_argument, NULL, LEASE},
+    {"unended-ms", required_argument, NULL, UNENDED},
+    {"settle-ms", required_argument, NULL, SETTLE},
+    {"break", required_argument, NULL, BREAK},
     {"no-twins", no_argument, NULL, NO_TWINS},
     {"check-store", no_argument, NULL, CHECK_STORE},
     {"json", required_argument, NULL, JSON},
@@ -168,6 +198,12 @@ take_option(int option, stress_options_t *o, const char **chaos)
         return take_u32(optarg, 200, 60000, &o->lost_ms);
     case LEASE:
         return take_u32(optarg, 1000, 60000, &o->lease_ms);
+    case UNENDED:
+        return take_u32(optarg, 100, 60000, &o->unended_ms);
+    case SETTLE:
+        return take_u32(optarg, 100, 60000, &o->settle_ms);
+    case BREAK:
+        return take_sabotage(optarg, &o->sabotage);
     case NO_TWINS:
         o->twins = false;
         return true;
@@ -207,6 +243,8 @@ take_options(int argc, char **argv, stress_options_t *o)
         .step_timeout_ms = 4000,
         .lost_ms         = 1000,
         .lease_ms        = 8000,
+        .unended_ms      = 10000,
+        .settle_ms       = 25000,
         .twins           = true,
         .shares          = {2, 1, 1},
         .attnd           = ATTND_PATH,
@@ -317,8 +355,11 @@ warm_up(supervisor_t *s)
         proc_counts_t now;
         proc_count(s->cluster.workers[w].pid, &now);
         s->worker_before.threads = (uint32_t)attn_max(s->worker_before.threads, now.threads);
+        s->worker_before.core_threads =
+            (uint32_t)attn_max(s->worker_before.core_threads, now.core_threads);
         s->worker_before.descriptors =
             (uint32_t)attn_max(s->worker_before.descriptors, now.descriptors);
+        s->worker_before.heap_bytes = attn_max(s->worker_before.heap_bytes, now.heap_bytes);
     }
 }
 
@@ -326,11 +367,16 @@ static void
 wait_for_clients(supervisor_t *s)
 {
     uint64_t end = now_ms() + END_MS;
+    bool failed  = false;
     uint32_t n   = 1;
 
     while (n > 0) {
         n = 0;
         supervisor_watch(s, 20);
+        if (!failed && atomic_load(&s->stress->failed)) {
+            failed = true;
+            end    = now_ms() + END_FAILED_MS;
+        }
         sleep_ms(5);
         for (uint32_t i = 0; i < s->n_processes; i++) {
             n += s->pids[i] > 0;
@@ -339,7 +385,7 @@ wait_for_clients(supervisor_t *s)
             stress_fail(s->stress, "UNENDED: %u client processes do not end\n", n);
             for (uint32_t i = 0; i < s->n_processes; i++) {
                 if (s->pids[i] > 0) {
-                    kill(s->pids[i], SIGABRT);
+                    kill(s->pids[i], failed ? SIGKILL : SIGABRT);
                 }
             }
             return;

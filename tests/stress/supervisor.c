@@ -14,8 +14,6 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#define UNENDED_MS 10000u /* behind its deadline a call will not end any more */
-#define LEFT_MS 20000u /* behind the longest lease: idle threads of the coordinator end in 10 s */
 #define LOOK_MS 20u
 
 void
@@ -31,6 +29,16 @@ stress_fail(stress_t *stress, const char *format, ...)
         atomic_store(&stress->failed, true);
     }
     atomic_store(&stress->stop, true);
+}
+
+bool
+stress_sabotage(stress_t *stress, uint32_t actor, sabotage_t kind)
+{
+    bool first = false;
+
+    return stress->options.sabotage == kind && actor == 0 &&
+           atomic_load(&stress->steps) >= SABOTAGE_STEPS &&
+           atomic_compare_exchange_strong(&stress->sabotaged, &first, true);
 }
 
 /* ---- clients ---- */
@@ -86,7 +94,7 @@ look_at_calls(supervisor_t *s)
     for (uint32_t i = 0; i < ACTORS_MAX; i++) {
         const actor_figures_t *f = &s->stress->actors[i];
         uint64_t began = atomic_load(&f->call_began_ns), ends = atomic_load(&f->call_ends_ns);
-        if (began != 0 && now > ends + UNENDED_MS * ATTN_NS_PER_MS &&
+        if (began != 0 && now > ends + s->stress->options.unended_ms * ATTN_NS_PER_MS &&
             began == atomic_load(&f->call_began_ns)) {
             stress_fail(s->stress,
                         "UNENDED: actor %u is in %s since %.1f s, %.1f s behind its "
@@ -168,34 +176,52 @@ supervisor_view(const supervisor_t *s, cluster_view_t *view)
 
 /* ---- leaks ---- */
 
+void
+stress_check_memory(stress_t *stress, const char *what, uint32_t number,
+                    const proc_counts_t *before, const proc_counts_t *now)
+{
+    atomic_uint_fast64_t *most = &stress->most_growth;
+    uint64_t grew              = now->heap_bytes - attn_min(now->heap_bytes, before->heap_bytes);
+    uint64_t seen              = atomic_load(most);
+
+    while (grew > seen && !atomic_compare_exchange_weak(most, &seen, grew)) {
+    }
+    if (grew > STRESS_GROWTH_BYTES) {
+        stress_fail(stress,
+                    "LEAK: the memory of %s %u grew from %.1f to %.1f MiB, slabs aside, by more "
+                    "than %.0f MiB\n",
+                    what, number, (double)before->heap_bytes / (1 << 20),
+                    (double)now->heap_bytes / (1 << 20), (double)STRESS_GROWTH_BYTES / (1 << 20));
+    }
+}
+
 static void
-check_counts(supervisor_t *s, const process_t *process, const char *what,
+check_counts(supervisor_t *s, const process_t *process, const char *what, uint32_t number,
              const proc_counts_t *before)
 {
-    uint64_t end = now_ms() + LEFT_MS;
-    long cores   = sysconf(_SC_NPROCESSORS_ONLN);
-    /* gRPC's executor grows with load, up to two threads a core, and keeps them. */
-    uint32_t most = before->threads + 2 * (uint32_t)(cores > 0 ? cores : 1);
+    uint64_t end = now_ms() + s->stress->options.settle_ms;
     proc_counts_t now;
 
-    while (proc_count(process->pid, &now) &&
-           (now.threads > most || now.descriptors > before->descriptors)) {
+    while (proc_count(process->pid, &now) && proc_grew(before, &now)) {
         if (now_ms() >= end) {
+            char names[1024];
+            proc_thread_names(process->pid, names, sizeof(names));
             stress_fail(s->stress,
-                        "LEAK: the %s at %s has %u threads and %u descriptors; it had "
-                        "%u and %u\n",
-                        what, process->address, now.threads, now.descriptors, before->threads,
-                        before->descriptors);
+                        "LEAK: the %s at %s has %u threads of its own, %u of C core and %u "
+                        "descriptors; it had %u, %u and %u; threads: %s\n",
+                        what, process->address, now.threads, now.core_threads, now.descriptors,
+                        before->threads, before->core_threads, before->descriptors, names);
             return;
         }
         sleep_ms(50);
     }
+    stress_check_memory(s->stress, what, number, before, &now);
 }
 
 void
 supervisor_check_leaks(supervisor_t *s)
 {
-    uint64_t end = now_ms() + s->stress->options.lease_ms + LEFT_MS;
+    uint64_t end = now_ms() + s->stress->options.lease_ms + s->stress->options.settle_ms;
     cluster_view_t v;
 
     while (!supervisor_view(s, &v) || v.sequences + v.caches + v.used_bytes + v.chunks > 0 ||
@@ -211,9 +237,9 @@ supervisor_check_leaks(supervisor_t *s)
         }
         sleep_ms(100);
     }
-    check_counts(s, &s->cluster.coordinator, "coordinator", &s->coordinator_before);
+    check_counts(s, &s->cluster.coordinator, "coordinator", 0, &s->coordinator_before);
     for (uint32_t w = 0; w < s->cluster.options.workers; w++) {
-        check_counts(s, &s->cluster.workers[w], "worker", &s->worker_before);
+        check_counts(s, &s->cluster.workers[w], "worker", w, &s->worker_before);
     }
 }
 

@@ -158,10 +158,12 @@ target_run(target_t *target, target_step_t *step, const attn_batch_t *batch,
 }
 
 attn_status_t
-target_commit(target_step_t *step, const uint32_t *accepted)
+target_commit(target_step_t *step, const attn_commit_t *what)
 {
-    attn_status_t status = step->door != NULL ? door_step_commit(step->door, accepted)
-                                              : attn_step_commit(step->step, accepted);
+    const uint32_t *accepted = what != NULL ? what->accepted : NULL;
+    attn_status_t status     = step->door != NULL ? door_step_commit(step->door, accepted)
+                               : what != NULL     ? attn_step_commit_with(step->step, what)
+                                                  : attn_step_commit(step->step, NULL);
 
     if (status == ATTN_OK) {
         *step = (target_step_t){0};

@@ -50,7 +50,8 @@ attn_status_t target_begin(target_t *target, const attn_batch_t *batch, bool str
                            target_step_t *step);
 attn_status_t target_run(target_t *target, target_step_t *step, const attn_batch_t *batch,
                          const target_run_t *run);
-attn_status_t target_commit(target_step_t *step, const uint32_t *accepted); /* OK: it is gone */
+/** NULL accepts all. A thin client keeps no paths. OK: the step is gone. */
+attn_status_t target_commit(target_step_t *step, const attn_commit_t *what);
 void target_abort(target_step_t *step);
 
 #endif

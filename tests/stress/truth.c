@@ -20,17 +20,41 @@ typedef struct row_truth {
 static void
 view_make(const question_t *qu, view_t *view)
 {
+    segment_t now = {0};
+
     view->n = qu->base + qu->n_new;
-    for (uint64_t j = 0, next = 0, content = 0, s = 0; j < view->n; j++) {
+    for (uint64_t j = 0, next = 0, s = 0; j < view->n; j++) {
         if (j < qu->base && j == next) {
-            content = qu->seq->segments[s++].content;
-            next    = s < qu->seq->n ? qu->seq->segments[s].first : UINT64_MAX;
+            now  = qu->seq->segments[s++];
+            next = s < qu->seq->n ? qu->seq->segments[s].first : UINT64_MAX;
         } else if (j == qu->base) {
-            content = qu->content;
+            now = (segment_t){.content = qu->content};
         }
-        view->k[j] = truth_row(ROW_K, content, j, qu->layer);
-        view->v[j] = truth_row(ROW_V, content, j, qu->layer);
+        view->k[j] = truth_row(ROW_K, now.content, j + now.shift, qu->layer);
+        view->v[j] = truth_row(ROW_V, now.content, j + now.shift, qu->layer);
     }
+}
+
+/* Does this query see the new token? */
+static bool
+is_named(const question_t *qu, uint32_t row, uint64_t token)
+{
+    return qu->mask[row * ((qu->n_new + 7) / 8) + token / 8] >> (token % 8) & 1;
+}
+
+/* Where the query stands: with a mask, at the last of the tokens that it names. */
+static uint64_t
+position_of(const question_t *qu, uint32_t row)
+{
+    uint64_t named = 0;
+
+    if (qu->mask == NULL) {
+        return qu->base + qu->n_new - qu->n_q + row;
+    }
+    for (uint32_t token = 0; token < qu->n_new; token++) {
+        named += is_named(qu, row, token);
+    }
+    return qu->base + named - 1;
 }
 
 static bool
@@ -54,22 +78,27 @@ is_listed(const question_t *qu, uint32_t kv_head, uint64_t j)
 
 /* Logits of one query and head. */
 static uint64_t
-logits(const question_t *qu, const view_t *view, const float *q, uint32_t h, uint64_t position,
+logits(const question_t *qu, const view_t *view, const float *q, uint32_t h, uint32_t row,
        double *x, uint32_t *at, double *kappa)
 {
+    uint64_t position         = position_of(qu, row);
     const attn_geometry_t *g  = qu->geometry;
     const attn_layer_t *layer = &g->layer_table[qu->layer];
     uint32_t kv_head          = h / (g->q_heads / g->kv_heads);
     double scale              = layer->scale > 0 ? layer->scale : 1 / sqrt(g->head_dim_k);
-    uint64_t end              = layer->causal && position + 1 < view->n ? position + 1 : view->n;
     uint64_t first =
         layer->window > 0 && position + 1 > layer->window ? position + 1 - layer->window : 0;
-    uint64_t n = 0;
+    uint64_t n = 0, where = 0;
 
-    for (uint64_t j = first; j < end; j++) {
+    for (uint64_t j = 0; j < view->n; j++, where++) {
         const float *k = view->k[j] + kv_head * g->head_dim_k;
         double dot = 0, size = 0;
-        if (qu->n_lists > 0 && !is_listed(qu, kv_head, j)) {
+        if (qu->mask != NULL && j >= qu->base && !is_named(qu, row, j - qu->base)) {
+            where--; /* the next that is named counts as standing here */
+            continue;
+        }
+        if (where < first || (layer->causal && where > position) ||
+            (qu->n_lists > 0 && !is_listed(qu, kv_head, j))) {
             continue;
         }
         for (uint32_t d = 0; d < g->head_dim_k; d++) {
@@ -79,7 +108,7 @@ logits(const question_t *qu, const view_t *view, const float *q, uint32_t h, uin
         }
         double y = scale * dot;
         y        = layer->softcap > 0 ? layer->softcap * tanh(y / layer->softcap) : y;
-        y += layer->slopes != NULL ? layer->slopes[h] * ((double)j - (double)position) : 0;
+        y += layer->slopes != NULL ? layer->slopes[h] * ((double)where - (double)position) : 0;
         *kappa = fmax(*kappa, scale * size);
         at[n]  = (uint32_t)j;
         x[n++] = y;
@@ -88,7 +117,7 @@ logits(const question_t *qu, const view_t *view, const float *q, uint32_t h, uin
 }
 
 static void
-row_compute(const question_t *qu, const view_t *view, const float *q, uint32_t h, uint64_t position,
+row_compute(const question_t *qu, const view_t *view, const float *q, uint32_t h, uint32_t row,
             row_truth_t *out)
 {
     const attn_geometry_t *g = qu->geometry;
@@ -98,7 +127,7 @@ row_compute(const question_t *qu, const view_t *view, const float *q, uint32_t h
     uint32_t at[TRUTH_TOKENS_MAX];
 
     out->kappa = out->v_max = 0;
-    uint64_t n              = logits(qu, view, q, h, position, x, at, &out->kappa);
+    uint64_t n              = logits(qu, view, q, h, row, x, at, &out->kappa);
     for (uint64_t i = 0; i < n; i++) {
         top = fmax(top, x[i]);
     }
@@ -195,11 +224,10 @@ truth_judge(const question_t *qu, const void *o, const float *lse, uint32_t rows
     }
     view_make(qu, &view);
     for (uint32_t i = 0; i < n; i++) {
-        uint32_t row      = qu->n_q <= rows ? i : (uint32_t)chance_below(c, qu->n_q);
-        uint64_t position = qu->base + qu->n_new - qu->n_q + row;
-        const float *q    = truth_row(ROW_Q, qu->q_content, row, qu->layer);
+        uint32_t row   = qu->n_q <= rows ? i : (uint32_t)chance_below(c, qu->n_q);
+        const float *q = truth_row(ROW_Q, qu->q_content, row, qu->layer);
         for (uint32_t h = 0; h < g->q_heads; h++) {
-            row_compute(qu, &view, q + h * g->head_dim_k, h, position, &truth);
+            row_compute(qu, &view, q + h * g->head_dim_k, h, row, &truth);
             if (!row_check(qu, &truth, row, h, o, lse, wrong)) {
                 return -1;
             }

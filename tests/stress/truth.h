@@ -56,6 +56,7 @@ const attn_geometry_t *truth_geometry(uint32_t i);
 typedef struct segment {
     uint64_t first; /* position; up to the next segment's */
     uint64_t content;
+    uint64_t shift; /* the rows are those of content at position + shift: a path was committed */
 } segment_t;
 
 typedef struct shadow {
@@ -69,9 +70,11 @@ typedef struct shadow {
 
 void shadow_clear(shadow_t *s); /* frees; unused then */
 void shadow_append(shadow_t *s, uint64_t first, uint64_t content);
+void shadow_append_path(shadow_t *s, uint64_t first, uint64_t content, const uint32_t *path,
+                        uint32_t n); /* token j is what was token path[j] of a step at first */
 void shadow_cut(shadow_t *s, uint64_t length); /* length and maybe are that then */
 void shadow_copy(shadow_t *to, const shadow_t *from, uint64_t length);
-uint64_t shadow_content(const shadow_t *s, uint64_t position);
+segment_t shadow_segment(const shadow_t *s, uint64_t position); /* that this position is in */
 
 /* ---- the judge ---- */
 
@@ -86,6 +89,7 @@ typedef struct question {
     uint64_t q_content; /* of the queries: query i is at position i of it */
     uint32_t n_lists;
     const uint32_t *indptr, *pages;
+    const uint8_t *mask; /* as attn_entry_t.mask, or NULL */
     attn_dtype_t o_dtype;
 } question_t;
 
