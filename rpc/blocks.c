@@ -32,6 +32,7 @@ block_give(void *arg)
 {
     block_t *block = arg;
 
+    RPC_OP_ACQUIRE(block->data); /* whoever wrote it let go of the slice before */
     pthread_mutex_lock(&blocks.lock);
     bool keep = blocks.kept + bytes_of(block->shelf) <= KEPT_MAX;
     if (keep) {

@@ -153,6 +153,7 @@ rpc_packet_make(const rpc_outgoing_t *message, rpc_client_t *client, rpc_packet_
                       (copied ? (size_t)data_size : 0);
         grpc_slice head = rpc_slice_malloc(size);
         head_fill(message, head_size, data_size, copied, GRPC_SLICE_START_PTR(head));
+        RPC_OP_RELEASE(GRPC_SLICE_START_PTR(head)); /* blocks.c may give it to another thread */
 
         rpc_packet_t *packet = gpr_zalloc(sizeof(*packet));
         packet->buffer       = grpc_raw_byte_buffer_create(&head, 1);
