@@ -248,7 +248,8 @@ supervisor_check_logs(supervisor_t *s)
 {
     for (uint32_t i = 0; i <= s->cluster.options.workers; i++) {
         const process_t *p = i == 0 ? &s->cluster.coordinator : &s->cluster.workers[i - 1];
-        if (p->pid > 0 && process_logged(p, "level=error")) {
+        if (p->pid > 0 && (process_logged(p, "level=error") || process_logged(p, "Sanitizer") ||
+                           process_logged(p, "runtime error: "))) {
             stress_fail(s->stress, "AN ERROR WAS LOGGED by the %s at %s: %s\n",
                         i == 0 ? "coordinator" : "worker", p->address, p->log);
         }

@@ -49,7 +49,7 @@ bool supervisor_watch(supervisor_t *s, uint32_t ms);
 /** All clients have left: nothing of theirs may be left in the daemons. */
 void supervisor_check_leaks(supervisor_t *s);
 
-/** No daemon that runs may have logged an error. */
+/** No daemon that runs may have logged an error, nor a sanitizer for it. */
 void supervisor_check_logs(supervisor_t *s);
 
 /** The figures, as a table and, if asked for, JSON. */
