@@ -115,7 +115,9 @@ call_free(rpc_call_t *call)
  * Let go of the lock, and of what the state no longer needs: messages that nobody will
  * read or send, and the call itself. Every function that takes the lock gives it back
  * here. A call whose user has yet to end it, and has no `closed` to learn that it is
- * over, lives on as memory, but holds up nothing.
+ * over, lives on as memory, but holds up nothing. That user may end it on another thread
+ * as soon as the lock is free; so while the server forgets the call it counts as an
+ * operation in flight, and whoever is last frees it.
  */
 static void
 call_release(rpc_call_t *call)
@@ -124,6 +126,7 @@ call_release(rpc_call_t *call)
     bool left     = dead && call->counted;
     bool gone     = dead && (call->closed || (call->ended && call->entry->closed == NULL));
     call->counted = call->counted && !left;
+    call->ops += left;
 
     rpc_packet_t *unsent  = NULL;
     rpc_message_t *unread = NULL;
@@ -142,8 +145,10 @@ call_release(rpc_call_t *call)
     rpc_message_free(unread);
     if (left) {
         rpc_server_call_ended(server, call);
-    }
-    if (gone) {
+        pthread_mutex_lock(&call->lock);
+        call->ops--;
+        call_release(call); /* once: it is no longer counted */
+    } else if (gone) {
         call_free(call);
     }
 }

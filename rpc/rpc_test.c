@@ -360,6 +360,35 @@ test_reply_from_another_thread_and_after_the_end(void **state)
     assert_true(echo_wait_count(&f->echo.cancelled, 1));
 }
 
+/* The server learns that its peer is gone while other threads are about to end the calls: of the
+ * two, whoever comes last frees a call. AddressSanitizer tells if it is the first. */
+static void
+test_calls_ended_while_they_are_cancelled(void **state)
+{
+    enum { ROUNDS = 40, CALLS = 32 };
+    fixture_t *f           = *state;
+    Echo__Echo head        = ECHO__ECHO__INIT;
+    rpc_outgoing_t request = {.head = &head.base};
+    head.text              = "later";
+    head.number            = 60000;
+
+    for (int round = 1; round <= ROUNDS; round++) {
+        echo_log_t log[CALLS] = {{0}};
+        rpc_channel_t *channel;
+        assert_int_equal(rpc_channel_open(f->client, f->echo.address, &channel), ATTN_OK);
+        for (int i = 0; i < CALLS; i++) {
+            log[i].client = f->client;
+            rpc_call_unary(channel, ECHO_UNARY, &request, UINT64_MAX, echo_received, &log[i]);
+        }
+        assert_true(echo_wait_count(&f->echo.handled, round * CALLS));
+        rpc_channel_close(channel);
+        for (int i = 0; i < CALLS; i++) {
+            assert_true(echo_wait_end(&log[i]));
+        }
+        assert_true(echo_wait_count(&f->echo.cancelled, round * CALLS));
+    }
+}
+
 static void
 test_blocked_handlers_leave_the_rest_alive(void **state)
 {
@@ -671,6 +700,7 @@ main(void)
         TEST(test_graceful_stop_lets_a_call_end),
         TEST(test_stop_cancels_after_the_grace),
         TEST(test_reply_from_another_thread_and_after_the_end),
+        TEST(test_calls_ended_while_they_are_cancelled),
         TEST(test_blocked_handlers_leave_the_rest_alive),
         cmocka_unit_test(test_calls_over_the_maximum_are_refused),
         cmocka_unit_test(test_streams_leave_room_for_unary_calls),
