@@ -47,7 +47,8 @@ number_entries(builder_t *b)
         leaf                              = leaf < p->chunk_size ? leaf : p->chunk_size;
 
         plan->entries[i] =
-            (attn_plan_entry_t){.leaf_tokens = leaf,
+            (attn_plan_entry_t){.few         = few,
+                                .leaf_tokens = leaf,
                                 .leaf_bits   = (uint32_t)__builtin_ctz(p->chunk_size / leaf),
                                 .q_row       = plan->n_queries,
                                 .o_row       = plan->o_rows,

@@ -99,7 +99,7 @@ typedef struct attn_worker_info {
     uint32_t id;
     bool alive;
     char address[64];
-    char kind[64]; /**< the kind of arithmetic: "cpu-fma/2/128-128", say */
+    char kind[64]; /**< the kind of arithmetic: "cpu-fma/3/128-128", say */
     uint64_t slab_bytes, region_bytes, used_bytes;
     uint64_t chunks, open_steps;
     uint64_t runs;     /**< layers answered since start */

@@ -25,7 +25,8 @@
 /** Deepest stack of a fold: a level may hold a state on either side of a range. */
 #define ATTN_FOLD_DEPTH 108u
 
-/** Requests of up to so many packed rows (queries x heads of a group) take the few-row leaf. */
+/** Requests of up to so many packed rows (queries x heads of a group) take the few-row leaf, and
+ * may take arithmetic of their own. All members of a work are of one sort. */
 #define ATTN_FEW_ROWS 64u
 
 /** No work has more packed rows. */
@@ -40,6 +41,7 @@ typedef struct attn_span {
 
 /** What the plan knows of an entry besides the problem. */
 typedef struct attn_plan_entry {
+    bool few; /**< at most ATTN_FEW_ROWS packed rows, by the request's own shape */
     uint32_t leaf_tokens;
     uint32_t leaf_bits; /**< log2 of leaves in a chunk */
     uint64_t q_row;     /**< of its first query among all queries of the problem */

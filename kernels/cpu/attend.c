@@ -86,6 +86,13 @@ merge_top(const cpu_attend_t *x, const cpu_scratch_t *scratch, uint32_t below, u
     }
 }
 
+/* Of the first member. Whether few or many rows ask is the same for all. */
+static const attn_plan_entry_t *
+entry_of(const cpu_attend_t *x, const attn_work_t *work)
+{
+    return &x->plan->entries[x->plan->members[work->member_first].entry];
+}
+
 /* The states of a leaf into place `top` of the stack; `next`, or NULL, is the one after it.
  * False after an error. */
 static bool
@@ -108,6 +115,7 @@ compute_leaf(cpu_attend_t *x, const cpu_scratch_t *scratch, const attn_work_t *w
                        .dtype    = x->kv->dtype,
                        .running  = x->backend->free_order ? scratch->running : NULL,
                        .begin    = begin,
+                       .few      = entry_of(x, work)->few,
                        .last     = next == NULL,
                        .s        = scratch->s,
                        .stage    = scratch->stage,
@@ -202,12 +210,13 @@ run_task(void *arg, uint32_t task, uint32_t participant)
 
     cpu_scratch_of(x, participant, &scratch);
     load_rows(x, &scratch, work, kv_head);
-    if (isa->begin != NULL) {
+    bool begins = isa->begin != NULL && !entry_of(x, work)->few;
+    if (begins) {
         isa->begin(&scratch.form, scratch.q, work->rows, x->kv->head_dim_k, x->kv->dtype);
     }
     uint32_t n = x->backend->free_order ? carry_leaves(x, &scratch, work, kv_head)
                                         : fold_leaves(x, &scratch, work, kv_head);
-    if (isa->end != NULL) {
+    if (begins) {
         isa->end();
     }
     if (work->n_out > 0) {

@@ -1,8 +1,9 @@
 /*
- * The arithmetic for machines with AMX: bf16 K and V go through its tiles, f32 and f16 through
- * AVX-512 as ever. TDPBF16PS multiplies bf16 exactly and adds in f32, to nearest, subnormals
- * taken and left as zero, in an order that is the same for every row and column of a tile. So a
- * row's bits do not depend on its place.
+ * The arithmetic for machines with AMX: bf16 K and V of requests of many rows go through its tiles;
+ * f32 and f16, and requests of few rows, which wait for memory and leave most of a tile empty, go
+ * through AVX-512 as ever. TDPBF16PS multiplies bf16 exactly and adds in f32, to nearest,
+ * subnormals taken and left as zero, in an order that is the same for every row and column of a
+ * tile. So a row's bits do not depend on its place.
  *
  *     S = K q     A: 16 tokens x 32 dims, bf16 as it lies in memory;  B: q, 16 rows a tile
  *     O = p V     A: p, 16 rows x 32 tokens;  B: V, pairs of tokens side by side
@@ -487,7 +488,7 @@ sums_tiles(const cpu_leaf_t *x)
 static int
 leaf_amx(const cpu_leaf_t *x)
 {
-    return x->dtype == ATTN_BF16 ? leaf_of(x, dots_tiles, sums_tiles) : leaf(x);
+    return x->dtype == ATTN_BF16 && !x->few ? leaf_of(x, dots_tiles, sums_tiles) : leaf(x);
 }
 
 const cpu_isa_t cpu_isa_amx = {.name  = "amx",

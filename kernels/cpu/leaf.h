@@ -2,7 +2,8 @@
  * leaf.h: the arithmetic of one leaf, compiled once per instruction set from leaf.inc.
  *
  * A slot is a token's place in its leaf. A row's bits depend on nothing but its own q,
- * mask and the leaf's K and V: never on the rows beside it, nor on how many there are.
+ * mask, the leaf's K and V and whether its request has few rows or many: never on the rows beside
+ * it, nor on how many there are.
  */
 #ifndef ATTN_KERNELS_CPU_LEAF_H
 #define ATTN_KERNELS_CPU_LEAF_H
@@ -10,7 +11,7 @@
 #include "kernels/kernels.h"
 
 /** Tokens of a leaf, few rows and many: equal, so that decode, verification and prefill
- * have equal bits. Also the distance of rows in `s`. */
+ * have equal bits where their arithmetic is the same, too. Also the distance of rows in `s`. */
 #define CPU_LEAF 128u
 
 /** Slots go through the arithmetic in blocks: of K, whose block is transposed; of V. */
@@ -62,6 +63,7 @@ typedef struct cpu_leaf {
     uint32_t n_next;
     const uint32_t *present; /**< [CPU_LEAF] all ones where a slot is in the list; NULL: no gaps */
     bool full;               /**< every row sees all of first to end - 1 */
+    bool few;                /**< of requests of few rows: as in attn_plan_entry_t */
     /** Only to measure what the fixed order costs: [rows] maxima so far. A leaf then goes on
      * from the states of the one before it, at the scale of the maximum until `last`. */
     float *running;
@@ -81,8 +83,8 @@ typedef struct cpu_isa {
     const char *name;
     uint32_t lanes;   /**< floats in a vector */
     const char *kind; /**< instruction sets of one kind have the same bits */
-    /** Both NULL, or: called before the first leaf of some rows, on the thread that computes them,
-     * and after the last one. No other rows in between. */
+    /** Both NULL, or: called before the first leaf of some rows of a request of many, on the
+     * thread that computes them, and after the last one. No other rows in between. */
     void (*begin)(cpu_form_t *form, const float *q, uint32_t rows, uint32_t d, attn_dtype_t type);
     void (*end)(void);
     /** The states of a leaf. @return -1, or the first row with a logit or sum out of range */
