@@ -15,6 +15,7 @@
 #define ACTOR_ROWS 400u     /* query rows, and new tokens, of a step */
 #define ACTOR_TWIN_ROWS 64u /* of an entry that is asked again elsewhere */
 #define ACTOR_ENTRIES 4u
+#define LIST_PAGES (8u * 192)
 #define ACTOR_DRAFT 24u    /* tokens of a tree draft */
 #define ACTOR_LENGTH 1100u /* sequences are cut when they grow longer */
 #define ACTOR_LAYERS 4u
@@ -112,7 +113,8 @@ typedef struct part {
     uint32_t n_q, n_new, accepted;
     uint64_t content, q_content;
     uint32_t q_row, new_row; /* first rows in the step's tensors */
-    uint32_t n_lists, indptr[9], pages[8 * 192];
+    uint32_t n_lists, indptr[9], pages[LIST_PAGES];
+    bool by_run; /* the lists are those of a run, drawn anew for each */
     bool masked; /* n_q rows of mask; path: what is kept, accepted of it */
     uint8_t mask[ACTOR_DRAFT * ((ACTOR_DRAFT + 7) / 8)];
     uint32_t path[ACTOR_DRAFT];

@@ -108,10 +108,6 @@ draw_lists(actor_t *a, part_t *p)
     const attn_geometry_t *g = a->geometry;
     uint32_t per_chunk = (g->chunk_size + g->page_size - 1) / g->page_size, n = 0;
 
-    p->n_lists = 0;
-    if (p->n_q == 0 || !chance_one_in(&a->chance, 5)) {
-        return;
-    }
     p->n_lists   = chance_one_in(&a->chance, 2) ? 1 : g->kv_heads;
     p->indptr[0] = 0;
     for (uint32_t l = 0; l < p->n_lists; l++) {
@@ -121,7 +117,7 @@ draw_lists(actor_t *a, part_t *p)
                 at = at / g->chunk_size * g->chunk_size; /* pages count from their chunk's start */
             }
             uint64_t page = at / g->chunk_size * per_chunk + at % g->chunk_size / g->page_size;
-            if (chance_below(&a->chance, 4) < keep && n < sizeof(p->pages) / sizeof(p->pages[0])) {
+            if (chance_below(&a->chance, 4) < keep && n < LIST_PAGES) {
                 p->pages[n++] = (uint32_t)page;
             }
         }
@@ -170,7 +166,12 @@ add_part(trial_t *t, uint32_t s)
         p->base + p->n_new > TRUTH_TOKENS_MAX) {
         return;
     }
-    draw_lists(a, p);
+    uint64_t lists = chance_below(&a->chance, 6);
+    p->n_lists     = 0;
+    p->by_run      = lists == 0 && p->n_q > 0 && a->plan->kind != TARGET_THIN;
+    if (lists == 1 && p->n_q > 0) {
+        draw_lists(a, p);
+    }
     p->content   = a->next_content++;
     p->q_content = a->next_content++;
     p->q_row     = t->rows;
@@ -187,6 +188,7 @@ add_part(trial_t *t, uint32_t s)
                                    .n_lists       = p->n_lists,
                                    .sparse_indptr = p->indptr,
                                    .sparse_pages  = p->pages,
+                                   .list_room     = p->by_run ? LIST_PAGES : 0,
                                    .mask          = p->masked ? p->mask : NULL};
     t->batch.n++;
 }
@@ -213,7 +215,9 @@ draw_batch(trial_t *t)
     t->twin = -1;
     if (a->stress->options.twins && t->batch.n > 0 && chance_one_in(&a->chance, 16)) {
         uint32_t i = (uint32_t)chance_below(&a->chance, t->batch.n);
-        t->twin    = t->parts[i].n_q > 0 && t->parts[i].n_q <= ACTOR_TWIN_ROWS ? (int32_t)i : -1;
+        t->twin = !t->parts[i].by_run && t->parts[i].n_q > 0 && t->parts[i].n_q <= ACTOR_TWIN_ROWS
+                      ? (int32_t)i
+                      : -1;
     }
 }
 
@@ -232,7 +236,9 @@ log_batch(trial_t *t)
                   i, (unsigned long long)a->seqs[p->s].seq.id,
                   (unsigned long long)a->seqs[p->s].length, (unsigned long long)p->base, p->n_q,
                   p->n_new, p->accepted, p->n_lists, (unsigned long long)p->content,
-                  p->masked ? ", a tree" : "");
+                  p->by_run   ? ", lists by run"
+                  : p->masked ? ", a tree"
+                              : "");
     }
 }
 
@@ -346,6 +352,26 @@ judge(trial_t *t, uint32_t layer)
     return true;
 }
 
+/* Lists for the entries that have room for them. @return lists, or NULL if none has */
+static const attn_lists_t *
+draw_run_lists(trial_t *t, attn_lists_t lists[ACTOR_ENTRIES])
+{
+    bool any = false;
+
+    for (uint32_t i = 0; i < t->batch.n; i++) {
+        part_t *p = &t->parts[i];
+        lists[i]  = (attn_lists_t){0};
+        if (p->by_run) {
+            draw_lists(t->a, p);
+            lists[i] =
+                (attn_lists_t){.n_lists = p->n_lists, .indptr = p->indptr, .pages = p->pages};
+            any = true;
+        }
+    }
+    atomic_fetch_add(&t->a->figures->run_lists, any);
+    return any ? lists : NULL;
+}
+
 /* @return the status, which may be that of a disturbance; a wrong answer ends the trial */
 static attn_status_t
 run(trial_t *t, uint32_t layer, bool with_q, bool with_kv)
@@ -367,6 +393,8 @@ run(trial_t *t, uint32_t layer, bool with_q, bool with_kv)
     r.v   = with_kv ? a->v : NULL;
     r.o   = with_q ? a->o : NULL;
     r.lse = with_q && t->batch.want_lse ? a->lse : NULL;
+    attn_lists_t lists[ACTOR_ENTRIES];
+    r.lists = with_q ? draw_run_lists(t, lists) : NULL;
     if (with_q) {
         memset(a->o, 0xff,
                (uint64_t)t->rows * g->q_heads * g->head_dim_v *

@@ -10,7 +10,7 @@
 typedef struct totals {
     uint64_t steps, calls, answers, rows, twins, tokens;
     uint64_t forks, truncates, frees, creates, aborts, partial_commits, recovered, lost;
-    uint64_t paths, exports, refilled;
+    uint64_t paths, exports, refilled, run_lists;
     uint64_t statuses[STATUSES];
     uint64_t late_us, slow_us;
 } totals_t;
@@ -37,6 +37,7 @@ sum(const stress_t *stress)
         t.recovered += f->recovered;
         t.lost += f->lost;
         t.paths += f->paths;
+        t.run_lists += f->run_lists;
         t.exports += f->exports;
         t.refilled += f->refilled;
         t.late_us = attn_max(t.late_us, f->late_us);
@@ -94,6 +95,7 @@ print_table(const supervisor_t *s, const totals_t *t, const proc_counts_t *coord
         (unsigned long long)t->lost, (unsigned long long)t->refilled,
         (unsigned long long)t->recovered);
     ROW("paths of trees kept", "%llu", (unsigned long long)t->paths);
+    ROW("runs with lists of their own", "%llu", (unsigned long long)t->run_lists);
     ROW("exports, row by row", "%llu", (unsigned long long)t->exports);
     ROW("resident memory", "worker %.1f MiB (slab included), coordinator %.1f MiB",
         (double)worker_rss(s) / (1 << 20), (double)coordinator->rss_bytes / (1 << 20));

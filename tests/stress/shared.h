@@ -51,7 +51,7 @@ typedef struct actor_figures {
     atomic_uint_fast64_t steps; /* verified: all answers right, ended as meant */
     atomic_uint_fast64_t calls, answers, rows, twins, tokens;
     atomic_uint_fast64_t forks, truncates, frees, creates, aborts, partial_commits, recovered, lost;
-    atomic_uint_fast64_t paths, exports, refilled;
+    atomic_uint_fast64_t paths, exports, refilled, run_lists;
     atomic_uint_fast64_t statuses[STATUSES];
     atomic_uint_fast64_t late_us; /* the latest end of a call behind its deadline */
     atomic_uint_fast64_t slow_us; /* the longest call */

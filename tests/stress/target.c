@@ -121,11 +121,10 @@ on_done(void *arg, attn_status_t status, const char *error)
 }
 
 static attn_status_t
-submit_and_wait(attn_step_t *step, uint32_t layer, const attn_tensor_t *q, const attn_tensor_t *k,
-                const attn_tensor_t *v, const attn_tensor_t *o, float *lse)
+submit_and_wait(attn_step_t *step, const attn_run_t *run)
 {
     waiter_t w           = {.lock = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER};
-    attn_status_t status = attn_step_submit(step, layer, q, k, v, o, lse, on_done, &w);
+    attn_status_t status = attn_step_submit_with(step, run, on_done, &w);
 
     if (status != ATTN_OK) {
         return status;
@@ -153,8 +152,15 @@ target_run(target_t *target, target_step_t *step, const attn_batch_t *batch,
     attn_tensor_t o         = {.data = run->o, .dtype = o_dtype};
     const attn_tensor_t *tq = run->q != NULL ? &q : NULL, *tk = run->k != NULL ? &k : NULL,
                         *tv = run->v != NULL ? &v : NULL, *to = run->q != NULL ? &o : NULL;
-    return run->submit ? submit_and_wait(step->step, run->layer, tq, tk, tv, to, run->lse)
-                       : attn_step_run(step->step, run->layer, tq, tk, tv, to, run->lse);
+    attn_run_t what = {.size  = sizeof(what),
+                       .layer = run->layer,
+                       .q     = tq,
+                       .k     = tk,
+                       .v     = tv,
+                       .o     = to,
+                       .lse   = run->lse,
+                       .lists = run->lists};
+    return run->submit ? submit_and_wait(step->step, &what) : attn_step_run_with(step->step, &what);
 }
 
 attn_status_t

@@ -31,7 +31,8 @@ typedef struct target_run {
     const void *q, *k, *v;
     void *o;
     float *lse;
-    bool submit; /* direct: attn_step_submit() and wait for its completion */
+    const attn_lists_t *lists; /* of this run; not of a thin client */
+    bool submit;               /* direct: attn_step_submit() and wait for its completion */
 } target_run_t;
 
 /** Connect and open the cache. Whatever fails, nothing is left open. */
