@@ -206,7 +206,7 @@ static void
 engine_link_abort(link_step_t *step, link_done_fn done, void *arg)
 {
     step->ended = true;
-    finish(done, arg, engine_step_abort(step->engine, step->id, "its client aborted it"));
+    finish(done, arg, engine_step_abort(step->engine, step->id, ENGINE_BY_CLIENT));
 }
 
 static void
@@ -220,7 +220,7 @@ engine_link_step_free(link_step_t *step)
 {
     if (step != NULL) {
         if (!step->ended) {
-            engine_step_abort(step->engine, step->id, "its client aborted it");
+            engine_step_abort(step->engine, step->id, ENGINE_BY_CLIENT);
         }
         free(step->scratch);
         free(step);

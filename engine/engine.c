@@ -108,6 +108,8 @@ engine_describe(engine_t *engine, engine_info_t *info)
     info->region_bytes = engine->slab_bytes - total;
     info->open_steps   = HASH_COUNT(engine->steps);
     info->caches       = HASH_COUNT(engine->caches);
+    info->steps        = engine->counts;
+    info->epoch        = engine->epoch;
     for (engine_cache_t *c = engine->caches; c != NULL; c = c->hh.next) {
         kv_region_info_t region;
         if (kv_region_describe(engine->store, c->id, &region) == ATTN_OK && region.n_pages > 0) {
@@ -321,7 +323,7 @@ engine_cache_close(engine_t *engine, uint64_t id)
             return ATTN_OK;
         }
         pthread_mutex_unlock(&engine->lock);
-        engine_step_abort(engine, step, "its cache was closed");
+        engine_step_abort(engine, step, ENGINE_BY_CACHE);
     }
 }
 

@@ -48,6 +48,32 @@ typedef struct engine_times {
     uint64_t counts[ENGINE_TIMES];
 } engine_times_t;
 
+/** Why a step was aborted, as far as it is counted: engine_abort_names[] has a word for each. */
+typedef enum engine_abort {
+    ENGINE_ABORT_CLIENT,   /**< its client said so */
+    ENGINE_ABORT_STREAM,   /**< the stream that it was begun on ended */
+    ENGINE_ABORT_DEADLINE, /**< its deadline passed */
+    ENGINE_ABORT_CACHE,    /**< its cache was closed */
+    ENGINE_ABORT_OTHER,
+} engine_abort_t;
+
+#define ENGINE_ABORTS 5u
+extern const char *const engine_abort_names[ENGINE_ABORTS]; /* "client", "stream", ... */
+
+/* The sentences that go with some of them. */
+#define ENGINE_BY_CLIENT "its client aborted it"
+#define ENGINE_BY_STREAM "its stream ended"
+#define ENGINE_BY_DEADLINE "its deadline passed"
+
+/** Which of them a sentence stands for. */
+engine_abort_t engine_abort_of(const char *reason);
+
+/** Steps since start. A begin or commit that was repeated counts once. */
+typedef struct engine_steps {
+    uint64_t begun, committed;
+    uint64_t aborted[ENGINE_ABORTS];
+} engine_steps_t;
+
 typedef struct engine_info {
     const char *kind;
     double read_bandwidth;
@@ -55,6 +81,8 @@ typedef struct engine_info {
     uint64_t chunks, open_steps, caches;
     uint64_t runs, kv_bytes; /**< since start */
     engine_times_t times;    /**< of `runs`: storing k, v and attention */
+    engine_steps_t steps;    /**< since start */
+    uint64_t epoch;
 } engine_info_t;
 
 void engine_describe(engine_t *engine, engine_info_t *info);

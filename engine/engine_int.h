@@ -9,8 +9,9 @@
 #include <stdatomic.h>
 #include <uthash.h>
 
-#define ENDED_STEPS 4096u     /* how many ended steps are remembered */
-#define RELEASED_CHUNKS 4096u /* and released chunks of a cache */
+#define ENDED_STEPS 4096u                      /* how many ended steps are remembered */
+#define ENGINE_BY_CACHE "its cache was closed" /* why steps end, as those of engine.h */
+#define RELEASED_CHUNKS 4096u                  /* and released chunks of a cache */
 
 /** The layers that share a plan: equal window and causality. */
 typedef struct engine_variant {
@@ -90,6 +91,7 @@ struct engine {
     ended_step_t *ended_by_id;       /* ... and its index */
     uint64_t n_ended;
     uint64_t epoch;
+    engine_steps_t counts;
 
     atomic_uint_fast64_t runs, kv_bytes, run_ns;
     atomic_uint_fast64_t run_times[ENGINE_TIMES];

@@ -67,12 +67,33 @@ step_unref(engine_t *engine, engine_step_t *step)
     }
 }
 
+const char *const engine_abort_names[ENGINE_ABORTS] = {"client", "stream", "deadline", "cache",
+                                                       "other"};
+
+engine_abort_t
+engine_abort_of(const char *reason)
+{
+    static const char *const reasons[ENGINE_ABORT_OTHER] = {ENGINE_BY_CLIENT, ENGINE_BY_STREAM,
+                                                            ENGINE_BY_DEADLINE, ENGINE_BY_CACHE};
+    uint32_t i                                           = 0;
+
+    while (i < ENGINE_ABORT_OTHER && strcmp(reason, reasons[i]) != 0) {
+        i++;
+    }
+    return (engine_abort_t)i;
+}
+
 /* Take the step out of the table and remember how it ended. Under the step's lock. */
 static void
 step_end(engine_t *engine, engine_step_t *step, step_state_t state, const char *reason)
 {
     pthread_mutex_lock(&engine->lock);
     ended_add(engine, step->id, state, reason);
+    if (state == STEP_COMMITTED) {
+        engine->counts.committed++;
+    } else {
+        engine->counts.aborted[engine_abort_of(reason)]++;
+    }
     HASH_DEL(engine->steps, step);
     step->references--; /* the table's; the caller holds one more */
     step->state = state;
@@ -135,7 +156,7 @@ step_enter(engine_t *engine, uint64_t id, engine_step_t **step_p)
 
     pthread_mutex_lock(&step->lock);
     if (step->state == STEP_OPEN && attn_now_ns() >= step->deadline_ns) {
-        step_abort_locked(engine, step, "its deadline passed");
+        step_abort_locked(engine, step, ENGINE_BY_DEADLINE);
     }
     if (step->state != STEP_OPEN) { /* it ended while we waited */
         pthread_mutex_unlock(&step->lock);
@@ -344,6 +365,9 @@ engine_step_begin(engine_t *engine, const engine_batch_t *batch, engine_sizes_t 
         begin_undo(engine, step);
     } else {
         *sizes = step->sizes;
+        pthread_mutex_lock(&engine->lock);
+        engine->counts.begun++;
+        pthread_mutex_unlock(&engine->lock);
     }
     step_leave(engine, step);
     return status;
@@ -602,6 +626,6 @@ engine_tick(engine_t *engine, uint64_t now_ns)
     uint64_t id;
 
     while ((id = an_overdue_step(engine, now_ns)) != 0) {
-        engine_step_abort(engine, id, "its deadline passed");
+        engine_step_abort(engine, id, ENGINE_BY_DEADLINE);
     }
 }

@@ -181,6 +181,12 @@ figures_of(world_t *w, const sequence_t *a, const sequence_t *b)
     engine_describe(w->engine, &f.info);
     f.info.runs = f.info.kv_bytes = 0; /* these and the times only grow */
     memset(&f.info.times, 0, sizeof(f.info.times));
+    uint64_t ended = f.info.steps.committed;
+    for (uint32_t i = 0; i < ENGINE_ABORTS; i++) {
+        ended += f.info.steps.aborted[i];
+    }
+    assert_int_equal(f.info.steps.begun, ended + f.info.open_steps);
+    memset(&f.info.steps, 0, sizeof(f.info.steps));
     for (int i = 0; i < 2 && both[i] != NULL; i++) {
         OK(engine_chunks_describe(w->engine, w->cache, both[i]->chunk, CHUNKS_MAX, f.chunks[i],
                                   &both[i]->id, 1, &f.in_step[i]));
