@@ -127,6 +127,12 @@ is_silent(uint64_t seen_ns, uint64_t now_ns, uint64_t limit_ns)
     return now_ns > seen_ns && now_ns - seen_ns >= limit_ns;
 }
 
+const dir_counts_t *
+directory_counts(const directory_t *directory)
+{
+    return &directory->counts;
+}
+
 void
 directory_tick(directory_t *directory, uint64_t now_ns)
 {
@@ -143,6 +149,7 @@ directory_tick(directory_t *directory, uint64_t now_ns)
     {
         client->leaving = is_silent(client->seen_ns, now_ns, directory->options.lease_ns);
         leaving |= client->leaving;
+        directory->counts.leases_expired += client->leaving;
     }
     if (leaving) {
         dir_sweep(directory); /* one pass over the sequences for all clients that went together */

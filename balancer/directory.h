@@ -126,6 +126,13 @@ attn_status_t directory_client_renew(directory_t *directory, uint32_t client, ui
 void directory_client_close(directory_t *directory, uint32_t client);
 uint32_t directory_clients(const directory_t *directory);
 
+/** How many since the start. */
+typedef struct dir_counts {
+    uint64_t workers_lost, leases_expired;
+} dir_counts_t;
+
+const dir_counts_t *directory_counts(const directory_t *directory);
+
 /** Silent workers become lost, silent clients are closed. Call every 100 ms or so. */
 void directory_tick(directory_t *directory, uint64_t now_ns);
 

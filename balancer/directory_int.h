@@ -74,6 +74,7 @@ struct directory {
 
     seq_table_t *sequences;
     cost_constants_t cost;
+    dir_counts_t counts;
 };
 
 /* directory_workers.c */

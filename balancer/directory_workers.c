@@ -163,6 +163,7 @@ directory_worker_lose(directory_t *directory, uint32_t id)
         return;
     }
     worker->alive = false;
+    directory->counts.workers_lost++;
     directory->epoch++;
     HASH_ITER(hh_id, directory->by_id, cache, next)
     {

@@ -559,3 +559,31 @@ cluster_describe(cluster_t *cluster, attn_cluster_info_t *info)
     return info->workers != NULL ? ATTN_OK
                                  : attn_fail(ATTN_ERR_NO_MEMORY, "no memory for %u workers", n);
 }
+
+attn_status_t
+cluster_figures(cluster_t *cluster, cluster_figures_t *figures)
+{
+    const dir_worker_t *workers;
+
+    pthread_mutex_lock(&cluster->lock);
+    const directory_t *directory = cluster->directory;
+    uint32_t n                   = directory_workers(directory, &workers);
+    uint64_t now                 = attn_now_ns();
+    *figures                     = (cluster_figures_t){
+                            .epoch     = directory_epoch(directory),
+                            .sequences = seq_count(directory_sequences(directory)),
+                            .uptime_ms = (now - cluster->start_ns) / ATTN_NS_PER_MS,
+                            .now_ns    = now,
+                            .clients   = directory_clients(directory),
+                            .caches    = directory_caches(directory, NULL, 0),
+                            .n_workers = n,
+                            .counts    = *directory_counts(directory),
+                            .workers   = malloc((n + 1) * sizeof(*workers)),
+    };
+    if (figures->workers != NULL && n > 0) {
+        memcpy(figures->workers, workers, n * sizeof(*workers));
+    }
+    pthread_mutex_unlock(&cluster->lock);
+    return figures->workers != NULL ? ATTN_OK
+                                    : attn_fail(ATTN_ERR_NO_MEMORY, "no memory for %u workers", n);
+}

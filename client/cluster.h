@@ -106,4 +106,14 @@ attn_status_t cluster_worker_address(cluster_t *cluster, uint32_t worker, char a
                                      bool *alive_p);
 attn_status_t cluster_describe(cluster_t *cluster, attn_cluster_info_t *info);
 
+/** The same and more, for who watches the cluster. */
+typedef struct cluster_figures {
+    uint64_t epoch, sequences, uptime_ms, now_ns;
+    uint32_t clients, caches, n_workers;
+    dir_counts_t counts;
+    dir_worker_t *workers; /**< [n_workers] by id, lost ones too; free() */
+} cluster_figures_t;
+
+attn_status_t cluster_figures(cluster_t *cluster, cluster_figures_t *figures);
+
 #endif
