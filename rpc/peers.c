@@ -38,3 +38,9 @@ rpc_peers_ended(rpc_peers_t **peers, const char *name)
         gpr_free(peer);
     }
 }
+
+uint32_t
+rpc_peers_count(const rpc_peers_t *peers)
+{
+    return HASH_COUNT(peers);
+}

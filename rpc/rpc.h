@@ -116,6 +116,15 @@ attn_status_t rpc_server_start(rpc_server_t *server);
 uint16_t rpc_server_port(const rpc_server_t *server);            /* 0 for unix */
 void rpc_server_set_serving(rpc_server_t *server, bool serving); /* for health; at first true */
 
+/** What came to a server: calls since its start, of which refused ones are of no method, one too
+ * many in total, or one too many of a connection. */
+typedef struct rpc_server_figures {
+    uint64_t calls, refused_unknown, refused_full, refused_peer;
+    uint32_t calls_open, connections; /**< now; connections with an open call */
+} rpc_server_figures_t;
+
+void rpc_server_describe(rpc_server_t *server, rpc_server_figures_t *figures);
+
 /**
  * Stop: refuse new calls, let running ones end until grace_ms passed, then cancel them.
  * Streams are told by their `closed`. Returns when no handler runs any more; so not to be

@@ -246,6 +246,7 @@ typedef struct rpc_peers rpc_peers_t;
 /** Count a call of the connection of this name. @return how many it has, this one included */
 uint32_t rpc_peers_began(rpc_peers_t **peers, const char *name);
 void rpc_peers_ended(rpc_peers_t **peers, const char *name);
+uint32_t rpc_peers_count(const rpc_peers_t *peers);
 
 /* ---- watch.c ---- */
 

@@ -67,6 +67,7 @@ struct rpc_server {
     pthread_cond_t cond; /* of what rpc_server_stop() waits for */
     uint32_t calls_open;
     rpc_peers_t *peers; /* their calls */
+    rpc_server_figures_t figures;
     bool started, stopping, stopped;
     bool shut; /* C core has shut down */
 };
@@ -115,6 +116,9 @@ admit(rpc_server_t *server, const char *peer, bool stream, char sentence[RPC_SEN
     bool full       = server->calls_open >= most;
     bool too_greedy = rpc_peers_began(&server->peers, peer) > own && connection;
     server->calls_open++;
+    server->figures.calls++;
+    server->figures.refused_full += full;
+    server->figures.refused_peer += !full && too_greedy;
     pthread_mutex_unlock(&server->lock);
     if (full) {
         snprintf(sentence, RPC_SENTENCE_MAX,
@@ -160,6 +164,9 @@ begin(rpc_server_t *server, rpc_accepted_t *accepted)
                  (unsigned long long)headers, RPC_METADATA_MAX);
     } else if (entry == NULL) {
         status = ATTN_ERR_UNSUPPORTED;
+        pthread_mutex_lock(&server->lock);
+        server->figures.refused_unknown++;
+        pthread_mutex_unlock(&server->lock);
         snprintf(sentence, sizeof(sentence), "%s has no method %.*s", server->address,
                  (int)attn_min(GRPC_SLICE_LENGTH(accepted->details.method), 256),
                  (const char *)GRPC_SLICE_START_PTR(accepted->details.method));
@@ -425,6 +432,16 @@ uint16_t
 rpc_server_port(const rpc_server_t *server)
 {
     return server->port;
+}
+
+void
+rpc_server_describe(rpc_server_t *server, rpc_server_figures_t *figures)
+{
+    pthread_mutex_lock(&server->lock);
+    *figures             = server->figures;
+    figures->calls_open  = server->calls_open;
+    figures->connections = rpc_peers_count(server->peers);
+    pthread_mutex_unlock(&server->lock);
 }
 
 void
