@@ -2,6 +2,9 @@
 
 #include "base/status.h"
 
+#include <stdlib.h>
+#include <string.h>
+
 #define TIB (UINT64_C(1) << 40)
 
 const char *const options_backends[] = {"cpu", NULL};
@@ -33,6 +36,22 @@ check_tls(const tls_options_t *tls, const char *option, const char *address)
                      "--allow-plaintext",
                      option, address);
 }
+
+static attn_status_t
+check_metrics(const tls_options_t *tls, const char *address)
+{
+    return address[0] == '\0' ? ATTN_OK : check_tls(tls, "--metrics-listen", address);
+}
+
+#define METRICS_ROW(type, text)                                                                    \
+    {                                                                                              \
+        .name = "metrics-listen", .kind = OPTION_ADDRESS, OPTION_FIELD(type, metrics_listen),      \
+        .initial = "", .help = text                                                                \
+    }
+
+#define METRICS_TEXT                                                                               \
+    "Where to serve, over HTTP, /metrics for Prometheus, /healthz, and a status page. With "       \
+    "certificates it is HTTPS. Port 0 takes a free port, which the log tells. Empty: nowhere."
 
 #define LOG_LEVEL_ROW(type)                                                                        \
     {                                                                                              \
@@ -130,8 +149,10 @@ worker_check(const void *values)
     const worker_options_t *options = values;
 
     attn_status_t status = check_tls(&options->tls, "--listen", options->listen);
-    return status == ATTN_OK ? check_tls(&options->tls, "--coordinator", options->coordinator)
-                             : status;
+    if (status == ATTN_OK) {
+        status = check_tls(&options->tls, "--coordinator", options->coordinator);
+    }
+    return status == ATTN_OK ? check_metrics(&options->tls, options->metrics_listen) : status;
 }
 
 static const option_t worker_table[] = {
@@ -205,6 +226,7 @@ static const option_t worker_table[] = {
      .initial = "no",
      .help = "For tests: count every page of the KV store again ten times a second and at the end, "
              "and log an error if a number is wrong."},
+    METRICS_ROW(worker_options_t, METRICS_TEXT),
     LOG_LEVEL_ROW(worker_options_t),
     TLS_ROWS(worker_options_t),
     JOIN_ROW(worker_options_t,
@@ -236,7 +258,8 @@ coordinator_check(const void *values)
                          (unsigned long long)options->lost_ms,
                          (unsigned long long)options->heartbeat_ms);
     }
-    return check_tls(&options->tls, "--listen", options->listen);
+    attn_status_t status = check_tls(&options->tls, "--listen", options->listen);
+    return status == ATTN_OK ? check_metrics(&options->tls, options->metrics_listen) : status;
 }
 
 static const option_t coordinator_table[] = {
@@ -286,6 +309,7 @@ static const option_t coordinator_table[] = {
      .help    = "Calls that are worked on at once; further ones wait. Threads are started as calls "
                 "need them, most of which wait for a worker."},
     PEER_ROWS(coordinator_options_t),
+    METRICS_ROW(coordinator_options_t, METRICS_TEXT),
     LOG_LEVEL_ROW(coordinator_options_t),
     TLS_ROWS(coordinator_options_t),
     JOIN_ROW(coordinator_options_t,
@@ -309,8 +333,16 @@ static attn_status_t
 dev_check(const void *values)
 {
     const dev_options_t *options = values;
+    const char *metrics          = options->metrics_listen;
 
-    return check_tls(&options->tls, "--listen", options->listen);
+    if (metrics[0] != '\0' &&
+        strtoul(strrchr(metrics, ':') + 1, NULL, 10) + options->workers > 65535) {
+        return attn_fail(ATTN_ERR_INVALID,
+                         "--metrics-listen %s leaves no ports behind it for %llu workers", metrics,
+                         (unsigned long long)options->workers);
+    }
+    attn_status_t status = check_tls(&options->tls, "--listen", options->listen);
+    return status == ATTN_OK ? check_metrics(&options->tls, options->metrics_listen) : status;
 }
 
 static const option_t dev_table[] = {
@@ -347,6 +379,11 @@ static const option_t dev_table[] = {
      .value_name = "FILE",
      .help       = "Write the coordinator's HOST:PORT into this file once every worker has joined. "
                    "Empty: no file."},
+    METRICS_ROW(
+        dev_options_t,
+        "As of the coordinator, which gets it: /metrics, /healthz and a status page over "
+        "HTTP. Workers serve theirs on 127.0.0.1, at the ports that follow, or free ones if "
+        "it is 0. Empty: nobody does."),
     LOG_LEVEL_ROW(dev_options_t),
     TLS_ROWS(dev_options_t),
 };

@@ -28,6 +28,7 @@ typedef struct worker_options {
     uint64_t stall_ms;
     uint64_t message_memory, run_memory; /**< bytes */
     bool check_store;
+    char metrics_listen[OPTIONS_TEXT_MAX]; /**< empty: no such port */
     uint32_t log_level; /**< attn_log_level_t */
     tls_options_t tls;
     char join_secret_file[OPTIONS_TEXT_MAX];
@@ -43,6 +44,7 @@ typedef struct coordinator_options {
     uint64_t handler_threads;
     uint64_t stall_ms;
     uint64_t message_memory, run_memory; /**< bytes */
+    char metrics_listen[OPTIONS_TEXT_MAX];
     uint32_t log_level;
     tls_options_t tls;
     char join_secret_file[OPTIONS_TEXT_MAX];
@@ -55,6 +57,7 @@ typedef struct dev_options {
     uint64_t slab;    /**< bytes, of each worker */
     uint64_t threads; /**< of each worker; 0: cores / workers, at least 1 */
     char ready_file[OPTIONS_TEXT_MAX];
+    char metrics_listen[OPTIONS_TEXT_MAX];
     uint32_t log_level;
     tls_options_t tls;
 } dev_options_t;

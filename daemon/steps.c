@@ -1,6 +1,7 @@
 #include "daemon/steps_int.h"
 
 #include "base/status.h"
+#include "daemon/meter.h"
 #include "daemon/ticket.h"
 
 #include <stdio.h>
@@ -25,7 +26,12 @@ steps_begin(steps_t *steps, const ProtobufCMessage *request, steps_begun_t *begu
         return attn_fail(ATTN_ERR_CANCELLED,
                          "draining: this daemon is going down; begin the step elsewhere");
     }
-    return steps->ops->begin(steps->service, request, begun);
+    uint64_t start       = attn_now_ns();
+    attn_status_t status = steps->ops->begin(steps->service, request, begun);
+    if (status == ATTN_OK) {
+        meter_took(&meter.begin, start);
+    }
+    return status;
 }
 
 attn_status_t
@@ -40,13 +46,14 @@ steps_run_open(steps_t *steps, const Attn__V1__RunRequest *head, uint64_t total,
     if ((status = steps->ops->sizes(steps->service, head->step_id, &run->sizes)) != ATTN_OK) {
         return status;
     }
-    run->step_id = head->step_id;
-    run->layer   = head->layer;
-    run->no_kv   = head->no_kv;
-    run->no_q    = head->no_q;
-    run->total   = total;
-    uint64_t q   = run->no_q ? 0 : run->sizes.q;
-    uint64_t kv  = run->no_kv ? 0 : run->sizes.k + run->sizes.v;
+    run->start_ns = attn_now_ns();
+    run->step_id  = head->step_id;
+    run->layer    = head->layer;
+    run->no_kv    = head->no_kv;
+    run->no_q     = head->no_q;
+    run->total    = total;
+    uint64_t q    = run->no_q ? 0 : run->sizes.q;
+    uint64_t kv   = run->no_kv ? 0 : run->sizes.k + run->sizes.v;
     if (total != q + kv) {
         return attn_fail(ATTN_ERR_INVALID,
                          "data has %llu bytes in total: this run of step %016llx takes %llu (q "
@@ -55,6 +62,7 @@ steps_run_open(steps_t *steps, const Attn__V1__RunRequest *head, uint64_t total,
                          (unsigned long long)(q + kv), (unsigned long long)q,
                          (unsigned long long)kv);
     }
+    meter_add(&meter.bytes_in, total);
     run->n_lists = (uint32_t)head->n_lists;
     status       = wire_lists_decode(&run->block, head->lists, head->n_lists, &run->lists);
     if (status == ATTN_OK) {
@@ -97,6 +105,8 @@ steps_run_do(steps_t *steps, steps_run_t *run, tensor_t **answer_p)
         tensor_unref(answer);
         return status;
     }
+    meter_took(&meter.run, run->start_ns);
+    meter_add(&meter.bytes_out, answer != NULL ? answer->size : 0);
     *answer_p = answer;
     return ATTN_OK;
 }
@@ -109,7 +119,12 @@ steps_commit(steps_t *steps, const Attn__V1__CommitRequest *request)
                               .path     = request->path,
                               .n_path   = request->n_path};
 
-    return steps->ops->commit(steps->service, request->step_id, &commit);
+    uint64_t start       = attn_now_ns();
+    attn_status_t status = steps->ops->commit(steps->service, request->step_id, &commit);
+    if (status == ATTN_OK) {
+        meter_took(&meter.commit, start);
+    }
+    return status;
 }
 
 void
@@ -166,7 +181,7 @@ serve_abort(void *service, const ProtobufCMessage *request, wire_block_t *block,
     if (unary_reply(block, &attn__v1__empty__descriptor, reply_p) == NULL) {
         return ATTN_ERR_NO_MEMORY;
     }
-    return steps->ops->abort(steps->service, r->step_id, "its client aborted it");
+    return steps->ops->abort(steps->service, r->step_id, ENGINE_BY_CLIENT);
 }
 
 static attn_status_t

@@ -34,6 +34,7 @@ typedef struct steps_run {
     uint32_t n_lists;
     wire_block_t block;  /* of the lists */
     uint64_t compute_ns; /* set by steps_run_do() */
+    uint64_t start_ns;   /* when its head had come */
 } steps_run_t;
 
 /** May who showed this take steps? */

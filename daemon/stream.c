@@ -10,6 +10,7 @@
 #include "daemon/stream_int.h"
 
 #include "base/status.h"
+#include "daemon/meter.h"
 #include "daemon/ticket.h"
 
 #include <stdlib.h>
@@ -36,10 +37,11 @@ stream_unref(stream_t *stream)
     pthread_mutex_unlock(&steps->lock);
 
     for (uint32_t i = 0; i < stream->n_ids; i++) {
-        steps->ops->abort(steps->service, stream->ids[i], "its stream ended");
+        steps->ops->abort(steps->service, stream->ids[i], ENGINE_BY_STREAM);
     }
     steps_run_close(&stream->run);
     pthread_mutex_destroy(&stream->lock);
+    atomic_fetch_sub(&meter.streams, 1);
     free(stream->ids);
     free(stream->ticket);
     free(stream);
@@ -82,6 +84,7 @@ stream_new(steps_t *steps, rpc_call_t *call, stream_t **stream_p)
         free(stream);
         return attn_fail(ATTN_ERR_NO_MEMORY, "no memory for a stream");
     }
+    meter_add(&meter.streams, 1);
     stream->message_job.run = stream_message_job;
     stream->end_job.run     = stream_end_job;
     stream->steps           = steps;
@@ -158,6 +161,7 @@ stream_refuse(stream_t *stream, attn_status_t code)
     Attn__V1__Status status   = ATTN__V1__STATUS__INIT;
     Attn__V1__StepReply reply = ATTN__V1__STEP_REPLY__INIT;
 
+    meter_refused(code);
     status.code    = (int32_t)code;
     status.message = (char *)attn_last_error();
     reply.status   = &status;
@@ -205,7 +209,7 @@ stream_handle(void *service, rpc_call_t *call, rpc_message_t *message)
     attn_status_t status = stream == NULL ? stream_new(steps, call, &stream) : ATTN_OK;
     if (status != ATTN_OK) {
         rpc_message_free(message);
-        rpc_call_end(call, status, attn_last_error());
+        unary_fail(call, status);
         return;
     }
     stream->message = message;

@@ -277,7 +277,7 @@ stream_operate(stream_t *stream, const Attn__V1__StepRequest *request)
         do_end(stream, r->step_id, steps_commit(steps, r), ATTN__V1__STEP_REPLY__OP_COMMIT);
     } else if (request->op_case == ATTN__V1__STEP_REQUEST__OP_ABORT) {
         do_end(stream, request->abort->step_id,
-               steps->ops->abort(steps->service, request->abort->step_id, "its client aborted it"),
+               steps->ops->abort(steps->service, request->abort->step_id, ENGINE_BY_CLIENT),
                ATTN__V1__STEP_REPLY__OP_ABORT);
     } else {
         stream_refuse(stream,

@@ -1,6 +1,7 @@
 #include "daemon/unary.h"
 
 #include "base/status.h"
+#include "daemon/meter.h"
 
 #include <stdlib.h>
 
@@ -39,6 +40,7 @@ unary_reply(wire_block_t *block, const ProtobufCMessageDescriptor *type, Protobu
 void
 unary_fail(rpc_call_t *call, attn_status_t status)
 {
+    meter_refused(status);
     rpc_call_end(call, status, attn_last_error());
 }
 

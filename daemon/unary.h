@@ -40,7 +40,7 @@ void unary_destroy(unary_t *unary); /* NULL is allowed */
 void *unary_reply(wire_block_t *block, const ProtobufCMessageDescriptor *type,
                   ProtobufCMessage **reply_p);
 
-/** End a call with a failure of this thread. */
+/** End a call, of either kind, with a failure of this thread. */
 void unary_fail(rpc_call_t *call, attn_status_t status);
 
 #endif

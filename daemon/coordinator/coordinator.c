@@ -5,6 +5,7 @@
 #include "base/clock.h"
 #include "base/log.h"
 #include "base/status.h"
+#include "daemon/monitor/figures.h"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -207,7 +208,10 @@ start(coordinator_t *c)
         return status;
     }
     c->ticking = true;
-    status     = rpc_server_start(c->server);
+    if (c->options.metrics_listen[0] != '\0' && (status = coordinator_monitor(c)) != ATTN_OK) {
+        return status;
+    }
+    status = rpc_server_start(c->server);
     if (status == ATTN_OK) {
         rpc_server_set_serving(c->server, true);
         attn_log(ATTN_LOG_INFO, "coordinator.serving",
@@ -233,6 +237,7 @@ drain(coordinator_t *c)
     uint64_t end = attn_now_ns() + DRAIN_MS * ATTN_NS_PER_MS;
 
     attn_log(ATTN_LOG_INFO, "coordinator.draining", "open_steps=%u", thin_open_steps(c->thin));
+    atomic_store(&c->draining, true);
     process_notify("STOPPING=1\nSTATUS=draining");
     rpc_server_set_serving(c->server, false);
     steps_drain(c->steps);
@@ -247,6 +252,7 @@ drain(coordinator_t *c)
 static void
 destroy(coordinator_t *c)
 {
+    monitor_stop(c->monitor);
     atomic_store(&c->stop_ticking, true);
     if (c->ticking) {
         pthread_join(c->ticker, NULL);
@@ -281,12 +287,14 @@ coordinator_main(int argc, char **argv)
     attn_status_t status = process_start();
     rpc_init();
     c.instance = process_random();
+    figures_start();
     if (status == ATTN_OK) {
         status = start(&c);
     }
     if (status == ATTN_OK) {
         for (uint32_t ticks = 1; !process_stopping(TICK_MS); ticks++) {
             certs_tick(&c.certs);
+            monitor_tick(c.monitor);
             steps_tick(c.steps, attn_now_ns());
             if (ticks % TRIM_TICKS == 0) {
                 process_trim();

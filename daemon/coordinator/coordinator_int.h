@@ -4,6 +4,7 @@
 
 #include "daemon/certs.h"
 #include "daemon/coordinator/thin.h"
+#include "daemon/monitor/monitor.h"
 #include "daemon/process.h"
 #include "daemon/ticket.h"
 
@@ -29,7 +30,8 @@ typedef struct coordinator {
     steps_t *steps;
     pthread_t ticker;
     bool ticking; /* the thread was started */
-    atomic_bool stop_ticking;
+    atomic_bool stop_ticking, draining;
+    monitor_t *monitor; /* NULL: without */
 } coordinator_t;
 
 /** attention.c: add attn.v1.Attention but its steps. */
@@ -37,6 +39,9 @@ attn_status_t coordinator_serve_attention(coordinator_t *coordinator);
 
 /** members.c: add attn.v1.Coordinator. */
 attn_status_t coordinator_serve_members(coordinator_t *coordinator);
+
+/** figures.c: open the metrics' port. */
+attn_status_t coordinator_monitor(coordinator_t *coordinator);
 
 /** A ticket of now. */
 void coordinator_ticket(const coordinator_t *coordinator, ticket_role_t role, uint32_t client,

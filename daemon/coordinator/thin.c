@@ -104,6 +104,11 @@ step_end(thin_t *thin, thin_step_t *step, bool committed, const char *reason)
     pthread_mutex_lock(&thin->lock);
     HASH_DEL(thin->steps, step);
     ended_add(thin, step->id, committed, reason);
+    if (committed) {
+        thin->counts.committed++;
+    } else {
+        thin->counts.aborted[engine_abort_of(reason)]++;
+    }
     step->ended = true;
     step->busy  = false;
     step->references--; /* the table's */
@@ -165,6 +170,7 @@ begin_on(thin_t *thin, thin_cache_t *cache, const Attn__V1__BeginStepRequest *re
         *id_p = step->id;
         pthread_mutex_lock(&thin->lock);
         HASH_ADD(hh, thin->steps, id, sizeof(step->id), step);
+        thin->counts.begun++;
         pthread_mutex_unlock(&thin->lock);
     }
     wire_free(&block);
@@ -364,7 +370,7 @@ thin_tick(thin_t *thin, uint64_t now_ns)
         attn_log(ATTN_LOG_INFO, "thin.overdue", "step=%016llx cache=%llu",
                  (unsigned long long)step->id, (unsigned long long)step->cache->id);
         attn_step_abort(step->step);
-        step_end(thin, step, false, "its deadline passed");
+        step_end(thin, step, false, ENGINE_BY_DEADLINE);
     }
     thin_caches_sweep(thin, now_ns - CACHE_IDLE_NS);
 }
@@ -376,6 +382,15 @@ thin_open_steps(thin_t *thin)
     uint32_t n = HASH_COUNT(thin->steps);
     pthread_mutex_unlock(&thin->lock);
     return n;
+}
+
+void
+thin_describe(thin_t *thin, engine_steps_t *steps, uint32_t *open_p)
+{
+    pthread_mutex_lock(&thin->lock);
+    *steps  = thin->counts;
+    *open_p = HASH_COUNT(thin->steps);
+    pthread_mutex_unlock(&thin->lock);
 }
 
 attn_status_t

@@ -32,4 +32,7 @@ void thin_tick(thin_t *thin, uint64_t now_ns);
 
 uint32_t thin_open_steps(thin_t *thin);
 
+/** Steps since start, and those open now. Aborted for ENGINE_ABORT_OTHER: a worker failed them. */
+void thin_describe(thin_t *thin, engine_steps_t *steps, uint32_t *open_p);
+
 #endif

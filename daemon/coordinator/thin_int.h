@@ -50,6 +50,7 @@ struct thin {
     thin_step_t *steps;
     thin_cache_t *caches;
     thin_ended_t *ended_by_id;
+    engine_steps_t counts;
     uint64_t n_ended;
     thin_ended_t ended[THIN_ENDED];
 };

@@ -76,6 +76,28 @@ add_tls(const dev_options_t *o, uint32_t n, char *argv[ARGS_MAX])
     return n;
 }
 
+/* Where child number i serves its metrics: the coordinator where we were told, workers behind it.
+ */
+static uint32_t
+add_metrics(const dev_options_t *o, uint32_t i, char text[OPTIONS_TEXT_MAX], uint32_t n,
+            char *argv[ARGS_MAX])
+{
+    const char *at = o->metrics_listen;
+
+    if (at[0] == '\0') {
+        return n;
+    }
+    unsigned long port = strtoul(strrchr(at, ':') + 1, NULL, 10);
+    if (i == 0) {
+        snprintf(text, OPTIONS_TEXT_MAX, "%s", at);
+    } else {
+        snprintf(text, OPTIONS_TEXT_MAX, "127.0.0.1:%lu", port == 0 ? 0 : port + i);
+    }
+    argv[n++] = "--metrics-listen";
+    argv[n++] = text;
+    return n;
+}
+
 static attn_status_t
 start_coordinator(group_t *dev)
 {
@@ -83,7 +105,9 @@ start_coordinator(group_t *dev)
     char *argv[ARGS_MAX]   = {"attnd",           "coordinator", "--listen",
                               (char *)o->listen, "--log-level", (char *)level_name(o)};
 
-    add_tls(o, 6, argv);
+    char metrics[OPTIONS_TEXT_MAX];
+    uint32_t n = add_metrics(o, 0, metrics, 6, argv);
+    add_tls(o, n, argv);
     attn_status_t status = child_start(&dev->children[0], "coordinator", argv);
     dev->n               = status == ATTN_OK;
     return status;
@@ -102,7 +126,8 @@ start_worker(group_t *dev, uint32_t i)
         "--slab", slab,     "--threads", count,         "--log-level",   (char *)level_name(o),
         "--name", name,     "--batch"}; /* the runner is on this machine, too */
 
-    add_tls(o, 15, argv);
+    char metrics[OPTIONS_TEXT_MAX];
+    add_tls(o, add_metrics(o, 1 + i, metrics, 15, argv), argv);
     snprintf(slab, sizeof(slab), "%llu", (unsigned long long)o->slab);
     snprintf(count, sizeof(count), "%llu", (unsigned long long)threads);
     snprintf(name, sizeof(name), "worker-%u", i + 1);

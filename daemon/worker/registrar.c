@@ -17,6 +17,7 @@
 #include "base/clock.h"
 #include "base/log.h"
 #include "base/status.h"
+#include "daemon/meter.h"
 
 #include <pthread.h>
 #include <stdio.h>
@@ -165,7 +166,9 @@ heartbeat(registrar_t *r)
 static void
 note(registrar_t *r, attn_status_t status)
 {
+    meter_add(status == ATTN_OK ? &meter.heartbeats : &meter.heartbeats_failed, 1);
     if (status == ATTN_OK) {
+        atomic_store(&r->worker->heard_ns, attn_now_ns());
         if (r->failures > 0) {
             attn_log(ATTN_LOG_INFO, "worker.coordinator_back", "coordinator=%s failures=%u",
                      r->worker->options.coordinator, r->failures);

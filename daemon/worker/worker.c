@@ -5,6 +5,7 @@
 #include "base/clock.h"
 #include "base/log.h"
 #include "base/status.h"
+#include "daemon/monitor/figures.h"
 
 #include <errno.h>
 #include <sched.h>
@@ -81,6 +82,9 @@ start(worker_t *worker)
     if (status != ATTN_OK) {
         return status;
     }
+    if (o->metrics_listen[0] != '\0' && (status = worker_monitor(worker)) != ATTN_OK) {
+        return status;
+    }
     rpc_server_set_serving(worker->server, true);
     engine_info_t info;
     engine_describe(worker->engine, &info);
@@ -107,6 +111,7 @@ tick(worker_t *worker)
     static uint32_t ticks;
 
     certs_tick(&worker->certs);
+    monitor_tick(worker->monitor);
     engine_tick(worker->engine, attn_now_ns());
     steps_tick(worker->steps, attn_now_ns());
     check_store(worker);
@@ -132,6 +137,7 @@ drain(worker_t *worker)
 
     attn_log(ATTN_LOG_INFO, "worker.draining", "open_steps=%llu drain_ms=%llu",
              (unsigned long long)open_steps(worker), (unsigned long long)worker->options.drain_ms);
+    atomic_store(&worker->draining, true);
     process_notify("STOPPING=1\nSTATUS=draining");
     rpc_server_set_serving(worker->server, false);
     steps_drain(worker->steps);
@@ -152,6 +158,7 @@ drain(worker_t *worker)
 static void
 destroy(worker_t *worker)
 {
+    monitor_stop(worker->monitor);
     registrar_stop(worker->registrar);
     rpc_server_destroy(worker->server);
     unary_destroy(worker->unary);
@@ -188,6 +195,8 @@ worker_main(int argc, char **argv)
     rpc_init();
     gate_init(&worker.gate);
     atomic_store(&worker.incarnation, process_random());
+    atomic_store(&worker.heard_ns, attn_now_ns());
+    figures_start();
     if (status == ATTN_OK) {
         status = start(&worker);
     }

@@ -3,6 +3,7 @@
 #define ATTN_DAEMON_WORKER_INT_H
 
 #include "daemon/certs.h"
+#include "daemon/monitor/monitor.h"
 #include "daemon/process.h"
 #include "daemon/steps.h"
 #include "daemon/worker/gate.h"
@@ -26,6 +27,9 @@ typedef struct worker {
     gate_t gate;
     atomic_uint id; /* as the coordinator knows us; 0: not joined yet */
     _Atomic uint64_t incarnation;
+    _Atomic uint64_t heard_ns; /* of the coordinator; at first, of our start */
+    atomic_bool draining;
+    monitor_t *monitor; /* NULL: without */
 } worker_t;
 
 /* ---- service.c ---- */
@@ -35,6 +39,11 @@ attn_status_t worker_serve(worker_t *worker);
 
 /** What the worker says of itself; strings are the worker's. */
 void worker_describe(worker_t *worker, Attn__V1__WorkerInfo *info);
+
+/* ---- figures.c ---- */
+
+/** Open the metrics' port. */
+attn_status_t worker_monitor(worker_t *worker);
 
 /* ---- registrar.c ---- */
 

@@ -1,0 +1,115 @@
+/* figures.c: what a worker shows on its metrics' port. */
+#include "daemon/worker/worker_int.h"
+
+#include "base/clock.h"
+#include "daemon/monitor/figures.h"
+
+static void
+gather(worker_t *worker, engine_info_t *engine, figures_t *figures)
+{
+    engine_describe(worker->engine, engine);
+    *figures = (figures_t){.role       = "worker",
+                           .kind       = engine->kind,
+                           .epoch      = engine->epoch,
+                           .open_steps = engine->open_steps,
+                           .steps      = engine->steps};
+    rpc_server_describe(worker->server, &figures->rpc);
+}
+
+/* Since the coordinator answered last; since the start, if it never did. */
+static double
+silence_s(const worker_t *worker)
+{
+    return (double)(attn_now_ns() - atomic_load(&worker->heard_ns)) / 1e9;
+}
+
+static void
+metrics(void *service, expose_t *e)
+{
+    worker_t *worker = service;
+    engine_info_t engine;
+    figures_t figures;
+
+    gather(worker, &engine, &figures);
+    figures_metrics(&figures, e);
+    expose_gauge(e, "attnd_joined", "1 once a coordinator took this worker in.",
+                 atomic_load(&worker->id) != 0);
+    expose_gauge(e, "attnd_draining", "1 when it ends and takes no new steps.",
+                 atomic_load(&worker->draining));
+    expose_gauge(e, "attnd_coordinator_silence_seconds",
+                 "Since the coordinator answered last; since the start if it never did.",
+                 silence_s(worker));
+    expose_counter(e, "attnd_heartbeats_total", "Joins and heartbeats that were answered.",
+                   meter_read(&meter.heartbeats));
+    expose_counter(e, "attnd_heartbeats_failed_total", "Joins and heartbeats that were not.",
+                   meter_read(&meter.heartbeats_failed));
+    expose_gauge(e, "attnd_slab_bytes", "Memory for KV.", (double)engine.slab_bytes);
+    expose_gauge(e, "attnd_region_bytes", "Of the slab, taken by caches.",
+                 (double)engine.region_bytes);
+    expose_gauge(e, "attnd_used_bytes", "Of the regions, in pages that hold tokens.",
+                 (double)engine.used_bytes);
+    expose_gauge(e, "attnd_caches", "Caches open here.", (double)engine.caches);
+    expose_gauge(e, "attnd_chunks", "Chunks of KV here.", (double)engine.chunks);
+    expose_counter(e, "attnd_runs_total", "Layers answered.", engine.runs);
+    expose_counter(e, "attnd_kv_read_bytes_total", "KV that attention read.", engine.kv_bytes);
+    expose_gauge(e, "attnd_read_bandwidth_bytes_per_second",
+                 "What this device reads, measured at the start.", engine.read_bandwidth);
+    expose_times(e, "attnd_compute_seconds", "Layers: storing k, v, and attention.",
+                 engine.times.total_ns, engine.times.counts, ENGINE_TIMES, ENGINE_TIME_LEAST_NS);
+}
+
+static cJSON *
+status(void *service)
+{
+    worker_t *worker = service;
+    engine_info_t engine;
+    figures_t figures;
+
+    gather(worker, &engine, &figures);
+    cJSON *object = figures_status(&figures);
+    if (object == NULL) {
+        return NULL;
+    }
+    cJSON_AddStringToObject(object, "name", worker->name);
+    cJSON_AddStringToObject(object, "address", worker->address);
+    cJSON_AddStringToObject(object, "coordinator", worker->options.coordinator);
+    cJSON_AddNumberToObject(object, "worker", atomic_load(&worker->id));
+    cJSON_AddBoolToObject(object, "draining", atomic_load(&worker->draining));
+    cJSON_AddNumberToObject(object, "silence_s", silence_s(worker));
+    cJSON_AddNumberToObject(object, "slab_bytes", (double)engine.slab_bytes);
+    cJSON_AddNumberToObject(object, "region_bytes", (double)engine.region_bytes);
+    cJSON_AddNumberToObject(object, "used_bytes", (double)engine.used_bytes);
+    cJSON_AddNumberToObject(object, "caches", (double)engine.caches);
+    cJSON_AddNumberToObject(object, "chunks", (double)engine.chunks);
+    cJSON_AddNumberToObject(object, "runs", (double)engine.runs);
+    cJSON_AddNumberToObject(object, "kv_bytes", (double)engine.kv_bytes);
+    cJSON_AddNumberToObject(object, "read_bandwidth", engine.read_bandwidth);
+    figures_add_times(cJSON_GetObjectItem(object, "times"), "compute", engine.times.total_ns,
+                      engine.times.counts, ENGINE_TIMES, ENGINE_TIME_LEAST_NS);
+    return object;
+}
+
+static const char *
+ailment(void *service)
+{
+    const worker_t *worker = service;
+
+    if (atomic_load(&worker->draining)) {
+        return "draining\n";
+    }
+    return atomic_load(&worker->id) == 0 ? "no coordinator has taken this worker in yet\n" : NULL;
+}
+
+attn_status_t
+worker_monitor(worker_t *worker)
+{
+    const worker_options_t *o = &worker->options;
+
+    return monitor_start(
+        &(monitor_options_t){.listen           = o->metrics_listen,
+                             .tls              = worker->certs.tls,
+                             .clients_need_not = !o->tls.client_certs},
+        &(monitor_source_t){
+            .service = worker, .metrics = metrics, .status = status, .ailment = ailment},
+        &worker->monitor);
+}
