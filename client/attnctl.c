@@ -3,6 +3,8 @@
  *
  *     attnctl status                    workers, memory, sequences, rates
  *     attnctl status --watch --json     a line of JSON every interval
+ *     attnctl top                       the same as a table that renews itself
+ *     attnctl doctor                    what is wrong, and what to do
  *     attnctl seq 4294967297 --cache chat    where a sequence's chunks live
  *     attnctl bench --context 8192     drive it, measure, and verify
  *
@@ -29,6 +31,11 @@ static const char usage[] =
     "  status [--json] [--watch] [--interval MS]\n"
     "        Workers, memory, sequences, and rates measured over MS milliseconds (1000; 0: means\n"
     "        since start). --watch repeats until it is interrupted.\n"
+    "  top [--interval MS] [--once]\n"
+    "        Workers by load, renewed every MS milliseconds (1000) until it is interrupted.\n"
+    "  doctor [--json]\n"
+    "        Check the cluster, a step on every worker included; say what is wrong and what to "
+    "do.\n"
     "  seq ID --cache NAME [--json]\n"
     "        Where the chunks of a sequence live. NAME is a cache that is open.\n"
     "  bench [options]\n"
@@ -43,7 +50,7 @@ static const char usage[] =
     "  --version, --help\n"
     "\n"
     "Exit codes: 0 fine; 1 the cluster does not answer, has no live worker, or lost tokens of the\n"
-    "sequence asked for; 2 wrong arguments.\n";
+    "sequence asked for, or a check of doctor failed; 2 wrong arguments.\n";
 
 static int
 mistake(const char *what, const char *argument)
@@ -139,6 +146,7 @@ read_arguments(int argc, char **argv, attnctl_t *ctl, arguments_t *arguments)
         {"tls-server-name", required_argument, NULL, TLS_SERVER_NAME},
         {"json", no_argument, NULL, 'j'},
         {"watch", no_argument, NULL, 'w'},
+        {"once", no_argument, NULL, '1'},
         {"help", no_argument, NULL, 'h'},
         {"version", no_argument, NULL, 'v'},
         {NULL, 0, NULL, 0},
@@ -158,6 +166,9 @@ read_arguments(int argc, char **argv, attnctl_t *ctl, arguments_t *arguments)
             break;
         case 'w':
             ctl->watch = true;
+            break;
+        case '1':
+            ctl->once = true;
             break;
         case TLS_CA:
             arguments->tls.tls_ca = optarg;
@@ -208,12 +219,17 @@ static int (*pick_command(attnctl_t *ctl, const arguments_t *arguments))(const a
     const char *command = arguments->n_words > 0 ? arguments->words[0] : NULL;
 
     if (command == NULL) {
-        mistake("which command? status, seq or bench", NULL);
+        mistake("which command? status, top, doctor, seq or bench", NULL);
     } else if (strcmp(command, "status") == 0) {
         if (arguments->n_words == 1) {
             return attnctl_status;
         }
         mistake("status takes no argument", arguments->words[1]);
+    } else if (strcmp(command, "top") == 0 || strcmp(command, "doctor") == 0) {
+        if (arguments->n_words == 1) {
+            return command[0] == 't' ? attnctl_top : attnctl_doctor;
+        }
+        mistake("top and doctor take no argument", arguments->words[1]);
     } else if (strcmp(command, "seq") == 0) {
         if (arguments->n_words != 2 || ctl->cache == NULL) {
             mistake("seq wants an ID and --cache NAME", NULL);
@@ -223,7 +239,7 @@ static int (*pick_command(attnctl_t *ctl, const arguments_t *arguments))(const a
             return attnctl_seq;
         }
     } else {
-        mistake("there is no such command; there are status, seq and bench", command);
+        mistake("there is no such command; there are status, top, doctor, seq and bench", command);
     }
     return NULL;
 }
@@ -236,7 +252,7 @@ bench_at(int argc, char **argv)
 
     while (i < argc && strncmp(argv[i], "--", 2) == 0) {
         bool alone = strchr(argv[i], '=') != NULL || strcmp(argv[i], "--json") == 0 ||
-                     strcmp(argv[i], "--watch") == 0;
+                     strcmp(argv[i], "--watch") == 0 || strcmp(argv[i], "--once") == 0;
         i += alone ? 1 : 2;
     }
     return i < argc && strcmp(argv[i], "bench") == 0 ? i : argc;
@@ -266,10 +282,14 @@ main(int argc, char **argv)
     sigaction(SIGINT, &(struct sigaction){.sa_handler = on_signal}, NULL);
     sigaction(SIGTERM, &(struct sigaction){.sa_handler = on_signal}, NULL);
 
-    options              = arguments.tls;
-    options.name         = "attnctl";
-    options.timeout_ms   = (uint32_t)arguments.timeout_ms;
-    options.spin_us      = 0;
+    options            = arguments.tls;
+    options.name       = "attnctl";
+    options.timeout_ms = (uint32_t)arguments.timeout_ms;
+    options.spin_us    = 0;
+    ctl.options        = &options;
+    if (command == attnctl_doctor) {
+        return attnctl_doctor(&ctl);
+    }
     attn_status_t status = attn_client_open(ctl.target, &options, &ctl.client);
     if (status != ATTN_OK) {
         attnctl_failed(&ctl, status);

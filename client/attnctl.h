@@ -15,7 +15,8 @@
 typedef struct attnctl {
     attn_client_t *client;
     const char *target;
-    bool json, watch;
+    const attn_client_options_t *options; /* that client was, or would be, opened with */
+    bool json, watch, once;
     uint32_t interval_ms; /* 0: rates are means since start */
     const char *cache;
     uint64_t seq;
@@ -26,6 +27,10 @@ extern volatile sig_atomic_t attnctl_stop;
 
 int attnctl_status(const attnctl_t *ctl);
 int attnctl_seq(const attnctl_t *ctl);
+int attnctl_top(const attnctl_t *ctl);
+
+/** Opens a client of its own: ctl->client is NULL. */
+int attnctl_doctor(const attnctl_t *ctl);
 
 /** Say on stderr what the last call of the library had to say. @return ATTNCTL_PROBLEM */
 int attnctl_failed(const attnctl_t *ctl, attn_status_t status);

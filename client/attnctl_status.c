@@ -1,87 +1,14 @@
 /* attnctl_status.c: `attnctl status`. Rates are the difference of two samples over the time
  * between them; workers report by heartbeat, so samples much closer than a heartbeat show
  * nothing or too much. */
-#include "client/attnctl.h"
+#include "client/attnctl_sample.h"
 
-#include <errno.h>
 #include <inttypes.h>
 #include <stdio.h>
 #include <string.h>
-#include <time.h>
 #include <unistd.h>
 
 #define BYTES(n) attnctl_bytes(n, (char[16]){0})
-
-typedef struct sample {
-    attn_cluster_info_t info;
-    uint64_t at_ns;
-} sample_t;
-
-typedef struct rates {
-    double runs, kv_bytes; /* per second */
-} rates_t;
-
-static attn_status_t
-take_sample(const attnctl_t *ctl, sample_t *sample)
-{
-    struct timespec now;
-    attn_status_t status = attn_cluster_describe(ctl->client, &sample->info);
-
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    sample->at_ns = (uint64_t)now.tv_sec * UINT64_C(1000000000) + (uint64_t)now.tv_nsec;
-    return status;
-}
-
-/* Sleep, or less after a signal. */
-static void
-wait_ms(uint32_t ms)
-{
-    struct timespec left = {.tv_sec = ms / 1000, .tv_nsec = (long)(ms % 1000) * 1000000};
-
-    while (!attnctl_stop && nanosleep(&left, &left) != 0 && errno == EINTR) {
-    }
-}
-
-static const attn_worker_info_t *
-worker_of(const attn_cluster_info_t *info, uint32_t id)
-{
-    for (uint32_t i = 0; i < info->n_workers; i++) {
-        if (info->workers[i].id == id) {
-            return &info->workers[i];
-        }
-    }
-    return NULL;
-}
-
-/* A worker that the first sample lacks began at 0. first NULL: means since start. */
-static rates_t
-rates_of(const attn_worker_info_t *worker, const sample_t *first, const sample_t *last)
-{
-    const attn_worker_info_t *before = first != NULL ? worker_of(&first->info, worker->id) : NULL;
-    double seconds                   = first != NULL ? (double)(last->at_ns - first->at_ns) / 1e9
-                                                     : (double)last->info.uptime_ms / 1e3;
-    uint64_t runs = worker->runs, kv_bytes = worker->kv_bytes;
-
-    if (before != NULL) {
-        runs     = runs > before->runs ? runs - before->runs : 0;
-        kv_bytes = kv_bytes > before->kv_bytes ? kv_bytes - before->kv_bytes : 0;
-    }
-    if (seconds <= 0) {
-        return (rates_t){0};
-    }
-    return (rates_t){.runs = (double)runs / seconds, .kv_bytes = (double)kv_bytes / seconds};
-}
-
-static uint32_t
-count_alive(const attn_cluster_info_t *info)
-{
-    uint32_t n = 0;
-
-    for (uint32_t i = 0; i < info->n_workers; i++) {
-        n += info->workers[i].alive;
-    }
-    return n;
-}
 
 static void
 print_time(uint64_t ms)
@@ -105,7 +32,7 @@ print_table(const attnctl_t *ctl, const sample_t *first, const sample_t *last)
     printf("cluster %s: epoch %" PRIu64 ", up ", ctl->target, info->epoch);
     print_time(info->uptime_ms);
     printf(", %u of %u workers alive, %u clients, %u caches, %" PRIu64 " sequences\n",
-           count_alive(info), info->n_workers, info->clients, info->caches, info->sequences);
+           sample_alive(info), info->n_workers, info->clients, info->caches, info->sequences);
     printf("rates: %s\n\n", first != NULL ? "measured now" : "means since the coordinator's start");
     printf("%6s  %-5s  %-21s  %-18s %10s %10s %10s %8s %6s %9s %12s\n", "worker", "state",
            "address", "kind", "slab", "in caches", "in use", "chunks", "steps", "layers/s",
@@ -116,7 +43,7 @@ print_table(const attnctl_t *ctl, const sample_t *first, const sample_t *last)
             printf("%6u  %-5s  %-21s  %-18s\n", w->id, "LOST", w->address, w->kind);
             continue;
         }
-        rates_t rates = rates_of(w, first, last);
+        rates_t rates = sample_rates(w, first, last);
         printf("%6u  %-5s  %-21s  %-18s %10s %10s %10s %8" PRIu64 " %6" PRIu64 " %9.1f %12s\n",
                w->id, "alive", w->address, w->kind, BYTES(w->slab_bytes), BYTES(w->region_bytes),
                BYTES(w->used_bytes), w->chunks, w->open_steps, rates.runs,
@@ -158,14 +85,14 @@ print_json(const attnctl_t *ctl, const sample_t *first, const sample_t *last)
     attnctl_json_u64(object, "clients", info->clients);
     attnctl_json_u64(object, "caches", info->caches);
     attnctl_json_u64(object, "sequences", info->sequences);
-    attnctl_json_u64(object, "workers_alive", count_alive(info));
+    attnctl_json_u64(object, "workers_alive", sample_alive(info));
     /* 0: rates are means since start. */
     attnctl_json_u64(object, "interval_ms",
                      first != NULL ? (last->at_ns - first->at_ns) / 1000000 : 0);
     cJSON *workers = cJSON_AddArrayToObject(object, "workers");
     for (uint32_t i = 0; i < info->n_workers; i++) {
         const attn_worker_info_t *w = &info->workers[i];
-        cJSON_AddItemToArray(workers, worker_json(w, rates_of(w, first, last)));
+        cJSON_AddItemToArray(workers, worker_json(w, sample_rates(w, first, last)));
     }
     attnctl_json_print(object);
 }
@@ -189,26 +116,26 @@ attnctl_status(const attnctl_t *ctl)
     sample_t first = {0}, last = {0};
     uint32_t interval    = ctl->watch && ctl->interval_ms == 0 ? 1000 : ctl->interval_ms;
     uint32_t alive       = 0;
-    attn_status_t status = take_sample(ctl, &last);
+    attn_status_t status = sample_take(ctl, &last);
 
     if (status == ATTN_OK && interval == 0) {
         print_sample(ctl, NULL, &last);
-        alive = count_alive(&last.info);
+        alive = sample_alive(&last.info);
     }
     while (status == ATTN_OK && interval > 0) {
         attn_cluster_info_free(&first.info);
         first = last;
         memset(&last, 0, sizeof(last));
-        wait_ms(interval);
+        sample_wait(interval);
         if (attnctl_stop) {
             break;
         }
-        status = take_sample(ctl, &last);
+        status = sample_take(ctl, &last);
         if (status != ATTN_OK) {
             break;
         }
         print_sample(ctl, &first, &last);
-        alive = count_alive(&last.info);
+        alive = sample_alive(&last.info);
         if (!ctl->watch) {
             break;
         }

@@ -233,3 +233,27 @@ rpc_health_destroy(rpc_health_t *health)
     pthread_mutex_destroy(&health->lock);
     gpr_free(health);
 }
+
+/* ---- asking ---- */
+
+attn_status_t
+rpc_channel_health(rpc_channel_t *channel, uint64_t deadline_ns, bool *serving_p)
+{
+    Grpc__Health__V1__HealthCheckRequest request = GRPC__HEALTH__V1__HEALTH_CHECK_REQUEST__INIT;
+    rpc_message_t *message;
+    ProtobufCMessage *head;
+
+    attn_status_t status =
+        rpc_call_unary_wait(channel, "/grpc.health.v1.Health/Check",
+                            &(rpc_outgoing_t){.head = &request.base}, deadline_ns, &message);
+    if (status != ATTN_OK) {
+        return status;
+    }
+    status =
+        rpc_message_unpack(message, &grpc__health__v1__health_check_response__descriptor, &head);
+    if (status == ATTN_OK) {
+        *serving_p = ((Grpc__Health__V1__HealthCheckResponse *)head)->status == SERVING;
+    }
+    rpc_message_free(message);
+    return status;
+}

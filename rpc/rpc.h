@@ -219,6 +219,12 @@ attn_status_t rpc_call_unary_wait(rpc_channel_t *channel, const char *path,
                                   rpc_message_t **message_p);
 
 /**
+ * Ask the server's grpc.health.v1.Health how it is, and wait.
+ * @return the call's status: ATTN_ERR_UNAVAILABLE, ATTN_ERR_DEADLINE and such
+ */
+attn_status_t rpc_channel_health(rpc_channel_t *channel, uint64_t deadline_ns, bool *serving_p);
+
+/**
  * Bidirectional stream. `received` gets every message, in order (message is the callee's),
  * and at the end exactly once message NULL with the status; then the stream must be closed.
  * On a progress thread: must not block.
