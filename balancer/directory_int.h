@@ -12,9 +12,7 @@
 
 #include "balancer/directory.h"
 
-/* A hash table without memory reports it in hh.tbl of the element, in place of exit(). */
-#define HASH_NONFATAL_OOM 1
-#include <uthash.h>
+#include "base/table.h"
 
 /** What a full chunk counts in dir_spot_t.fill. */
 #define DIR_FULL 255u

@@ -58,6 +58,11 @@ layout_store(attn_cache_t *cache, attn_seq_t seq, const attn_seq_info_t *info, u
     layout->n_chunks = info->n_chunks;
     layout->chunks   = chunks;
     HASH_ADD(hh, cache->layouts, seq, sizeof(layout->seq), layout);
+    if (!table_has(hh, layout)) {
+        free(layout);
+        free(chunks);
+        return attn_fail(ATTN_ERR_NO_MEMORY, "no memory for a layout of %u chunks", info->n_chunks);
+    }
     return ATTN_OK;
 }
 

@@ -3,12 +3,12 @@
 #define ATTN_CLIENT_INT_H
 
 #include "balancer/split.h"
+#include "base/table.h"
 #include "client/client.h"
 #include "client/control.h"
 
 #include <pthread.h>
 #include <stdatomic.h>
-#include <uthash.h>
 
 #define CLIENT_ENGINES_MAX 64u
 

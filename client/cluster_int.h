@@ -3,9 +3,9 @@
 #define ATTN_CLUSTER_INT_H
 
 #include "client/cluster.h"
+#include "base/table.h"
 
 #include <pthread.h>
-#include <uthash.h>
 
 #define WORKER_TIMEOUT_MS 2000u /* of a control call to a worker */
 

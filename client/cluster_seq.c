@@ -29,6 +29,10 @@ hold(cluster_t *cluster, uint64_t cache, attn_seq_t seq, bool fork)
         held->id    = seq.id;
         held->forks = fork;
         HASH_ADD(hh, cluster->held, id, sizeof(held->id), held);
+        if (!table_has(hh, held)) {
+            free(held);
+            status = attn_fail(ATTN_ERR_NO_MEMORY, "no memory to change a sequence");
+        }
     } else if (status == ATTN_OK) {
         status = attn_fail(ATTN_ERR_NO_MEMORY, "no memory to change a sequence");
     }

@@ -1,5 +1,6 @@
 /* control_grpc.c: the control plane of a coordinator, over gRPC. */
 #include "client/control.h"
+#include "base/table.h"
 
 #include "balancer/geometry.h"
 #include "base/checked.h"
@@ -12,7 +13,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <uthash.h>
 
 #define CLOSE_TIMEOUT_MS 1000u
 #define TICKET_ROOM 512u /* bytes of a ticket, its end included */
@@ -226,6 +226,10 @@ remember_worker(grpc_control_t *control, const Attn__V1__WorkerInfo *info)
     if (worker == NULL && (worker = calloc(1, sizeof(*worker))) != NULL) {
         worker->id = info->id;
         HASH_ADD(hh, control->workers, id, sizeof(worker->id), worker);
+        if (!table_has(hh, worker)) {
+            free(worker);
+            worker = NULL;
+        }
     }
     if (worker != NULL) {
         snprintf(worker->address, sizeof(worker->address), "%s", info->address);

@@ -1,6 +1,7 @@
 /* links.c: the links of a process. By address and not by the worker's id: a coordinator that
  * succeeds another gives ids anew. */
 #include "client/link.h"
+#include "base/table.h"
 
 #include "base/status.h"
 
@@ -8,7 +9,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <uthash.h>
 
 typedef struct links_entry {
     char address[64]; /* key */
@@ -69,6 +69,10 @@ add(links_t *links, const char *address, link_t *link, engine_t *engine)
     entry->link   = link;
     entry->engine = engine;
     HASH_ADD_STR(links->by_address, address, entry);
+    if (!table_has(hh, entry)) {
+        free(entry);
+        return attn_fail(ATTN_ERR_NO_MEMORY, "no memory for a link");
+    }
     return ATTN_OK;
 }
 

@@ -270,6 +270,11 @@ engine_cache_open(engine_t *engine, uint64_t id, const attn_geometry_t *geometry
         status = cache_create(engine, id, geometry, &cache);
         if (status == ATTN_OK) {
             HASH_ADD(hh, engine->caches, id, sizeof(cache->id), cache);
+            if (!table_has(hh, cache)) {
+                kv_region_close(engine->store, id);
+                cache_free(cache);
+                status = attn_fail(ATTN_ERR_NO_MEMORY, "no memory for a cache");
+            }
         }
     }
     if (status == ATTN_OK) {

@@ -3,11 +3,11 @@
 #define ATTN_ENGINE_INT_H
 
 #include "balancer/plan.h"
+#include "base/table.h"
 #include "engine/engine.h"
 
 #include <pthread.h>
 #include <stdatomic.h>
-#include <uthash.h>
 
 #define ENDED_STEPS 4096u                      /* how many ended steps are remembered */
 #define ENGINE_BY_CACHE "its cache was closed" /* why steps end, as those of engine.h */

@@ -37,7 +37,7 @@ ended_add(engine_t *engine, uint64_t id, step_state_t state, const char *reason)
 {
     ended_step_t *ended = &engine->ended[engine->n_ended % ENDED_STEPS];
 
-    if (engine->n_ended++ >= ENDED_STEPS) {
+    if (engine->n_ended++ >= ENDED_STEPS && table_has(hh, ended)) {
         HASH_DEL(engine->ended_by_id, ended);
     }
     ended->id    = id;
@@ -241,6 +241,10 @@ begin_locked(engine_t *engine, engine_step_t *step, const engine_batch_t *batch)
     step->fingerprint = engine_batch_fingerprint(batch);
     step->references  = 2; /* the table's and the caller's */
     HASH_ADD(hh, engine->steps, id, sizeof(step->id), step);
+    if (!table_has(hh, step)) {
+        kv_step_abort(engine->store, step->kv);
+        return attn_fail(ATTN_ERR_NO_MEMORY, "no memory for a step");
+    }
     return ATTN_OK;
 }
 

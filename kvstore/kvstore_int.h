@@ -23,10 +23,6 @@
 #include <assert.h>
 #include <inttypes.h>
 
-/* A full heap is answered with a status, so the tables must not exit the process: after
- * HASH_ADD, hh.tbl is NULL if the element could not be added. */
-#define HASH_NONFATAL_OOM 1
-
 /* All keys here are 64-bit ids: one multiplication mixes them, in place of a hash of bytes. */
 #define HASH_FUNCTION(key, bytes, hashv) ((hashv) = kv_hash_id(key))
 
@@ -38,7 +34,7 @@ kv_hash_id(const void *key)
     return (uint32_t)(id * UINT64_C(0x9e3779b97f4a7c15) >> 32);
 }
 
-#include <uthash.h>
+#include "base/table.h"
 
 #define KV_EXTENT_BYTES UINT64_C(4096)
 #define KV_NO_PAGE UINT32_MAX

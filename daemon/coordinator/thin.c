@@ -19,7 +19,7 @@ ended_add(thin_t *thin, uint64_t id, bool committed, const char *reason)
 {
     thin_ended_t *ended = &thin->ended[thin->n_ended % THIN_ENDED];
 
-    if (thin->n_ended++ >= THIN_ENDED) {
+    if (thin->n_ended++ >= THIN_ENDED && table_has(hh, ended)) {
         HASH_DELETE(hh, thin->ended_by_id, ended);
     }
     ended->id        = id;
@@ -170,8 +170,14 @@ begin_on(thin_t *thin, thin_cache_t *cache, const Attn__V1__BeginStepRequest *re
         *id_p = step->id;
         pthread_mutex_lock(&thin->lock);
         HASH_ADD(hh, thin->steps, id, sizeof(step->id), step);
-        thin->counts.begun++;
+        bool added = table_has(hh, step);
+        thin->counts.begun += added;
         pthread_mutex_unlock(&thin->lock);
+        if (!added) {
+            attn_step_abort(step->step);
+            free(step);
+            status = attn_fail(ATTN_ERR_NO_MEMORY, "no memory for a step");
+        }
     }
     wire_free(&block);
     return status;

@@ -60,6 +60,7 @@ thin_cache_enter(thin_t *thin, uint64_t id, thin_cache_t **cache_p)
         other->users++;
     } else {
         HASH_ADD(hh, thin->caches, id, sizeof(cache->id), cache);
+        cache->listed = table_has(hh, cache); /* if not, it is this step's alone */
     }
     pthread_mutex_unlock(&thin->lock);
     if (other != NULL) {

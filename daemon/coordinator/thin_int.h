@@ -3,9 +3,9 @@
 #define ATTN_DAEMON_THIN_INT_H
 
 #include "daemon/coordinator/thin.h"
+#include "base/table.h"
 
 #include <pthread.h>
-#include <uthash.h>
 
 #define THIN_ENDED 4096u /* ended steps that are remembered */
 #define THIN_REASON_MAX 200u
