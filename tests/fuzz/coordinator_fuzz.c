@@ -37,6 +37,7 @@ LLVMFuzzerInitialize(int *argc, char ***argv)
     (void)argc;
     (void)argv;
     attn_log_set_level(ATTN_LOG_ERROR);
+    options_init(&coordinator_option_set, &c.options);
     need(rpc_client_create(0, &c.rpc));
     need(links_create(c.rpc, &c.links));
     for (uint32_t i = 0; i < WORKERS; i++) {
@@ -67,7 +68,7 @@ __wrap_process_random(void)
 }
 
 /* As coordinator.c starts one; with no seed all ids count from 1. */
-static void
+static attn_status_t
 start(void)
 {
     directory_options_t directory;
@@ -79,18 +80,31 @@ start(void)
     attn_client_options_init(&client);
     client.timeout_ms      = 200;
     client.step_timeout_ms = 200;
-    c.options.lease_ms     = 30000;
     c.instance             = 7;
-    need(cluster_create(&directory, c.links, &c.cluster));
-    need(client_open_on(c.rpc, c.cluster, c.links, &client, &c.door));
-    need(thin_create(c.door, &c.thin));
-    need(rpc_server_create(&(rpc_server_options_t){.address = "fake"}, &c.server));
-    need(jobs_create(1, &c.jobs));
-    need(coordinator_serve_attention(&c));
-    need(coordinator_serve_members(&c));
-    for (uint32_t i = 0; i < WORKERS; i++) {
-        need(cluster_worker_join(c.cluster, &hello[i], &hello[i].id));
+    atomic_store(&c.period, 1);
+    attn_status_t status = cluster_create(&directory, c.links, &c.cluster);
+    if (status == ATTN_OK) {
+        status = client_open_on(c.rpc, c.cluster, c.links, &client, &c.door);
     }
+    if (status == ATTN_OK) {
+        status = thin_create(c.door, &c.thin);
+    }
+    if (status == ATTN_OK) {
+        status = rpc_server_create(&(rpc_server_options_t){.address = "fake"}, &c.server);
+    }
+    if (status == ATTN_OK) {
+        status = jobs_create(1, &c.jobs);
+    }
+    if (status == ATTN_OK) {
+        status = coordinator_serve_attention(&c);
+    }
+    if (status == ATTN_OK) {
+        status = coordinator_serve_members(&c);
+    }
+    for (uint32_t i = 0; i < WORKERS && status == ATTN_OK; i++) {
+        status = cluster_worker_join(c.cluster, &hello[i], &hello[i].id);
+    }
+    return status;
 }
 
 static void
@@ -104,22 +118,40 @@ stop(void)
     thin_destroy(c.thin);
     attn_client_close(c.door);
     cluster_destroy(c.cluster);
+    c.jobs      = NULL;
+    c.server    = NULL;
+    c.steps     = NULL;
+    c.attention = NULL;
+    c.members   = NULL;
+    c.thin      = NULL;
+    c.door      = NULL;
+    c.cluster   = NULL;
 }
 
 int
 LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t n)
 {
+    static char ticket[TICKET_MAX]; /* of the client whose id is 1: the first to come */
     input_t in = {bytes, bytes + n};
 
-    start();
-    serve_input(c.server, &in);
-    cluster_tick(c.cluster);
-    thin_tick(c.thin, attn_now_ns());
+    ticket_write(&(ticket_t){.role = TICKET_CLIENT, .client = 1, .period = 1}, c.ticket_secret,
+                 ticket);
+    fake_header(TICKET_HEADER, ticket);
+    attn_status_t status = start();
+    if (status == ATTN_OK) {
+        serve_input(c.server, &in);
+        cluster_tick(c.cluster);
+        thin_tick(c.thin, attn_now_ns());
+    } else if (status != ATTN_ERR_NO_MEMORY || !fake_short_of_memory) {
+        need(status);
+    }
     stop();
+    fake_spared_begin();
     for (uint32_t i = 0; i < WORKERS; i++) {
         need(engine_check(engines[i]));
         engine_caches_close(engines[i]);
         need(engine_check(engines[i]));
     }
+    fake_spared_end();
     return 0;
 }

@@ -41,6 +41,40 @@ set(bool *flag)
     pthread_mutex_unlock(&lock);
 }
 
+bool fake_short_of_memory;
+
+/* volatile: a compiler knows that malloc() does not look at it, and would drop the changes. */
+static _Thread_local volatile unsigned spared;
+
+void
+fake_spared_begin(void)
+{
+    spared++;
+}
+
+void
+fake_spared_end(void)
+{
+    spared--;
+}
+
+bool
+fake_spared(void)
+{
+    return spared > 0;
+}
+
+/* Zeroed memory of the fake's own. */
+static void *
+take(size_t n)
+{
+    fake_spared_begin();
+    void *p = calloc(1, n);
+    fake_spared_end();
+    assert(p != NULL);
+    return p;
+}
+
 void
 rpc_init(void)
 {
@@ -60,13 +94,15 @@ fake_message(const uint8_t *bytes, size_t n)
     size_t first             = n > 64 ? n / 2 : n; /* long ones in two slices */
 
     for (size_t at = 0; at < n; at += first, first = n - at) {
-        uint8_t *piece = malloc(first);
-        assert(piece != NULL);
+        uint8_t *piece = take(first);
         memcpy(piece, bytes + at, first);
         grpc_slice_buffer_add_indexed(&buffer->data.raw.slice_buffer,
                                       grpc_slice_new_with_user_data(piece, first, free, piece));
     }
-    return rpc_message_new(buffer);
+    fake_spared_begin();
+    rpc_message_t *message = rpc_message_new(buffer);
+    fake_spared_end();
+    return message;
 }
 
 /* What a sender's message costs: it is packed, its data is read once. */
@@ -74,9 +110,8 @@ static void
 swallow(const rpc_outgoing_t *message)
 {
     volatile uint8_t sum = 0;
-    uint8_t *head        = malloc(protobuf_c_message_get_packed_size(message->head) + 1);
+    uint8_t *head        = take(protobuf_c_message_get_packed_size(message->head) + 1);
 
-    assert(head != NULL);
     protobuf_c_message_pack(message->head, head);
     free(head);
     for (uint32_t i = 0; i < message->n_data; i++) {
@@ -121,15 +156,8 @@ attn_status_t
 rpc_server_create(const rpc_server_options_t *options, rpc_server_t **server_p)
 {
     (void)options;
-    *server_p = calloc(1, sizeof(**server_p));
-    assert(*server_p != NULL);
+    *server_p = take(sizeof(**server_p));
     return ATTN_OK;
-}
-
-static int
-by_path(const void *a, const void *b)
-{
-    return strcmp(((const method_t *)a)->method.path, ((const method_t *)b)->method.path);
 }
 
 attn_status_t
@@ -139,7 +167,6 @@ rpc_server_add(rpc_server_t *server, const rpc_method_t *methods, uint32_t n, vo
         assert(server->n < METHODS_MAX);
         server->methods[server->n++] = (method_t){methods[i], service};
     }
-    qsort(server->methods, server->n, sizeof(server->methods[0]), by_path);
     return ATTN_OK;
 }
 
@@ -183,10 +210,27 @@ fake_methods(const rpc_server_t *server)
     return server->n;
 }
 
-const char *
-fake_method_path(const rpc_server_t *server, uint32_t i)
+/* FNV-1a, folded to a byte; seeds.py has the same. */
+static uint8_t
+path_byte(const char *path)
 {
-    return server->methods[i].method.path;
+    uint32_t hash = 2166136261u;
+
+    for (; *path != 0; path++) {
+        hash = (hash ^ (uint8_t)*path) * 16777619u;
+    }
+    return (uint8_t)(hash ^ hash >> 8 ^ hash >> 16 ^ hash >> 24);
+}
+
+uint32_t
+fake_method_of(const rpc_server_t *server, uint8_t byte)
+{
+    for (uint32_t i = 0; i < server->n; i++) {
+        if (path_byte(server->methods[i].method.path) == byte) {
+            return i;
+        }
+    }
+    return byte % server->n;
 }
 
 bool
@@ -198,6 +242,9 @@ fake_method_streams(const rpc_server_t *server, uint32_t i)
 void
 rpc_call_reply(rpc_call_t *call, const rpc_outgoing_t *message)
 {
+    if (getenv("FAKE_TRACE") != NULL) {
+        fprintf(stderr, "%s: answered\n", call->method->method.path);
+    }
     swallow(message);
     set(&call->ended);
 }
@@ -206,6 +253,9 @@ void
 rpc_call_end(rpc_call_t *call, attn_status_t status, const char *sentence)
 {
     assert(attn_status_is_known((int)status));
+    if (getenv("FAKE_TRACE") != NULL) {
+        fprintf(stderr, "%s: %s %s\n", call->method->method.path, attn_strerror(status), sentence);
+    }
     assert(status == ATTN_OK || (sentence != NULL && *sentence != 0)); /* every failure says why */
     set(&call->ended);
 }
@@ -213,6 +263,9 @@ rpc_call_end(rpc_call_t *call, attn_status_t status, const char *sentence)
 attn_status_t
 rpc_call_send(rpc_call_t *call, const rpc_outgoing_t *message)
 {
+    if (getenv("FAKE_TRACE") != NULL) {
+        fprintf(stderr, "%s: a message\n", call->method->method.path);
+    }
     swallow(message);
     pthread_mutex_lock(&lock);
     bool over = call->ended;
@@ -270,11 +323,9 @@ rpc_call_context(const rpc_call_t *call)
 static rpc_call_t *
 call_new(rpc_server_t *server, uint32_t method)
 {
-    rpc_call_t *call = calloc(1, sizeof(*call));
-
-    assert(call != NULL);
-    call->method = &server->methods[method];
-    call->next   = true;
+    rpc_call_t *call = take(sizeof(*call));
+    call->method     = &server->methods[method];
+    call->next       = true;
     return call;
 }
 
@@ -410,9 +461,8 @@ take_answer(rpc_message_t **message_p, attn_status_t *status_p)
 static void
 queue_event(rpc_client_t *client, event_t event)
 {
-    event_t *e = malloc(sizeof(*e));
+    event_t *e = take(sizeof(*e));
 
-    assert(e != NULL);
     *e            = event;
     e->next       = NULL;
     *client->last = e;
@@ -423,10 +473,9 @@ queue_event(rpc_client_t *client, event_t event)
 attn_status_t
 rpc_client_create(uint32_t spin_us, rpc_client_t **client_p)
 {
-    rpc_client_t *client = calloc(1, sizeof(*client));
+    rpc_client_t *client = take(sizeof(*client));
 
     (void)spin_us;
-    assert(client != NULL);
     client->last = &client->first;
     *client_p    = client;
     return ATTN_OK;
@@ -544,8 +593,7 @@ attn_status_t
 rpc_channel_open(rpc_client_t *client, const char *address, rpc_channel_t **channel_p)
 {
     (void)address;
-    *channel_p = calloc(1, sizeof(**channel_p));
-    assert(*channel_p != NULL);
+    *channel_p           = take(sizeof(**channel_p));
     (*channel_p)->client = client;
     return ATTN_OK;
 }
@@ -594,11 +642,10 @@ attn_status_t
 rpc_stream_open(rpc_channel_t *channel, const char *path, uint64_t deadline_ns,
                 rpc_reply_fn received, void *arg, rpc_stream_t **stream_p)
 {
-    rpc_stream_t *stream = calloc(1, sizeof(*stream));
+    rpc_stream_t *stream = take(sizeof(*stream));
 
     (void)path;
     (void)deadline_ns;
-    assert(stream != NULL);
     *stream   = (rpc_stream_t){.client = channel->client, .received = received, .arg = arg};
     *stream_p = stream;
     return ATTN_OK;

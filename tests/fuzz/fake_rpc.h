@@ -6,7 +6,8 @@
  *     client  every request takes its answer from the input (fake_answers())
  *
  * Each message is one heap block of exactly its size, so that a sanitizer sees a byte read
- * beyond it. A call that does not end within FAKE_PATIENCE_MS ends the process: a finding.
+ * beyond it. A call that does not end within FAKE_PATIENCE_MS ends the process: a finding. With
+ * FAKE_TRACE in the environment every answer of a server is printed.
  */
 #ifndef ATTN_TESTS_FAKE_RPC_H
 #define ATTN_TESTS_FAKE_RPC_H
@@ -14,6 +15,17 @@
 #include "rpc/rpc.h"
 
 #define FAKE_PATIENCE_MS 20000u
+
+/**
+ * What a peer or a test allocates is not refused when memory runs out for the code under test
+ * (alloc_sweep.c): between these two calls, which nest, this thread is such a one.
+ */
+void fake_spared_begin(void);
+void fake_spared_end(void);
+bool fake_spared(void);
+
+/** Set while allocations may fail: a constructor that then answers ATTN_ERR_NO_MEMORY is right. */
+extern bool fake_short_of_memory;
 
 /** What the fuzzer gave, taken from the front. */
 typedef struct input {
@@ -43,9 +55,11 @@ rpc_message_t *fake_message(const uint8_t *bytes, size_t n);
 
 /* ---- a server's peers ---- */
 
-/** Methods in alphabetical order of their paths. */
 uint32_t fake_methods(const rpc_server_t *server);
-const char *fake_method_path(const rpc_server_t *server, uint32_t i);
+
+/** The method that a byte names: by a hash of its path (fake_path_byte), so that seeds outlive new
+ * methods; for other bytes the remainder. */
+uint32_t fake_method_of(const rpc_server_t *server, uint8_t byte);
 bool fake_method_streams(const rpc_server_t *server, uint32_t i);
 
 /** Headers that calls carry from now on; one, or key NULL for none. Both live for ever. */

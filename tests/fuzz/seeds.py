@@ -3,8 +3,7 @@
 
     tests/fuzz/seeds.py PYTHONPATH_OF_attn_pb2
 
-Needs attn_pb2 (protoc --python_out), and no more. Run again when attn.proto gains methods: the
-records name them by their number in the order of paths.
+Needs attn_pb2 (protoc --python_out), and no more.
 """
 import pathlib
 import struct
@@ -21,12 +20,17 @@ GEOMETRY = dict(layers=1, q_heads=2, kv_heads=1, head_dim_k=32, head_dim_v=32, k
 
 
 def methods(*services):
-    """Paths of the services' methods in the order in which fake_rpc.c counts them."""
-    names = []
+    """Paths of the services' methods and the bytes that name them: path_byte() of fake_rpc.c."""
+    numbers = {}
     for service in services:
-        s = pb.DESCRIPTOR.services_by_name[service]
-        names += [f"/attn.v1.{service}/{m.name}" for m in s.methods]
-    return sorted(names)
+        for method in pb.DESCRIPTOR.services_by_name[service].methods:
+            path = f"/attn.v1.{service}/{method.name}"
+            h = 2166136261
+            for byte in path.encode():
+                h = ((h ^ byte) * 16777619) & 0xffffffff
+            numbers[path] = (h ^ h >> 8 ^ h >> 16 ^ h >> 24) & 0xff
+    assert len(set(numbers.values())) == len(numbers), "two paths have one byte"
+    return numbers
 
 
 def bytes_of(message):
@@ -50,11 +54,11 @@ class Records:
         self.paths, self.data = paths, b""
 
     def call(self, path, message):
-        self.data += bytes([0, self.paths.index(path)]) + sized(bytes_of(message))
+        self.data += bytes([0, self.paths[path]]) + sized(bytes_of(message))
         return self
 
     def end(self, path, broken=False):
-        self.data += bytes([0x83 if broken else 3, self.paths.index(path)])
+        self.data += bytes([0x83 if broken else 3, self.paths[path]])
         return self
 
 

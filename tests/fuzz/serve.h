@@ -3,7 +3,7 @@
  *
  *     byte 0  % 4: 0, 1, 2 a message for the method of byte 1; 3 end the stream of byte 1, of
  *             which bit 7 breaks it off
- *     byte 1  the method, counted in the order of paths
+ *     byte 1  the method (fake_method_of())
  *     then    two bytes of length and the message
  *
  * A message for a streaming method goes to its one open stream, which it opens.
@@ -25,7 +25,7 @@ serve_input(rpc_server_t *server, input_t *in)
     for (uint32_t i = 0; i < RECORDS_MAX && in->at < in->end; i++) {
         uint8_t how     = input_byte(in);
         uint8_t what    = input_byte(in);
-        uint32_t method = what % n;
+        uint32_t method = fake_method_of(server, what);
         if (how % 4 == 3) {
             if (streams[method] != NULL) {
                 fake_stream_close(streams[method], how & 0x80);

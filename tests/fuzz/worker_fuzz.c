@@ -32,6 +32,7 @@ LLVMFuzzerInitialize(int *argc, char ***argv)
     (void)argc;
     (void)argv;
     attn_log_set_level(ATTN_LOG_ERROR);
+    options_init(&worker_option_set, &worker.options);
     strcpy(worker.name, "worker");
     strcpy(worker.address, "127.0.0.1:1");
     need(engine_create(
@@ -61,6 +62,7 @@ LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t n)
     }
     fake_header(TICKET_HEADER, own ? shown : ticket);
     serve_input(worker.server, &in);
+    fake_spared_begin();
     need(engine_check(worker.engine));
     engine_caches_close(worker.engine);
     need(engine_check(worker.engine));
@@ -69,5 +71,6 @@ LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t n)
         fprintf(stderr, "worker_fuzz: something is left of closed caches\n");
         abort();
     }
+    fake_spared_end();
     return 0;
 }
