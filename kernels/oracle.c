@@ -187,6 +187,17 @@ dot_product(const double *q, const double *k, uint32_t n, double *dot, double *s
     *size = s[0] + s[1] + s[2] + s[3];
 }
 
+/* ALiBi: what a key's place adds to its logit. */
+static double
+bias_of(const dense_t *dense, const attn_layer_t *layer, const query_t *query, uint32_t head,
+        uint64_t t)
+{
+    if (layer->slopes == NULL) {
+        return 0;
+    }
+    return layer->slopes[head] * (double)(position_to(query, dense->position[t]) - query->position);
+}
+
 /* One query and head: logits, then the two sums. */
 static void
 attend_row(const attn_problem_t *p, const attn_layer_t *layer, const dense_t *dense,
@@ -194,7 +205,7 @@ attend_row(const attn_problem_t *p, const attn_layer_t *layer, const dense_t *de
            const attn_oracle_t *out)
 {
     double scale = layer->scale != 0 ? (double)layer->scale : 1 / sqrt(p->head_dim_k);
-    double top = -INFINITY, kappa = 0, v_max = 0, sum = 0;
+    double top = -INFINITY, kappa = 0, v_max = 0, sum = 0, bias = 0;
     double o[256] = {0};
 
     for (uint64_t t = 0; t < dense->n; t++) {
@@ -206,10 +217,7 @@ attend_row(const attn_problem_t *p, const attn_layer_t *layer, const dense_t *de
         dot_product(q, dense->k + t * p->head_dim_k, p->head_dim_k, &dot, &size);
         double x = dot * scale;
         x        = layer->softcap > 0 ? layer->softcap * tanh(x / layer->softcap) : x;
-        x += layer->slopes != NULL
-                 ? layer->slopes[head] *
-                       (double)(position_to(query, dense->position[t]) - query->position)
-                 : 0;
+        x += bias_of(dense, layer, query, head, t);
         dense->x[t] = x;
         top         = fmax(top, x);
         kappa       = fmax(kappa, fabs(scale) * size);
@@ -220,6 +228,9 @@ attend_row(const attn_problem_t *p, const attn_layer_t *layer, const dense_t *de
         }
         double weight = exp(dense->x[t] - top);
         sum += weight;
+        if (weight > 1e-12) { /* whose logit is far from 0 for its bias, and has its last place */
+            bias = fmax(bias, fabs(bias_of(dense, layer, query, head, t)));
+        }
         for (uint32_t i = 0; i < p->head_dim_v; i++) {
             o[i] += weight * dense->v[t * p->head_dim_v + i];
             double v = fabs(dense->v[t * p->head_dim_v + i]);
@@ -234,7 +245,7 @@ attend_row(const attn_problem_t *p, const attn_layer_t *layer, const dense_t *de
         out->lse[row] = sum > 0 ? top + log(sum) : -INFINITY;
     }
     if (out->kappa != NULL) {
-        out->kappa[row] = kappa;
+        out->kappa[row] = kappa + bias;
     }
     if (out->v_max != NULL) {
         out->v_max[row] = v_max;

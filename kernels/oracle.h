@@ -12,8 +12,9 @@
 typedef struct attn_oracle {
     double *o;     /**< [rows][q_heads][head_dim_v]: sinks included; 0 where nothing is seen */
     double *lse;   /**< [rows][q_heads]: sinks excluded; -inf where nothing is seen */
-    double *kappa; /**< [rows][q_heads]: the largest scale * sum |q_i k_i| over the keys seen:
-                    * errors of logits in fp32 are in proportion to it */
+    double *kappa; /**< [rows][q_heads]: the largest scale * sum |q_i k_i| over the keys seen, and
+                    * the largest |ALiBi bias| of those with a weight above 1e-12: errors of logits
+                    * in fp32 are in proportion to them */
     double *v_max; /**< [rows][q_heads]: the largest |v| over the keys seen */
 } attn_oracle_t;
 
