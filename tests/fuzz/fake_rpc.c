@@ -192,6 +192,13 @@ rpc_server_set_serving(rpc_server_t *server, bool serving)
 }
 
 void
+rpc_server_describe(rpc_server_t *server, rpc_server_figures_t *figures)
+{
+    (void)server;
+    *figures = (rpc_server_figures_t){0};
+}
+
+void
 rpc_server_stop(rpc_server_t *server, uint32_t grace_ms)
 {
     (void)server;
@@ -639,6 +646,15 @@ rpc_call_unary_wait(rpc_channel_t *channel, const char *path, const rpc_outgoing
 }
 
 attn_status_t
+rpc_channel_health(rpc_channel_t *channel, uint64_t deadline_ns, bool *serving_p)
+{
+    (void)channel;
+    (void)deadline_ns;
+    (void)serving_p;
+    return attn_fail(ATTN_ERR_UNAVAILABLE, "the fuzzer's peers have no health");
+}
+
+attn_status_t
 rpc_stream_open(rpc_channel_t *channel, const char *path, uint64_t deadline_ns,
                 rpc_reply_fn received, void *arg, rpc_stream_t **stream_p)
 {
@@ -735,4 +751,24 @@ rpc_tls_refresh(rpc_tls_t *tls, bool always)
 {
     (void)tls;
     (void)always;
+}
+
+void
+rpc_tls_pem(rpc_tls_t *tls, rpc_tls_pem_t *pem)
+{
+    (void)tls;
+    *pem = (rpc_tls_pem_t){0};
+}
+
+void
+rpc_tls_pem_free(rpc_tls_pem_t *pem)
+{
+    (void)pem;
+}
+
+uint64_t
+rpc_tls_version(const rpc_tls_t *tls)
+{
+    (void)tls;
+    return 0;
 }
