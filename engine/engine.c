@@ -16,6 +16,7 @@
 #include "base/status.h"
 
 #include <assert.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -395,6 +396,7 @@ attn_status_t
 engine_chunks_release(engine_t *engine, uint64_t cache, const uint64_t *chunks, uint32_t n)
 {
     attn_status_t result = ATTN_OK;
+    char sentence[512]; /* of the first that is busy: of those after it some may not be here */
 
     pthread_mutex_lock(&engine->lock);
     engine_cache_t *known = engine_cache_find(engine, cache);
@@ -402,13 +404,13 @@ engine_chunks_release(engine_t *engine, uint64_t cache, const uint64_t *chunks, 
         attn_status_t status = kv_chunk_release(engine->store, cache, chunks[i]);
         if (status == ATTN_OK || status == ATTN_ERR_NOT_FOUND) {
             known->released[known->n_released++ % RELEASED_CHUNKS] = chunks[i];
-        }
-        if (status != ATTN_OK && status != ATTN_ERR_NOT_FOUND) {
+        } else if (result == ATTN_OK) {
             result = status;
+            snprintf(sentence, sizeof(sentence), "%s", attn_last_error());
         }
     }
     pthread_mutex_unlock(&engine->lock);
-    return result;
+    return result == ATTN_OK ? ATTN_OK : attn_fail(result, "%s", sentence);
 }
 
 attn_status_t

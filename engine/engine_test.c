@@ -307,7 +307,10 @@ test_chunks_are_cut_released_and_described(void **state)
     OK(engine_chunks_describe(w.engine, w.cache, chunks, 3, infos, seqs, 2, in_step));
     assert_true(in_step[0] && !in_step[1] && infos[0].in_step);
     OK(engine_chunk_fork(w.engine, w.cache, s.chunk[0], 9, 12345));
-    FAILS(engine_chunks_release(w.engine, w.cache, chunks, 3), ATTN_ERR_BUSY, "");
+    uint64_t busy_first[] = {s.chunk[0], 777, 778}; /* the others are not here */
+    FAILS(engine_chunks_release(w.engine, w.cache, busy_first, 3), ATTN_ERR_BUSY,
+          "is named 1 times");
+    FAILS(engine_chunks_release(w.engine, w.cache, chunks, 3), ATTN_ERR_BUSY, "is named 1 times");
     OK(engine_chunks_describe(w.engine, w.cache, chunks, 3, infos, NULL, 0, NULL));
     assert_true(infos[0].generation == 2 && infos[1].generation == 0); /* the others are released */
     OK(engine_step_abort(w.engine, b.batch.step_id, "enough"));
