@@ -56,8 +56,7 @@ kv_store_destroy(kv_store_t *store)
     HASH_ITER(hh, store->steps, step, next)
     {
         HASH_DEL(store->steps, step);
-        free(step->copies);
-        free(step);
+        kv_step_free(step);
     }
     free(store);
 }

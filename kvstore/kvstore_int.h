@@ -174,6 +174,9 @@ typedef struct kv_begin {
     kv_cursor_t ahead_table, ahead_chunk; /* what is fetched into the cache next */
 } kv_begin_t;
 
+/* Free the memory of a step that is in no table. */
+void kv_step_free(kv_step_t *step);
+
 /* All of begin's checks but those of its own arguments; finds the chunks. */
 attn_status_t kv_begin_check(kv_begin_t *begin);
 

@@ -75,8 +75,8 @@ step_alloc(kv_region_t *region, uint64_t id, const kv_step_entry_t *entries, uin
     return step;
 }
 
-static void
-step_free(kv_step_t *step)
+void
+kv_step_free(kv_step_t *step)
 {
     free(step->copies);
     free(step->spares);
@@ -220,7 +220,7 @@ kv_step_begin(kv_store_t *store, uint64_t cache, uint64_t step_id, const kv_step
         status = step_no_memory(step_id);
     }
     if (status != ATTN_OK) {
-        step_free(begin.step);
+        kv_step_free(begin.step);
         return status;
     }
     reserve(begin.step);
@@ -336,7 +336,7 @@ step_close(kv_store_t *store, kv_step_t *step)
     }
     step->region->n_steps--;
     HASH_DEL(store->steps, step);
-    step_free(step);
+    kv_step_free(step);
 }
 
 static uint64_t
