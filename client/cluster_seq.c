@@ -512,14 +512,21 @@ cut_chunk(cluster_t *cluster, uint64_t cache, attn_seq_t seq, const attn_chunk_i
         return status;
     }
     pthread_mutex_lock(&cluster->lock);
-    bool shared = directory_seq_unseal(cluster->directory, seq, i) != ATTN_OK;
-    copy        = directory_chunk_id(cluster->directory);
+    const seq_chunk_t *known = seq_chunk_at(directory_sequences(cluster->directory), seq, i);
+    bool shared              = known == NULL || known->references > 1;
+    copy                     = directory_chunk_id(cluster->directory);
     pthread_mutex_unlock(&cluster->lock);
     if (!shared) {
         status = link->ops->chunk_truncate(link, cluster_epoch(cluster), cache, chunk->chunk,
                                            chunk->generation, rest, &generation,
                                            cluster_worker_deadline());
-        return said_of_tokens(cluster, chunk->worker, status);
+        if (status != ATTN_OK) {
+            return said_of_tokens(cluster, chunk->worker, status);
+        }
+        pthread_mutex_lock(&cluster->lock);
+        directory_seq_unseal(cluster->directory, seq, i); /* until it is cut, a hole stays one */
+        pthread_mutex_unlock(&cluster->lock);
+        return ATTN_OK;
     }
     /* First the copy, then the list: a failure leaves the sequence as it was. */
     status = fork_tail(cluster, cache, chunk, rest, copy);

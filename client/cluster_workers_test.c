@@ -165,6 +165,62 @@ test_what_a_worker_says_that_was_lost_meanwhile_is_no_answer(void **state)
     lose_in(TRUNCATE);
 }
 
+static attn_status_t
+truncate_busy(link_t *link, uint64_t epoch, uint64_t cache, uint64_t chunk, uint32_t generation,
+              uint32_t length, uint32_t *generation_p, uint64_t deadline_ns)
+{
+    (void)link, (void)epoch, (void)cache, (void)chunk;
+    (void)generation, (void)length, (void)generation_p, (void)deadline_ns;
+    return attn_fail(ATTN_ERR_BUSY, "a chunk is named by open steps");
+}
+
+/* What is behind a hole stays there if the cut at it is refused. */
+static void
+test_a_cut_that_fails_leaves_the_hole_a_hole(void **state)
+{
+    fixture_t f;
+    model_t m;
+    attn_seq_info_t info;
+    uint64_t epoch, base = CHUNK, tokens = CHUNK + 44;
+    static float rows[44 * DIM];
+    link_ops_t ops;
+    link_t *link;
+
+    (void)state;
+    fixture_open(&f, 2, ATTN_PLACE_SPREAD, 300 * ATTN_NS_PER_MS);
+    create(&f, &m, 0);
+    append(&f, &m, 600);
+    OK(cluster_layout(f.cluster, f.cache, &m.seq, NULL, NULL, 1, &info, &epoch));
+    uint32_t gone = info.chunks[1].worker, here = info.chunks[0].worker;
+    attn_seq_info_free(&info);
+    lose(&f, gone);
+    OK(cluster_layout(f.cluster, f.cache, &m.seq, &base, &tokens, 1, &info, &epoch));
+    assert_true(info.chunks[1].sealed && info.chunks[1].worker == here);
+    OK(begin_on_chunk(&f, &m, &info.chunks[1], base, 0, 44));
+    attn_seq_info_free(&info);
+    OK(engine_step_run(f.engines[here - 1], f.next_step, 0, NULL, rows, rows, NULL, NULL));
+    OK(engine_step_commit(f.engines[here - 1], f.next_step, NULL, 0));
+
+    OK(links_get(f.links, f.hello[here - 1].address, &link));
+    const link_ops_t *before = link->ops;
+    ops                      = *before;
+    ops.chunk_truncate       = truncate_busy;
+    link->ops                = &ops;
+    assert_int_equal(cluster_seq_truncate(f.cluster, f.cache, m.seq, 280), ATTN_ERR_BUSY);
+    link->ops = before;
+    OK(cluster_layout(f.cluster, f.cache, &m.seq, NULL, NULL, 1, &info, &epoch));
+    assert_int_equal(info.length, 600);
+    assert_true(info.n_holes == 1 && info.holes[0].first == 300 && info.holes[0].end == 512);
+    attn_seq_info_free(&info);
+    OK(cluster_seq_truncate(f.cluster, f.cache, m.seq, 280));
+    OK(cluster_layout(f.cluster, f.cache, &m.seq, NULL, NULL, 1, &info, &epoch));
+    assert_true(info.length == 280 && info.n_holes == 0 && !info.chunks[1].sealed);
+    attn_seq_info_free(&info);
+    OK(cluster_seq_free(f.cluster, f.cache, m.seq));
+    expect_empty(&f, gone);
+    fixture_close(&f);
+}
+
 static void
 test_chunks_in_advance_on_a_lost_worker_are_placed_anew(void **state)
 {
@@ -291,6 +347,7 @@ main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_a_lost_worker_takes_its_chunks_along),
         cmocka_unit_test(test_what_a_worker_says_that_was_lost_meanwhile_is_no_answer),
+        cmocka_unit_test(test_a_cut_that_fails_leaves_the_hole_a_hole),
         cmocka_unit_test(test_chunks_in_advance_on_a_lost_worker_are_placed_anew),
         cmocka_unit_test(test_a_sequence_without_living_owners_can_be_freed),
         cmocka_unit_test(test_a_worker_that_joins_late_gets_its_regions),
