@@ -119,9 +119,13 @@ lists_check(const attn_step_t *step, const attn_lists_t *lists)
                                  i, j + 1);
             }
         }
-        if (l->indptr[l->n_lists] > room || (l->indptr[l->n_lists] > 0 && l->pages == NULL)) {
-            return attn_fail(ATTN_ERR_TOO_LARGE, "lists[%u] has %u pages%s: its list_room is %u", i,
-                             l->indptr[l->n_lists], l->pages == NULL ? " at NULL" : "", room);
+        if (l->indptr[l->n_lists] > 0 && l->pages == NULL) {
+            return attn_fail(ATTN_ERR_INVALID, "lists[%u] has %u pages, but pages is NULL", i,
+                             l->indptr[l->n_lists]);
+        }
+        if (l->indptr[l->n_lists] > room) {
+            return attn_fail(ATTN_ERR_TOO_LARGE, "lists[%u] has %u pages: its list_room is %u", i,
+                             l->indptr[l->n_lists], room);
         }
     }
     return ATTN_OK;

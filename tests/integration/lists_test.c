@@ -289,7 +289,7 @@ test_bad_lists_are_refused_and_the_step_goes_on(void **state)
             "indptr[2] is below");
     refused(s, step, (attn_lists_t[]){{1, (uint32_t[]){0, 5}, pages}, {0}}, ATTN_ERR_TOO_LARGE,
             "list_room is 4");
-    refused(s, step, (attn_lists_t[]){{1, whole, NULL}, {0}}, ATTN_ERR_TOO_LARGE, "at NULL");
+    refused(s, step, (attn_lists_t[]){{1, whole, NULL}, {0}}, ATTN_ERR_INVALID, "pages is NULL");
     assert_int_equal(attn_step_run_with(step, &(attn_run_t){.size = 16}), ATTN_ERR_INVALID);
     for (uint32_t l = 0; l < LAYERS; l++) {
         run(s, step, l, (lists_t *[]){NULL, NULL}, false, &answer);
