@@ -75,14 +75,14 @@ client_open(const bench_options_t *b, const char *target, bench_client_t *c)
     /* Room for all of it on one worker: a small cluster is a good one to measure. */
     shape.region_bytes = token * chunk * chunks * b->batch * b->outstanding;
     snprintf(name, sizeof(name), "attnctl-bench-%d", (int)getpid());
+    options            = *b->client;
+    options.name       = "attnctl bench";
+    options.timeout_ms = TIMEOUT_MS;
+    options.spin_us    = b->spin_us;
     if (b->thin) {
-        attn_status_t status = door_open(target, "attnctl bench", TIMEOUT_MS, b->spin_us, &c->door);
+        attn_status_t status = door_open(target, &options, &c->door);
         return status == ATTN_OK ? door_cache_open(c->door, name, &shape, &c->door_cache) : status;
     }
-    options              = *b->client;
-    options.name         = "attnctl bench";
-    options.timeout_ms   = TIMEOUT_MS;
-    options.spin_us      = b->spin_us;
     attn_status_t status = attn_client_open(target, &options, &c->client);
     return status == ATTN_OK ? attn_cache_open(c->client, name, &shape, &c->cache) : status;
 }
@@ -113,7 +113,7 @@ step_run(slot_t *s, uint32_t layer, bool asks)
 
     if (s->client->door != NULL) {
         return door_step_run(s->door_step, layer, asks ? s->q : NULL, s->k, s->v,
-                             asks ? s->o : NULL, NULL);
+                             asks ? s->o : NULL, NULL, NULL);
     }
     return attn_step_run(s->step, layer, asks ? &q : NULL, &k, &v, asks ? &o : NULL, NULL);
 }

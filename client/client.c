@@ -363,7 +363,7 @@ open_remote(attn_client_t *client, const char *address)
         rpc_shutdown();
         return status;
     }
-    status = client_tls_open(client);
+    status = client_tls_open(client->rpc, &client->options, &client->tls);
     if (status == ATTN_OK) {
         status = links_create(client->rpc, &client->links);
     }

@@ -1,5 +1,5 @@
-/* client.h: what the coordinator daemon needs of libattn beside attn.h: a client over a
- * cluster and links of the same process. */
+/* client.h: what others in the tree need of libattn beside attn.h: the coordinator daemon a client
+ * over a cluster and links of the same process, the thin client TLS. */
 #ifndef ATTN_CLIENT_H
 #define ATTN_CLIENT_H
 
@@ -16,5 +16,10 @@ attn_status_t client_cache_by_id(attn_client_t *client, uint64_t cache, attn_cac
 /** Bytes that a run of this step takes and gives: q, k, v; o and lse. */
 void client_step_sizes(const attn_step_t *step, uint64_t *q, uint64_t *k, uint64_t *v, uint64_t *o,
                        uint64_t *lse);
+
+/** Have rpc use TLS, if the options or the environment name a CA; else *tls_p stays as
+ * it is. Close *tls_p after rpc. */
+attn_status_t client_tls_open(rpc_client_t *rpc, const attn_client_options_t *options,
+                              rpc_tls_t **tls_p);
 
 #endif

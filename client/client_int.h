@@ -56,9 +56,6 @@ struct attn_cache {
 
 uint64_t client_deadline(const attn_client_t *client); /* of a control call */
 
-/** tls.c: have client->rpc use TLS, if the options or the environment name a CA. */
-attn_status_t client_tls_open(attn_client_t *client);
-
 /* Layouts. Under the cache's lock. */
 cached_layout_t *layout_find(attn_cache_t *cache, attn_seq_t seq);
 void layout_forget(attn_cache_t *cache, attn_seq_t seq);

@@ -5,6 +5,7 @@
 #include "base/checked.h"
 #include "base/clock.h"
 #include "base/status.h"
+#include "client/client.h"
 #include "client/rpc_call.h"
 #include "client/wire.h"
 
@@ -24,7 +25,7 @@ call(door_t *door, const char *path, const void *request, const ProtobufCMessage
 
 /* ---- the connection ---- */
 
-/* Renews the lease every third of it. */
+/* Renews the lease every third of it, and looks whether certificates are new. */
 static void *
 keeper(void *arg)
 {
@@ -45,6 +46,9 @@ keeper(void *arg)
             break;
         }
         pthread_mutex_unlock(&door->lock);
+        if (door->tls != NULL) {
+            rpc_tls_refresh(door->tls, false);
+        }
         call(door, "/attn.v1.Attention/KeepAlive", &request, NULL, NULL, NULL);
         pthread_mutex_lock(&door->lock);
     }
@@ -78,14 +82,14 @@ door_free(door_t *door)
     rpc_channel_close(door->channel);
     rpc_client_destroy(door->rpc);
     rpc_shutdown();
+    rpc_tls_close(door->tls);
     pthread_cond_destroy(&door->wake);
     pthread_mutex_destroy(&door->lock);
     free(door);
 }
 
 attn_status_t
-door_open(const char *address, const char *name, uint32_t timeout_ms, uint32_t spin_us,
-          door_t **door_p)
+door_open(const char *address, const attn_client_options_t *options, door_t **door_p)
 {
     pthread_condattr_t clock;
     door_t *door = calloc(1, sizeof(*door));
@@ -94,18 +98,21 @@ door_open(const char *address, const char *name, uint32_t timeout_ms, uint32_t s
         return attn_fail(ATTN_ERR_NO_MEMORY, "no memory for a client");
     }
     rpc_init();
-    door->timeout_ms = timeout_ms;
+    door->timeout_ms = options->timeout_ms;
     pthread_mutex_init(&door->lock, NULL);
     pthread_condattr_init(&clock);
     pthread_condattr_setclock(&clock, CLOCK_MONOTONIC);
     pthread_cond_init(&door->wake, &clock);
     pthread_condattr_destroy(&clock);
-    attn_status_t status = rpc_client_create(spin_us, &door->rpc);
+    attn_status_t status = rpc_client_create(options->spin_us, &door->rpc);
+    if (status == ATTN_OK) {
+        status = client_tls_open(door->rpc, options, &door->tls);
+    }
     if (status == ATTN_OK) {
         status = rpc_channel_open(door->rpc, address, &door->channel);
     }
     if (status == ATTN_OK) {
-        status = introduce(door, name);
+        status = introduce(door, options->name);
     }
     if (status == ATTN_OK && pthread_create(&door->keeper, NULL, keeper, door) != 0) {
         status = attn_fail(ATTN_ERR_NO_MEMORY, "no thread for the client's lease");
@@ -280,4 +287,65 @@ door_seq_describe(door_cache_t *cache, attn_seq_t seq, attn_seq_info_t *info)
         rpc_message_free(message);
     }
     return status;
+}
+
+/* One part of a layer, behind those of before. @return how many tokens came, by *n_p */
+static attn_status_t
+export_part(door_cache_t *cache, Attn__V1__ExportRequest *request, uint64_t deadline_ns, uint8_t *k,
+            uint8_t *v, uint32_t *n_p)
+{
+    const attn_geometry_t *g = &cache->geometry;
+    uint64_t head            = (uint64_t)g->kv_heads * attn_dtype_size(g->kv_dtype);
+    Attn__V1__ExportReply *reply;
+    rpc_message_t *message;
+    attn_status_t status =
+        rpc_call_typed(cache->door->channel, "/attn.v1.Attention/Export", request, deadline_ns,
+                       &attn__v1__export_reply__descriptor, &reply, &message);
+
+    if (status != ATTN_OK) {
+        return status;
+    }
+    uint64_t k_bytes = reply->n * head * g->head_dim_k, v_bytes = reply->n * head * g->head_dim_v;
+    if (reply->n == 0 || reply->n > request->end - request->first ||
+        rpc_message_data_size(message) != k_bytes + v_bytes) {
+        status = attn_fail(ATTN_ERR_INTERNAL, "the coordinator sent %u tokens in %llu bytes",
+                           reply->n, (unsigned long long)rpc_message_data_size(message));
+    } else {
+        rpc_message_data_copy(message, 0, k, k_bytes);
+        rpc_message_data_copy(message, k_bytes, v, v_bytes);
+        request->version = reply->version;
+        *n_p             = reply->n;
+    }
+    rpc_message_free(message);
+    return status;
+}
+
+attn_status_t
+door_seq_export(door_cache_t *cache, attn_seq_t seq, const attn_export_t *what, void *k, void *v)
+{
+    const attn_geometry_t *g        = &cache->geometry;
+    uint64_t head                   = (uint64_t)g->kv_heads * attn_dtype_size(g->kv_dtype);
+    Attn__V1__ExportRequest request = ATTN__V1__EXPORT_REQUEST__INIT;
+    uint32_t timeout     = what->timeout_ms != 0 ? what->timeout_ms : cache->door->timeout_ms;
+    uint64_t deadline_ns = attn_now_ns() + timeout * ATTN_NS_PER_MS;
+    uint32_t layers      = what->n_layers != 0 ? what->n_layers : g->layers - what->first_layer;
+    uint8_t *to_k = k, *to_v = v;
+
+    request.cache_id = cache->id;
+    request.seq      = seq.id;
+    request.end      = what->first + what->n;
+    for (uint32_t l = 0; l < layers; l++) {
+        request.layer = what->first_layer + l;
+        for (request.first = what->first; request.first < request.end;) {
+            uint32_t n           = 0;
+            attn_status_t status = export_part(cache, &request, deadline_ns, to_k, to_v, &n);
+            if (status != ATTN_OK) {
+                return status;
+            }
+            request.first += n;
+            to_k += n * head * g->head_dim_k;
+            to_v += n * head * g->head_dim_v;
+        }
+    }
+    return ATTN_OK;
 }

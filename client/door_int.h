@@ -12,6 +12,7 @@ typedef struct line line_t; /* a stream of the Steps method, of one step at a ti
 
 struct door {
     rpc_client_t *rpc;
+    rpc_tls_t *tls; /* NULL: plaintext */
     rpc_channel_t *channel;
     uint32_t client, lease_ms, timeout_ms;
     pthread_mutex_t lock; /* guards what follows */

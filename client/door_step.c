@@ -66,55 +66,6 @@ exchange(door_step_t *step, const Attn__V1__StepRequest *request, uint64_t deadl
 
 /* ---- begin ---- */
 
-static attn_status_t
-encode_lists(wire_block_t *block, const attn_entry_t *e, Attn__V1__BatchEntry *out)
-{
-    Attn__V1__PageList *lists = wire_alloc(block, e->n_lists, sizeof(*lists));
-
-    out->sparse = wire_alloc(block, e->n_lists, sizeof(*out->sparse));
-    if (e->n_lists > 0 && (lists == NULL || out->sparse == NULL)) {
-        return ATTN_ERR_NO_MEMORY;
-    }
-    for (uint32_t l = 0; l < e->n_lists; l++) {
-        attn__v1__page_list__init(&lists[l]);
-        lists[l].n_pages = e->sparse_indptr[l + 1] - e->sparse_indptr[l];
-        lists[l].pages   = (uint32_t *)e->sparse_pages + e->sparse_indptr[l];
-        out->sparse[l]   = &lists[l];
-    }
-    out->n_sparse = e->n_lists;
-    return ATTN_OK;
-}
-
-static attn_status_t
-encode_batch(wire_block_t *block, const door_cache_t *cache, const attn_batch_t *batch,
-             Attn__V1__BeginStepRequest *request)
-{
-    Attn__V1__BatchEntry *entries = wire_alloc(block, batch->n, sizeof(*entries));
-    attn_status_t status          = ATTN_OK;
-
-    request->entries = wire_alloc(block, batch->n, sizeof(*request->entries));
-    if (entries == NULL || request->entries == NULL) {
-        return ATTN_ERR_NO_MEMORY;
-    }
-    for (uint32_t i = 0; i < batch->n && status == ATTN_OK; i++) {
-        const attn_entry_t *e = &batch->entries[i];
-        attn__v1__batch_entry__init(&entries[i]);
-        entries[i].seq           = e->seq.id;
-        entries[i].base_position = e->base;
-        entries[i].n_q           = e->n_q;
-        entries[i].n_new         = e->n_new;
-        request->entries[i]      = &entries[i];
-        status                   = encode_lists(block, e, &entries[i]);
-    }
-    request->n_entries  = batch->n;
-    request->cache_id   = cache->id;
-    request->q_dtype    = (Attn__V1__DType)batch->q_dtype;
-    request->o_dtype    = (Attn__V1__DType)batch->o_dtype;
-    request->want_lse   = batch->want_lse;
-    request->timeout_ms = batch->timeout_ms;
-    return status;
-}
-
 static door_step_t *
 step_new(door_cache_t *cache, const attn_batch_t *batch)
 {
@@ -159,7 +110,8 @@ door_step_begin(door_cache_t *cache, const attn_batch_t *batch, bool stream, doo
     }
     attn_status_t status = stream ? line_take(cache->door, &step->line) : ATTN_OK;
     if (status == ATTN_OK) {
-        status = encode_batch(&block, cache, batch, &begin);
+        begin.cache_id = cache->id;
+        status         = wire_begin_encode(&block, batch, &begin);
     }
     if (status == ATTN_OK && stream) {
         request.op_case = ATTN__V1__STEP_REQUEST__OP_BEGIN;
@@ -279,17 +231,60 @@ run_unary(door_step_t *step, Attn__V1__RunRequest *head, const struct iovec tens
     return status;
 }
 
+/* Those of the entries that have lists, as the wire names them. */
+static attn_status_t
+encode_lists(wire_block_t *block, const door_step_t *step, const attn_lists_t *lists,
+             Attn__V1__RunRequest *head)
+{
+    engine_lists_t *given = wire_alloc(block, step->n, sizeof(*given));
+    uint32_t n            = 0;
+
+    if (given == NULL) {
+        return ATTN_ERR_NO_MEMORY;
+    }
+    for (uint32_t i = 0; i < step->n; i++) {
+        if (lists[i].n_lists > 0) {
+            given[n++] = (engine_lists_t){.entry   = i,
+                                          .n_lists = lists[i].n_lists,
+                                          .indptr  = lists[i].indptr,
+                                          .pages   = lists[i].pages};
+        }
+    }
+    head->n_lists = n;
+    return wire_lists_encode(block, given, n, &head->lists);
+}
+
+/* The layer's tensors in parts, the lists with the first. */
+static void
+send_parts(door_step_t *step, Attn__V1__RunRequest *head, const struct iovec tensors[PIECES],
+           uint64_t total)
+{
+    Attn__V1__StepRequest request = ATTN__V1__STEP_REQUEST__INIT;
+    struct iovec part[PIECES];
+
+    request.op_case = ATTN__V1__STEP_REQUEST__OP_RUN;
+    request.run     = head;
+    head->total     = total;
+    do {
+        uint64_t size = attn_min(total - head->offset, RPC_DATA_PART_MAX);
+        line_send(step->line, &request, part, cut(tensors, head->offset, size, part));
+        head->offset += size;
+        head->n_lists = 0;
+    } while (head->offset < total);
+}
+
 attn_status_t
 door_step_run(door_step_t *step, uint32_t layer, const void *q, const void *k, const void *v,
-              void *o, float *lse)
+              void *o, float *lse, const attn_lists_t *lists)
 {
-    Attn__V1__RunRequest head     = ATTN__V1__RUN_REQUEST__INIT;
-    Attn__V1__StepRequest request = ATTN__V1__STEP_REQUEST__INIT;
-    struct iovec part[PIECES], tensors[PIECES] = {
-                                   {.iov_base = (void *)q, .iov_len = q != NULL ? step->q : 0},
-                                   {.iov_base = (void *)k, .iov_len = k != NULL ? step->k : 0},
-                                   {.iov_base = (void *)v, .iov_len = v != NULL ? step->v : 0},
-                               };
+    Attn__V1__RunRequest head    = ATTN__V1__RUN_REQUEST__INIT;
+    wire_block_t block           = {0};
+    attn_status_t status         = ATTN_OK;
+    struct iovec tensors[PIECES] = {
+        {.iov_base = (void *)q, .iov_len = q != NULL ? step->q : 0},
+        {.iov_base = (void *)k, .iov_len = k != NULL ? step->k : 0},
+        {.iov_base = (void *)v, .iov_len = v != NULL ? step->v : 0},
+    };
     uint64_t total    = tensors[0].iov_len + tensors[1].iov_len + tensors[2].iov_len;
     uint64_t expected = q != NULL ? step->o + step->lse : 0;
 
@@ -297,32 +292,35 @@ door_step_run(door_step_t *step, uint32_t layer, const void *q, const void *k, c
     head.layer   = layer;
     head.no_kv   = k == NULL;
     head.no_q    = q == NULL;
-    if (step->line == NULL) {
-        return run_unary(step, &head, tensors, expected, o, lse);
+    if (lists != NULL) {
+        status = encode_lists(&block, step, lists, &head);
     }
-    request.op_case = ATTN__V1__STEP_REQUEST__OP_RUN;
-    request.run     = &head;
-    head.total      = total;
-    do {
-        uint64_t size = attn_min(total - head.offset, RPC_DATA_PART_MAX);
-        line_send(step->line, &request, part, cut(tensors, head.offset, size, part));
-        head.offset += size;
-    } while (head.offset < total);
-    return run_receive(step, layer, expected, o, lse);
+    if (status == ATTN_OK && step->line == NULL) {
+        status = run_unary(step, &head, tensors, expected, o, lse);
+    } else if (status == ATTN_OK) {
+        send_parts(step, &head, tensors, total);
+        status = run_receive(step, layer, expected, o, lse);
+    }
+    wire_free(&block);
+    return status;
 }
 
 /* ---- commit and abort ---- */
 
 attn_status_t
-door_step_commit(door_step_t *step, const uint32_t *accepted)
+door_step_commit(door_step_t *step, const attn_commit_t *what)
 {
     Attn__V1__CommitRequest commit = ATTN__V1__COMMIT_REQUEST__INIT;
     Attn__V1__StepRequest request  = ATTN__V1__STEP_REQUEST__INIT;
     attn_status_t status;
 
-    commit.step_id    = step->id;
-    commit.n_accepted = accepted != NULL ? step->n : 0;
-    commit.accepted   = (uint32_t *)accepted;
+    commit.step_id = step->id;
+    if (what != NULL) {
+        commit.n_accepted = what->accepted != NULL ? step->n : 0;
+        commit.accepted   = (uint32_t *)what->accepted;
+        commit.n_path     = what->n_path;
+        commit.path       = (uint32_t *)what->path;
+    }
     if (step->line != NULL) {
         request.op_case = ATTN__V1__STEP_REQUEST__OP_COMMIT;
         request.commit  = &commit;

@@ -1,5 +1,5 @@
 /* tls.c: the certificates of a client: as its options say, or else its environment. */
-#include "client/client_int.h"
+#include "client/client.h"
 
 #include "base/status.h"
 
@@ -15,13 +15,12 @@ said(const char *option, const char *variable)
 }
 
 attn_status_t
-client_tls_open(attn_client_t *client)
+client_tls_open(rpc_client_t *rpc, const attn_client_options_t *o, rpc_tls_t **tls_p)
 {
-    const attn_client_options_t *o = &client->options;
-    rpc_tls_options_t files        = {
-               .ca   = said(o->tls_ca, "ATTN_TLS_CA"),
-               .cert = said(o->tls_cert, "ATTN_TLS_CERT"),
-               .key  = said(o->tls_key, "ATTN_TLS_KEY"),
+    rpc_tls_options_t files = {
+        .ca   = said(o->tls_ca, "ATTN_TLS_CA"),
+        .cert = said(o->tls_cert, "ATTN_TLS_CERT"),
+        .key  = said(o->tls_key, "ATTN_TLS_KEY"),
     };
 
     if (files.ca == NULL && (files.cert != NULL || files.key != NULL)) {
@@ -31,10 +30,9 @@ client_tls_open(attn_client_t *client)
     if (files.ca == NULL) {
         return ATTN_OK;
     }
-    attn_status_t status = rpc_tls_open(&files, &client->tls);
+    attn_status_t status = rpc_tls_open(&files, tls_p);
     if (status == ATTN_OK) {
-        rpc_client_set_tls(client->rpc, client->tls,
-                           said(o->tls_server_name, "ATTN_TLS_SERVER_NAME"));
+        rpc_client_set_tls(rpc, *tls_p, said(o->tls_server_name, "ATTN_TLS_SERVER_NAME"));
     }
     return status;
 }

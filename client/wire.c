@@ -304,6 +304,13 @@ mask_decode(const ProtobufCBinaryData *mask, uint32_t n_q, uint32_t n_new, const
     return ATTN_OK;
 }
 
+static ProtobufCBinaryData
+mask_encode(const uint8_t *mask, uint32_t n_q, uint32_t n_new)
+{
+    return (ProtobufCBinaryData){.data = (uint8_t *)mask,
+                                 .len  = mask != NULL ? n_q * attn_mask_row_bytes(n_new) : 0};
+}
+
 static attn_status_t
 worker_entry_decode(wire_block_t *block, const Attn__V1__WorkerEntry *message,
                     engine_entry_t *entry)
@@ -417,10 +424,7 @@ worker_entry_encode(wire_block_t *block, const engine_entry_t *e, Attn__V1__Work
     message->nodes         = nodes;
     message->n_sparse      = e->n_lists;
     message->list_room     = e->list_room;
-    if (e->mask != NULL) {
-        message->mask.data = (uint8_t *)e->mask;
-        message->mask.len  = e->n_q * attn_mask_row_bytes(e->n_new);
-    }
+    message->mask          = mask_encode(e->mask, e->n_q, e->n_new);
     return sparse_encode(block, e->sparse_indptr, e->sparse_pages, e->n_lists, &message->sparse);
 }
 
@@ -456,6 +460,43 @@ wire_worker_begin_encode(wire_block_t *block, const engine_batch_t *batch, uint6
     message->timeout_ms = (uint32_t)attn_min(attn_max(left, 1), ENGINE_TIMEOUT_MS_MAX);
     *message_p          = message;
     return ATTN_OK;
+}
+
+static attn_status_t
+entry_encode(wire_block_t *block, const attn_entry_t *e, Attn__V1__BatchEntry *message)
+{
+    attn__v1__batch_entry__init(message);
+    message->seq           = e->seq.id;
+    message->base_position = e->base;
+    message->n_q           = e->n_q;
+    message->n_new         = e->n_new;
+    message->n_sparse      = e->n_lists;
+    message->list_room     = e->list_room;
+    message->mask          = mask_encode(e->mask, e->n_q, e->n_new);
+    return sparse_encode(block, e->sparse_indptr, e->sparse_pages, e->n_lists, &message->sparse);
+}
+
+attn_status_t
+wire_begin_encode(wire_block_t *block, const attn_batch_t *batch,
+                  Attn__V1__BeginStepRequest *message)
+{
+    Attn__V1__BatchEntry *items = wire_alloc(block, batch->n, sizeof(*items));
+    attn_status_t status        = ATTN_OK;
+
+    message->entries = wire_alloc(block, batch->n, sizeof(*message->entries));
+    if (items == NULL || message->entries == NULL) {
+        return ATTN_ERR_NO_MEMORY;
+    }
+    for (uint32_t i = 0; i < batch->n && status == ATTN_OK; i++) {
+        status              = entry_encode(block, &batch->entries[i], &items[i]);
+        message->entries[i] = &items[i];
+    }
+    message->n_entries  = batch->n;
+    message->q_dtype    = (Attn__V1__DType)batch->q_dtype;
+    message->o_dtype    = (Attn__V1__DType)batch->o_dtype;
+    message->want_lse   = batch->want_lse;
+    message->timeout_ms = batch->timeout_ms;
+    return status;
 }
 
 attn_status_t

@@ -42,6 +42,9 @@ attn_status_t wire_geometry_encode(wire_block_t *block, const attn_geometry_t *g
                                    Attn__V1__Geometry **message_p);
 attn_status_t wire_worker_begin_encode(wire_block_t *block, const engine_batch_t *batch,
                                        uint64_t now_ns, Attn__V1__WorkerBeginRequest **message_p);
+/** The message's cache_id is the caller's to set. */
+attn_status_t wire_begin_encode(wire_block_t *block, const attn_batch_t *batch,
+                                Attn__V1__BeginStepRequest *message);
 attn_status_t wire_lists_encode(wire_block_t *block, const engine_lists_t *lists, uint32_t n,
                                 Attn__V1__EntryLists ***messages_p);
 attn_status_t wire_chunks_encode(wire_block_t *block, const attn_seq_info_t *info,

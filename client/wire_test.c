@@ -348,6 +348,33 @@ test_timeouts_of_a_worker_begin(void **state)
 
 /* ---- a thin client's begin ---- */
 
+/* The batch, with a mask and room for lists besides, comes through as it is. */
+static void
+expect_begin_again(const attn_batch_t *batch)
+{
+    Attn__V1__BeginStepRequest message = ATTN__V1__BEGIN_STEP_REQUEST__INIT, *got;
+    wire_block_t block                 = {0};
+    uint8_t mask[]                     = {1, 3, 2};
+    attn_entry_t sent[]                = {batch->entries[0], batch->entries[1]};
+    attn_batch_t there, here = *batch;
+
+    sent[0].list_room = 9, sent[1].mask = mask;
+    here.entries = sent;
+    assert_int_equal(wire_begin_encode(&block, &here, &message), ATTN_OK);
+    RESEND(begin_step_request, &message, got);
+    assert_int_equal(wire_begin_decode(&block, got, &there), ATTN_OK);
+    assert_true(there.n == 2 && there.q_dtype == batch->q_dtype && there.want_lse &&
+                there.o_dtype == batch->o_dtype && there.timeout_ms == batch->timeout_ms);
+    const attn_entry_t *a = &there.entries[0], *e = &there.entries[1];
+    assert_true(a->list_room == 9 && a->mask == NULL && a->n_lists == 0 && e->list_room == 0);
+    assert_true(e->seq.id == 8 && e->base == 77 && e->n_q == 3 && e->n_new == 2 && e->n_lists == 3);
+    assert_memory_equal(e->sparse_indptr, sent[1].sparse_indptr, 4 * sizeof(uint32_t));
+    assert_memory_equal(e->sparse_pages, sent[1].sparse_pages, 4 * sizeof(uint32_t));
+    assert_memory_equal(e->mask, mask, sizeof(mask));
+    attn__v1__begin_step_request__free_unpacked(got, NULL);
+    wire_free(&block);
+}
+
 static void
 test_begin_is_decoded(void **state)
 {
@@ -390,6 +417,8 @@ test_begin_is_decoded(void **state)
     static const uint32_t want_indptr[] = {0, 3, 3, 4}, want_pages[] = {1, 2, 9, 4};
     assert_memory_equal(e->sparse_indptr, want_indptr, sizeof(want_indptr));
     assert_memory_equal(e->sparse_pages, want_pages, sizeof(want_pages));
+
+    expect_begin_again(&batch);
 
     message.timeout_ms = ENGINE_TIMEOUT_MS_MAX + 1;
     assert_int_equal(wire_begin_decode(&block, &message, &batch), ATTN_ERR_INVALID);

@@ -161,6 +161,9 @@ test_a_cluster_with_tls(void **state)
     snprintf(key, sizeof(key), "--tls-key=%s/client.key", folder);
     const char *const flags[] = {ATTNCTL_PATH, "--target", address, ca, cert, key, "status", NULL};
     assert_int_equal(run(flags, cluster.workers[0].address), 0);
+    const char *const thin[] = {ATTNCTL_PATH, "--target",  address, ca,        cert, key, "bench",
+                                "--thin",     "--context", "64",    "--steps", "8",  NULL};
+    assert_int_equal(run(thin, " 0 wrong"), 0);
     cluster_down(&cluster);
 }
 
