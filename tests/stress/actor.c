@@ -523,7 +523,7 @@ one_act(actor_t *a)
         actor_drop(a, s);
     } else if (shadow->used && kind == 3) {
         actor_resolve(a, s);
-    } else if (shadow->used && kind == 4 && shadow->length > 0 && a->plan->kind != TARGET_THIN) {
+    } else if (shadow->used && kind == 4 && shadow->length > 0) {
         actor_export(a, s);
     } else {
         actor_step(a);

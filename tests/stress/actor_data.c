@@ -127,7 +127,7 @@ actor_export(actor_t *a, uint32_t s)
     }
     actor_call(a, "export", attn_now_ns() + EXPORT_MS * ATTN_NS_PER_MS);
     attn_status_t status =
-        actor_called(a, attn_seq_export(a->connection->target.cache, shadow->seq, &what, k, v));
+        actor_called(a, target_export(&a->connection->target, shadow->seq, &what, k, v));
     actor_log(a, "export %llx, %llu tokens from %llu on, %u layers: %s",
               (unsigned long long)shadow->seq.id, (unsigned long long)what.n,
               (unsigned long long)what.first, what.n_layers, attn_strerror(status));

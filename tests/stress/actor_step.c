@@ -131,9 +131,8 @@ draw_mask(actor_t *a, part_t *p)
 {
     uint32_t stride = (p->n_new + 7) / 8, parent[ACTOR_DRAFT], n = 0;
 
-    /* A thin client's messages have no masks. */
-    p->masked = a->plan->kind != TARGET_THIN && p->n_q == p->n_new && p->n_new > 1 &&
-                p->n_new <= ACTOR_DRAFT && chance_one_in(&a->chance, 2);
+    p->masked = p->n_q == p->n_new && p->n_new > 1 && p->n_new <= ACTOR_DRAFT &&
+                chance_one_in(&a->chance, 2);
     if (!p->masked) {
         return;
     }
@@ -168,7 +167,7 @@ add_part(trial_t *t, uint32_t s)
     }
     uint64_t lists = chance_below(&a->chance, 6);
     p->n_lists     = 0;
-    p->by_run      = lists == 0 && p->n_q > 0 && a->plan->kind != TARGET_THIN;
+    p->by_run      = lists == 0 && p->n_q > 0;
     if (lists == 1 && p->n_q > 0) {
         draw_lists(a, p);
     }

@@ -7,6 +7,7 @@
 
 #include <signal.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #define SHORT_STOP_MS 300u
@@ -149,6 +150,25 @@ kill_client(supervisor_t *s)
     }
 }
 
+bool
+supervisor_renew_certs(const supervisor_t *s)
+{
+    char command[512];
+
+    snprintf(command, sizeof(command), "%s '%s'", MAKE_TEST_CERTS, s->certs);
+    return system(command) == 0;
+}
+
+/* Who is connected stays so, and nobody notices. */
+static void
+renew_certs(supervisor_t *s)
+{
+    if (!supervisor_renew_certs(s)) {
+        stress_fail(s->stress, "the certificates in %s cannot be renewed\n", s->certs);
+    }
+    s->chaos.certs++;
+}
+
 void
 supervisor_disturb(supervisor_t *s)
 {
@@ -172,6 +192,9 @@ supervisor_disturb(supervisor_t *s)
     }
     if (o->chaos_coordinator) {
         kinds[n++] = kill_coordinator;
+    }
+    if (o->tls) {
+        kinds[n++] = renew_certs;
     }
     if (n > 0) {
         kinds[chance_below(&s->chance, n)](s);

@@ -91,6 +91,9 @@ print_table(const supervisor_t *s, const totals_t *t, const proc_counts_t *coord
     ROW("chaos", "%u workers killed, %u stopped, %u for long; %u coordinators, %u clients killed",
         s->chaos.kills, s->chaos.stops, s->chaos.long_stops, s->chaos.coordinators,
         s->chaos.clients);
+    if (o->tls) {
+        ROW("mTLS", "certificates renewed %u times", s->chaos.certs);
+    }
     ROW("sequences that lost tokens", "%llu, %llu were refilled, %llu went on with what was before",
         (unsigned long long)t->lost, (unsigned long long)t->refilled,
         (unsigned long long)t->recovered);
@@ -125,6 +128,7 @@ write_json(const supervisor_t *s, const totals_t *t, const proc_counts_t *coordi
     cJSON_AddNumberToObject(root, "seed", (double)o->seed);
     cJSON_AddNumberToObject(root, "clients", o->clients);
     cJSON_AddNumberToObject(root, "workers", o->workers);
+    cJSON_AddBoolToObject(root, "tls", o->tls);
     cJSON_AddNumberToObject(root, "seconds", s->seconds);
     cJSON_AddNumberToObject(root, "steps", (double)t->steps);
     cJSON_AddNumberToObject(root, "calls", (double)t->calls);

@@ -42,6 +42,7 @@ typedef struct stress_options {
     bool chaos_kill, chaos_stop, chaos_long_stop, chaos_coordinator, chaos_client;
     bool twins; /* compare bits with a second engine */
     bool check_store;
+    bool tls;                      /* mTLS between all of them */
     uint32_t shares[TARGET_KINDS]; /* of the clients, by kind */
     const char *json, *attnd, *attnctl;
 } stress_options_t;

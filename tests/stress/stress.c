@@ -50,6 +50,7 @@ static const char usage[] =
     "                   unended, descriptor, thread or memory\n"
     "  --no-twins       do not compare bits with a second engine\n"
     "  --check-store    workers verify their stores all the time\n"
+    "  --tls            certificates on every port, asked of everybody, renewed now and then\n"
     "  --json FILE      append the figures as a line of JSON\n"
     "  --attnd PATH, --attnctl PATH  the programs; default: those built beside\n"
     "\n"
@@ -116,6 +117,7 @@ enum {
     BREAK,
     NO_TWINS,
     CHECK_STORE,
+    TLS,
     JSON,
     ATTND,
     ATTNCTL,
@@ -140,6 +142,7 @@ static const struct option options[] = {
     {"break", required_argument, NULL, BREAK},
     {"no-twins", no_argument, NULL, NO_TWINS},
     {"check-store", no_argument, NULL, CHECK_STORE},
+    {"tls", no_argument, NULL, TLS},
     {"json", required_argument, NULL, JSON},
     {"attnd", required_argument, NULL, ATTND},
     {"attnctl", required_argument, NULL, ATTNCTL},
@@ -209,6 +212,9 @@ take_option(int option, stress_options_t *o, const char **chaos)
         return true;
     case CHECK_STORE:
         o->check_store = true;
+        return true;
+    case TLS:
+        o->tls = true;
         return true;
     case JSON:
         o->json = optarg;
@@ -437,6 +443,37 @@ shared_memory(void)
     return stress;
 }
 
+/* Certificates in a folder of their own, and an environment that has all clients use them. */
+static void
+make_certs(supervisor_t *s)
+{
+    static const char *const variables[] = {"ATTN_TLS_CA", "ATTN_TLS_CERT", "ATTN_TLS_KEY"};
+    static const char *const files[]     = {"ca.pem", "client.pem", "client.key"};
+    const char *tmp                      = getenv("TMPDIR");
+    char path[256];
+
+    snprintf(s->certs, sizeof(s->certs), "%s/attn-stress-XXXXXX", tmp != NULL ? tmp : "/tmp");
+    if (mkdtemp(s->certs) == NULL || !supervisor_renew_certs(s)) {
+        fprintf(stderr, "stress: no certificates in %s\n", s->certs);
+        exit(1);
+    }
+    for (uint32_t i = 0; i < 3; i++) {
+        snprintf(path, sizeof(path), "%s/%s", s->certs, files[i]);
+        setenv(variables[i], path, 1);
+    }
+}
+
+static void
+remove_certs(const supervisor_t *s)
+{
+    char command[256];
+
+    snprintf(command, sizeof(command), "rm -rf '%s'", s->certs);
+    if (s->certs[0] != '\0' && system(command) != 0) {
+        fprintf(stderr, "stress: %s was not removed\n", s->certs);
+    }
+}
+
 int
 main(int argc, char **argv)
 {
@@ -451,12 +488,16 @@ main(int argc, char **argv)
     const stress_options_t *o = &s.stress->options;
     s.chance.state            = o->seed;
     setenv("ATTN_TEST_ATTND", o->attnd, 1);
+    if (o->tls) {
+        make_certs(&s);
+    }
     snprintf(lost, sizeof(lost), "%u", o->lost_ms);
     snprintf(lease, sizeof(lease), "%u", o->lease_ms);
     cluster_up(&s.cluster, &(cluster_options_t){.workers     = o->workers,
                                                 .slab        = "96MiB",
                                                 .lost_ms     = lost,
                                                 .lease_ms    = lease,
+                                                .certs       = o->tls ? s.certs : NULL,
                                                 .check_store = o->check_store});
     snprintf(s.stress->address, sizeof(s.stress->address), "%s", s.cluster.coordinator.address);
     atomic_store(&s.stress->coordinators, 1);
@@ -471,6 +512,7 @@ main(int argc, char **argv)
         supervisor_check_logs(&s);
     }
     supervisor_report(&s);
+    remove_certs(&s);
     if (atomic_load(&s.stress->failed)) {
         cluster_kill(&s.cluster);
         return 1;

@@ -13,12 +13,13 @@
 #define PROCESSES_MAX 64u
 
 typedef struct chaos_counts {
-    uint32_t kills, stops, long_stops, coordinators, clients;
+    uint32_t kills, stops, long_stops, coordinators, clients, certs;
 } chaos_counts_t;
 
 typedef struct supervisor {
     stress_t *stress;
     test_cluster_t cluster;
+    char certs[128]; /* folder of certificates, if there is TLS */
     chance_t chance;
     client_plan_t plans[PROCESSES_MAX];
     pid_t pids[PROCESSES_MAX]; /* 0: ended */
@@ -45,6 +46,9 @@ void supervisor_disturb(supervisor_t *s);
 
 /** Look after everybody for a while: ended processes, calls that do not end. @return all is well */
 bool supervisor_watch(supervisor_t *s, uint32_t ms);
+
+/** Make, or renew, the certificates. @return whether that went well */
+bool supervisor_renew_certs(const supervisor_t *s);
 
 /** All clients have left: nothing of theirs may be left in the daemons. */
 void supervisor_check_leaks(supervisor_t *s);

@@ -16,17 +16,17 @@ target_open(target_t *target, target_kind_t kind, const char *address, const cha
     attn_status_t status;
 
     *target = (target_t){.kind = kind, .timeout_ms = timeout_ms};
+    attn_client_options_init(&options);
+    options.name       = name;
+    options.timeout_ms = timeout_ms;
+    options.spin_us    = 0; /* many clients share the cores */
     if (kind == TARGET_THIN) {
-        status = door_open(address, name, timeout_ms, 0, &target->door);
+        status = door_open(address, &options, &target->door);
         if (status == ATTN_OK) {
             status = door_cache_open(target->door, cache, geometry, &target->door_cache);
         }
     } else {
-        attn_client_options_init(&options);
-        options.name       = name;
-        options.timeout_ms = timeout_ms;
-        options.spin_us    = 0; /* many clients share the cores */
-        status             = attn_client_open(address, &options, &target->client);
+        status = attn_client_open(address, &options, &target->client);
         if (status == ATTN_OK) {
             status = attn_cache_open(target->client, cache, geometry, &target->cache);
         }
@@ -87,6 +87,13 @@ target_describe(target_t *target, attn_seq_t seq, attn_seq_info_t *info)
                                        : attn_seq_describe(target->cache, seq, info);
 }
 
+attn_status_t
+target_export(target_t *target, attn_seq_t seq, const attn_export_t *what, void *k, void *v)
+{
+    return target->kind == TARGET_THIN ? door_seq_export(target->door_cache, seq, what, k, v)
+                                       : attn_seq_export(target->cache, seq, what, k, v);
+}
+
 /* ---- steps ---- */
 
 attn_status_t
@@ -142,7 +149,8 @@ target_run(target_t *target, target_step_t *step, const attn_batch_t *batch,
            const target_run_t *run)
 {
     if (target->kind == TARGET_THIN) {
-        return door_step_run(step->door, run->layer, run->q, run->k, run->v, run->o, run->lse);
+        return door_step_run(step->door, run->layer, run->q, run->k, run->v, run->o, run->lse,
+                             run->lists);
     }
     attn_dtype_t o_dtype    = batch->o_dtype != ATTN_DTYPE_NONE ? batch->o_dtype : batch->q_dtype;
     attn_dtype_t kv         = attn_cache_geometry(target->cache)->kv_dtype;
@@ -166,10 +174,9 @@ target_run(target_t *target, target_step_t *step, const attn_batch_t *batch,
 attn_status_t
 target_commit(target_step_t *step, const attn_commit_t *what)
 {
-    const uint32_t *accepted = what != NULL ? what->accepted : NULL;
-    attn_status_t status     = step->door != NULL ? door_step_commit(step->door, accepted)
-                               : what != NULL     ? attn_step_commit_with(step->step, what)
-                                                  : attn_step_commit(step->step, NULL);
+    attn_status_t status = step->door != NULL ? door_step_commit(step->door, what)
+                           : what != NULL     ? attn_step_commit_with(step->step, what)
+                                              : attn_step_commit(step->step, NULL);
 
     if (status == ATTN_OK) {
         *step = (target_step_t){0};

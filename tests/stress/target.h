@@ -31,7 +31,7 @@ typedef struct target_run {
     const void *q, *k, *v;
     void *o;
     float *lse;
-    const attn_lists_t *lists; /* of this run; not of a thin client */
+    const attn_lists_t *lists; /* of this run */
     bool submit;               /* direct: attn_step_submit() and wait for its completion */
 } target_run_t;
 
@@ -46,12 +46,14 @@ attn_status_t target_fork(target_t *target, attn_seq_t seq, uint64_t length, att
 attn_status_t target_truncate(target_t *target, attn_seq_t seq, uint64_t length);
 attn_status_t target_free(target_t *target, attn_seq_t seq);
 attn_status_t target_describe(target_t *target, attn_seq_t seq, attn_seq_info_t *info);
+attn_status_t target_export(target_t *target, attn_seq_t seq, const attn_export_t *what, void *k,
+                            void *v);
 
 attn_status_t target_begin(target_t *target, const attn_batch_t *batch, bool stream,
                            target_step_t *step);
 attn_status_t target_run(target_t *target, target_step_t *step, const attn_batch_t *batch,
                          const target_run_t *run);
-/** NULL accepts all. A thin client keeps no paths. OK: the step is gone. */
+/** NULL accepts all. OK: the step is gone. */
 attn_status_t target_commit(target_step_t *step, const attn_commit_t *what);
 void target_abort(target_step_t *step);
 
