@@ -12,6 +12,9 @@
 /* Below this cost an attend ends before a second thread has woken up. */
 #define INLINE_COST 4096u
 
+/* With more rows another tile of them has most likely just read the leaf. */
+#define AHEAD_ROWS 32u
+
 /* Sinks beyond this overflow the range of exponents. */
 #define SINK_MAX 5e8f
 
@@ -119,7 +122,6 @@ compute_leaf(cpu_attend_t *x, const cpu_scratch_t *scratch, const attn_work_t *w
                        .last     = next == NULL,
                        .s        = scratch->s,
                        .stage    = scratch->stage,
-                       .next     = scratch->tokens.next,
                        .w        = scratch->w,
                        .a        = scratch->stack.a + first * x->kv->head_dim_v,
                        .l        = scratch->stack.l + first,
@@ -133,8 +135,8 @@ compute_leaf(cpu_attend_t *x, const cpu_scratch_t *scratch, const attn_work_t *w
         }
         return true;
     }
-    if (next != NULL) {
-        leaf.n_next = cpu_tokens_next(x, kv_head, next, scratch->tokens.next, CPU_V_BLOCK);
+    if (next != NULL && work->rows <= AHEAD_ROWS) {
+        leaf.ahead = cpu_tokens_ahead(x, scratch, kv_head, next);
     }
     int failed = x->backend->isa->leaf(&leaf);
     if (failed >= 0) {

@@ -60,10 +60,16 @@ typedef struct cpu_attend {
     uint32_t entry, query, head;
 } cpu_attend_t;
 
-/** Rows of K and V by slot of a leaf, and rows that will be read next. */
+/** Rows of K and V by slot of a leaf, and where the next leaf's stretches begin. */
 typedef struct cpu_tokens {
-    const void **k, **v, **next; /* [CPU_LEAF], [CPU_LEAF], [CPU_V_BLOCK] */
+    const void **k, **v;             /* [CPU_LEAF] */
+    const char **k_ahead, **v_ahead; /* [CPU_AHEAD_MAX] */
 } cpu_tokens_t;
+
+/** A leaf is read in so many stretches at most: its pages, one of which it may begin in, or parts
+ * of larger pages. */
+#define CPU_AHEAD_MAX (CPU_LEAF + 16)
+#define CPU_AHEAD_TOKENS 16u
 
 /** What one participant keeps for a task. Points into its scratch. */
 typedef struct cpu_scratch {
@@ -90,14 +96,14 @@ void cpu_scratch_of(const cpu_attend_t *x, uint32_t participant, cpu_scratch_t *
 
 /**
  * Which slots the rows see and which tokens of the leaf are read: fills the mask and
- * token fields of *leaf, but for next. first >= end: none. Masked K and V are not touched.
+ * token fields of *leaf, but for ahead. first >= end: none. Masked K and V are not touched.
  */
 void cpu_tokens_of(const cpu_attend_t *x, const cpu_scratch_t *scratch, const attn_work_t *work,
                    uint32_t kv_head, const attn_leaf_t *at, cpu_leaf_t *leaf);
 
-/** Rows of K that the leaf will read first, up to n: where to prefetch. Returns how many. */
-uint32_t cpu_tokens_next(const cpu_attend_t *x, uint32_t kv_head, const attn_leaf_t *at,
-                         const void **rows, uint32_t n);
+/** The stretches of memory that the leaf, which is not the current one, will read. */
+cpu_ahead_t cpu_tokens_ahead(const cpu_attend_t *x, const cpu_scratch_t *scratch, uint32_t kv_head,
+                             const attn_leaf_t *at);
 
 void cpu_fail(cpu_attend_t *x, cpu_row_t row);
 

@@ -39,7 +39,7 @@ cpu_layout_of(const attn_plan_t *plan, uint32_t threads, cpu_layout_t *layout)
     layout->stage    = take(&in, CPU_STAGE_BYTES);
     layout->row_ints = take(&in, 7 * rows * sizeof(float));
     layout->tokens =
-        take(&in, (2 * CPU_LEAF + CPU_V_BLOCK) * sizeof(void *) + CPU_LEAF * sizeof(uint32_t));
+        take(&in, 2 * (CPU_LEAF + CPU_AHEAD_MAX) * sizeof(void *) + CPU_LEAF * sizeof(uint32_t));
     layout->place        = take(&in, plan->masked ? rows * CPU_LEAF * sizeof(int32_t) : 0);
     layout->stack_a      = take(&in, states * d_v * sizeof(float));
     layout->stack_l      = take(&in, states * sizeof(float));
@@ -74,9 +74,10 @@ cpu_scratch_of(const cpu_attend_t *x, uint32_t participant, cpu_scratch_t *scrat
                      .l = (float *)(base + layout->stack_l),
                      .e = (int32_t *)(base + layout->stack_e)},
     };
-    scratch->tokens.v    = scratch->tokens.k + CPU_LEAF;
-    scratch->tokens.next = scratch->tokens.v + CPU_LEAF;
-    scratch->present     = (uint32_t *)(scratch->tokens.next + CPU_V_BLOCK);
+    scratch->tokens.v       = scratch->tokens.k + CPU_LEAF;
+    scratch->tokens.k_ahead = (const char **)(scratch->tokens.v + CPU_LEAF);
+    scratch->tokens.v_ahead = scratch->tokens.k_ahead + CPU_AHEAD_MAX;
+    scratch->present        = (uint32_t *)(scratch->tokens.v_ahead + CPU_AHEAD_MAX);
 }
 
 uint64_t

@@ -279,15 +279,15 @@ dots_tiles(const cpu_leaf_t *x)
 {
     uint32_t row_tiles = (x->rows + 15) / 16;
     dots_t d           = {.x = x, .blocks = (x->d_k + BLOCK - 1) / BLOCK, .row_tiles = row_tiles};
-    uint32_t calls     = d.blocks * 4 * x->form.parts;
     size_t room        = (size_t)16 * d.blocks * 64;
+    fetch_t fetch;
 
+    fetch_begin(&fetch, x->ahead.k, x->ahead.n, x->ahead.k_bytes,
+                d.blocks * 4 * x->form.parts * ((x->end - x->first + 63) / 64));
     d.q_part = (size_t)row_tiles * d.blocks * TILE;
     for (uint32_t base = x->first / 32 * 32; base < x->end; base += CPU_K_BLOCK) {
         keys_t k[4];
-        fetch_t fetch;
         uint32_t tiles = (x->end - base + 15) / 16, row = 0;
-        fetch_after_k(x, base + CPU_K_BLOCK, calls, &fetch);
         tiles = tiles < 4 ? tiles : 4;
         for (uint32_t i = 0; i < 4; i++) { /* the last stands in for none */
             k[i] = i < tiles ? keys_of(x, base + 16 * i, (char *)x->stage + i * room) : k[i - 1];
@@ -340,22 +340,17 @@ weight_tiles(const cpu_leaf_t *x, char *to, size_t part_bytes, uint32_t first_bl
 INLINE void
 value_tiles(const cpu_leaf_t *x, char *to, uint32_t first_block, uint32_t blocks, uint32_t columns)
 {
-    fetch_t fetch = {.rows = x->next, .end = x->n_next, .quota = 4};
+    fetch_t fetch;
 
-    fetch.bytes = x->d_k * 2;
+    fetch_begin(&fetch, x->ahead.v, x->ahead.n, x->ahead.v_bytes,
+                blocks * 16 * ((x->d_v + BLOCK - 1) / BLOCK));
     for (uint32_t pair = 0; pair < blocks * 16; pair++) {
         uint32_t t         = first_block * BLOCK + 2 * pair;
         const uint16_t *v0 = x->v[t], *v1 = x->v[t + 1];
-        char *out  = to + (size_t)(pair / 16) * columns * TILE + pair % 16 * 64;
-        bool ahead = x->rows <= FETCH_ROWS && t + BLOCK + 1 < x->end;
+        char *out = to + (size_t)(pair / 16) * columns * TILE + pair % 16 * 64;
         for (uint32_t i = 0; i < x->d_v; i += BLOCK) {
             uint32_t n = x->d_v - i;
-            if (ahead) {
-                ask((const uint16_t *)x->v[t + BLOCK] + i);
-                ask((const uint16_t *)x->v[t + BLOCK + 1] + i);
-            } else {
-                fetch_some(&fetch);
-            }
+            fetch_some(&fetch);
             __m512i a = words(v0 + i, n), b = words(v1 + i, n);
             _mm512_store_si512(out, _mm512_unpacklo_epi16(a, b));
             _mm512_store_si512(out + TILE, _mm512_unpackhi_epi16(a, b));

@@ -41,6 +41,17 @@ typedef struct cpu_form {
     uint32_t parts;
 } cpu_form_t;
 
+/**
+ * What is read after a leaf, so that memory brings it meanwhile: stretches of K and V, of equal
+ * length, that lie in different places. Memory is fastest when several of them are asked for
+ * side by side, each in ascending order: then the core's own prefetching runs ahead in all.
+ */
+typedef struct cpu_ahead {
+    const char **k, **v; /**< [n] where they begin */
+    uint32_t n;
+    uint32_t k_bytes, v_bytes; /**< of each */
+} cpu_ahead_t;
+
 typedef struct cpu_leaf {
     /* rows */
     uint32_t rows, d_k, d_v;
@@ -59,8 +70,7 @@ typedef struct cpu_leaf {
     /** [CPU_LEAF] by slot, from first down and from end up to the next multiple of 32: a row of
      * zeros where nothing is stored or listed. */
     const void *const *k, *const *v;
-    const void *const *next; /**< [n_next] rows that will be read after this leaf */
-    uint32_t n_next;
+    cpu_ahead_t ahead;       /**< n = 0: nothing */
     const uint32_t *present; /**< [CPU_LEAF] all ones where a slot is in the list; NULL: no gaps */
     bool full;               /**< every row sees all of first to end - 1 */
     bool few;                /**< of requests of few rows: as in attn_plan_entry_t */

@@ -300,13 +300,29 @@ cpu_tokens_of(const cpu_attend_t *x, const cpu_scratch_t *scratch, const attn_wo
     leaf->end     = read_end;
 }
 
-uint32_t
-cpu_tokens_next(const cpu_attend_t *x, uint32_t kv_head, const attn_leaf_t *at, const void **rows,
-                uint32_t n)
+cpu_ahead_t
+cpu_tokens_ahead(const cpu_attend_t *x, const cpu_scratch_t *scratch, uint32_t kv_head,
+                 const attn_leaf_t *at)
 {
-    n = n < at->tokens ? n : at->tokens;
-    for (uint32_t i = 0; i < n; i++) {
-        rows[i] = row_of(x->kv->k, x->kv->k_page_stride, x->kv->head_dim_k, x->kv, at, kv_head, i);
+    const attn_kv_t *kv = x->kv;
+    uint32_t size       = kv->page_size;
+    uint32_t step       = size % CPU_AHEAD_TOKENS == 0 ? CPU_AHEAD_TOKENS : size;
+    uint32_t element    = (uint32_t)attn_dtype_size(kv->dtype);
+    uint64_t k_head = (uint64_t)kv_head * size, v_head = k_head * kv->head_dim_v * element;
+    cpu_ahead_t ahead = {.k       = scratch->tokens.k_ahead,
+                         .v       = scratch->tokens.v_ahead,
+                         .k_bytes = step * kv->head_dim_k * element,
+                         .v_bytes = step * kv->head_dim_v * element};
+
+    k_head *= kv->head_dim_k * element;
+    for (uint32_t from = at->first / step * step; from < at->first + at->tokens; from += step) {
+        uint64_t page    = at->run->pages[from / size];
+        uint64_t inside  = from % size / step;
+        ahead.k[ahead.n] = (const char *)kv->k + page * kv->k_page_stride * element + k_head +
+                           inside * ahead.k_bytes;
+        ahead.v[ahead.n] = (const char *)kv->v + page * kv->v_page_stride * element + v_head +
+                           inside * ahead.v_bytes;
+        ahead.n++;
     }
-    return n;
+    return ahead;
 }
