@@ -19,6 +19,9 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
+
+#define READ_WAIT_NS 50000
 
 /* ---- open and close ---- */
 
@@ -319,17 +322,20 @@ engine_cache_close(engine_t *engine, uint64_t id)
             pthread_mutex_unlock(&engine->lock);
             return ATTN_ERR_NOT_FOUND;
         }
-        uint64_t step = a_step_of(engine, id);
-        if (step == 0) {
-            attn_status_t status = kv_region_close(engine->store, id);
-            assert(status == ATTN_OK);
+        uint64_t step        = a_step_of(engine, id);
+        attn_status_t status = step == 0 ? kv_region_close(engine->store, id) : ATTN_ERR_BUSY;
+        if (status == ATTN_OK) {
             HASH_DEL(engine->caches, cache);
             pthread_mutex_unlock(&engine->lock);
             cache_free(cache);
             return ATTN_OK;
         }
         pthread_mutex_unlock(&engine->lock);
-        engine_step_abort(engine, step, ENGINE_BY_CACHE);
+        if (step != 0) {
+            engine_step_abort(engine, step, ENGINE_BY_CACHE);
+        } else { /* it is being read: a part is soon copied */
+            nanosleep(&(struct timespec){.tv_nsec = READ_WAIT_NS}, NULL);
+        }
     }
 }
 
@@ -468,36 +474,69 @@ engine_export_bytes(engine_t *engine, const engine_export_t *what, uint64_t *k_b
     return status;
 }
 
-attn_status_t
-engine_chunk_export(engine_t *engine, const engine_export_t *what, void *k, void *v,
-                    uint64_t k_bytes, uint64_t v_bytes)
+/* A part of a chunk that is being read. */
+typedef struct reading {
+    attn_kv_t kv;
+    uint32_t *pages, *offsets; /* [n], in one block */
+    uint32_t n_held;           /* of the tokens: to be read without the lock */
+    kv_read_t *held;
+} reading_t;
+
+/* Check, hold the pages, and read what cannot be held. Under the lock. */
+static attn_status_t
+export_begin(engine_t *engine, const engine_export_t *what, uint8_t *k, uint8_t *v,
+             uint64_t k_bytes, uint64_t v_bytes, reading_t *r)
 {
     uint64_t k_wanted = 0, v_wanted = 0;
     engine_cache_t *cache = NULL;
-    attn_kv_t kv;
-    uint32_t *pages = NULL;
+    attn_status_t status  = export_bytes(engine, what, &cache, &k_wanted, &v_wanted);
 
-    pthread_mutex_lock(&engine->lock);
-    attn_status_t status = export_bytes(engine, what, &cache, &k_wanted, &v_wanted);
     if (status == ATTN_OK && (k_bytes != k_wanted || v_bytes != v_wanted)) {
         status = attn_fail(ATTN_ERR_INVALID, "k and v have %llu and %llu bytes: %llu and %llu",
                            (unsigned long long)k_bytes, (unsigned long long)v_bytes,
                            (unsigned long long)k_wanted, (unsigned long long)v_wanted);
     }
-    if (status == ATTN_OK && (pages = malloc(2 * sizeof(*pages) * (what->n + (size_t)1))) == NULL) {
-        status = attn_fail(ATTN_ERR_NO_MEMORY, "no memory to read %u tokens", what->n);
+    if (status != ATTN_OK) {
+        return status;
     }
-    if (status == ATTN_OK) {
-        status = kv_chunk_places(engine->store, what->cache, what->chunk, what->generation,
-                                 what->first, what->n, pages, pages + what->n);
+    r->pages = malloc(2 * sizeof(*r->pages) * (what->n + (size_t)1));
+    if (r->pages == NULL) {
+        return attn_fail(ATTN_ERR_NO_MEMORY, "no memory to read %u tokens", what->n);
     }
-    if (status == ATTN_OK) {
-        engine_kv_view(engine, cache, what->layer, &kv);
-        status =
-            engine->backend->ops->read(engine->backend, &kv, pages, pages + what->n, what->n, k, v);
+    r->offsets = r->pages + what->n;
+    status = kv_read_begin(engine->store, what->cache, what->chunk, what->generation, what->first,
+                           what->n, r->pages, r->offsets, &r->n_held, &r->held);
+    if (status != ATTN_OK) {
+        return status;
     }
+    engine_kv_view(engine, cache, what->layer, &r->kv);
+    uint32_t rest = what->n - r->n_held;
+    return rest == 0 ? ATTN_OK
+                     : engine->backend->ops->read(engine->backend, &r->kv, r->pages + r->n_held,
+                                                  r->offsets + r->n_held, rest,
+                                                  k + k_bytes / what->n * r->n_held,
+                                                  v + v_bytes / what->n * r->n_held);
+}
+
+attn_status_t
+engine_chunk_export(engine_t *engine, const engine_export_t *what, void *k, void *v,
+                    uint64_t k_bytes, uint64_t v_bytes)
+{
+    reading_t r = {0};
+
+    pthread_mutex_lock(&engine->lock);
+    attn_status_t status = export_begin(engine, what, k, v, k_bytes, v_bytes, &r);
     pthread_mutex_unlock(&engine->lock);
-    free(pages);
+    if (status == ATTN_OK) {
+        status =
+            engine->backend->ops->read(engine->backend, &r.kv, r.pages, r.offsets, r.n_held, k, v);
+    }
+    if (r.held != NULL) {
+        pthread_mutex_lock(&engine->lock);
+        kv_read_end(r.held);
+        pthread_mutex_unlock(&engine->lock);
+    }
+    free(r.pages);
     return status;
 }
 

@@ -101,7 +101,7 @@ void engine_set_epoch(engine_t *engine, uint64_t epoch);
  */
 attn_status_t engine_cache_open(engine_t *engine, uint64_t cache, const attn_geometry_t *geometry,
                                 kv_region_info_t *info);
-/** Open steps on it abort. @return ATTN_ERR_NOT_FOUND */
+/** Open steps on it abort; waits for parts that are being read. @return ATTN_ERR_NOT_FOUND */
 attn_status_t engine_cache_close(engine_t *engine, uint64_t cache);
 /** Close every cache: the coordinator that made them is gone. */
 void engine_caches_close(engine_t *engine);
@@ -136,7 +136,8 @@ engine_kv_row_bytes(const attn_geometry_t *g)
 }
 
 /**
- * Read committed tokens back. The store's lock is held meanwhile, so parts are small.
+ * Read committed tokens back, without holding anybody up: their pages are held meanwhile. Parts are
+ * small, for a transport has a part in memory.
  *
  * @param k  [n][kv_heads][head_dim_k] of the cache's dtype, k_bytes; @param v likewise
  * @return ATTN_ERR_NOT_FOUND cache, chunk; ATTN_ERR_STALE generation differs; ATTN_ERR_INVALID

@@ -233,12 +233,18 @@ check_free_stack(const kv_region_t *region, uint32_t *owners)
     return ATTN_OK;
 }
 
+/* Pages that no chunk accounts for: those of readers, and spare ones of steps. */
 static attn_status_t
-count_spares(const kv_store_t *store, const kv_region_t *region, uint32_t *owners)
+count_others(const kv_store_t *store, const kv_region_t *region, uint32_t *owners)
 {
     const kv_step_t *step, *next;
     bool pages_fit = true;
 
+    for (const kv_read_t *read = region->reads; read != NULL; read = read->next) {
+        for (uint32_t i = 0; i < read->n; i++) {
+            pages_fit = count_page(region, owners, read->pages[i]) && pages_fit;
+        }
+    }
     HASH_ITER(hh, store->steps, step, next)
     {
         for (uint32_t i = 0; step->region == region && i < step->n_spares; i++) {
@@ -246,7 +252,8 @@ count_spares(const kv_store_t *store, const kv_region_t *region, uint32_t *owner
         }
     }
     return pages_fit ? ATTN_OK
-                     : WRONG("cache %" PRIu64 ": a spare page outside the region", region->cache);
+                     : WRONG("cache %" PRIu64 ": a reader's or spare page outside the region",
+                             region->cache);
 }
 
 static attn_status_t
@@ -266,7 +273,7 @@ check_pages(const kv_store_t *store, const kv_region_t *region)
         }
     }
     if (status == ATTN_OK) {
-        status = count_spares(store, region, owners);
+        status = count_others(store, region, owners);
     }
     if (status == ATTN_OK) {
         status = check_owners(region, owners);

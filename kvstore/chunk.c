@@ -1,4 +1,4 @@
-/* Chunk records, and what is done to a chunk outside a step: fork, truncate, release. */
+/* Chunk records, and what is done to a chunk outside a step: fork, truncate, release, read. */
 #include "kvstore/kvstore_int.h"
 
 #include <stdlib.h>
@@ -176,14 +176,20 @@ kv_chunk_fork(kv_store_t *store, uint64_t cache, uint64_t from, uint32_t length,
 }
 
 static attn_status_t
+wrong_generation(const kv_region_t *region, const kv_chunk_t *chunk, uint32_t generation)
+{
+    return attn_fail(ATTN_ERR_STALE,
+                     "chunk %" PRIu64 " of cache %" PRIu64
+                     " has generation %u, the caller believes %u",
+                     chunk->id, region->cache, chunk->generation, generation);
+}
+
+static attn_status_t
 truncate_check(const kv_region_t *region, const kv_chunk_t *chunk, uint32_t generation,
                uint32_t length)
 {
     if (chunk->generation != generation) {
-        return attn_fail(ATTN_ERR_STALE,
-                         "chunk %" PRIu64 " of cache %" PRIu64
-                         " has generation %u, the caller believes %u",
-                         chunk->id, region->cache, chunk->generation, generation);
+        return wrong_generation(region, chunk, generation);
     }
     if (length > chunk->length) {
         return attn_fail(ATTN_ERR_INVALID,
@@ -262,35 +268,78 @@ kv_chunk_describe(const kv_store_t *store, uint64_t cache, uint64_t id, kv_chunk
     return ATTN_OK;
 }
 
-attn_status_t
-kv_chunk_places(const kv_store_t *store, uint64_t cache, uint64_t id, uint32_t generation,
-                uint32_t first, uint32_t n, uint32_t *pages, uint32_t *offsets)
-{
-    kv_region_t *region;
+/* ---- reading ---- */
 
-    attn_status_t status = kv_region_need(store, cache, &region);
-    if (status != ATTN_OK) {
-        return status;
-    }
+static attn_status_t
+read_check(const kv_region_t *region, uint64_t id, uint32_t generation, uint32_t first, uint32_t n,
+           const kv_chunk_t **chunk_p)
+{
     const kv_chunk_t *chunk = kv_chunk_find(region, id);
+
     if (chunk == NULL || chunk->generation == 0) {
         return chunk_not_found(region, id);
     }
     if (chunk->generation != generation) {
-        return attn_fail(ATTN_ERR_STALE,
-                         "chunk %" PRIu64 " of cache %" PRIu64
-                         " has generation %u, the caller believes %u",
-                         id, cache, chunk->generation, generation);
+        return wrong_generation(region, chunk, generation);
     }
     if (first > chunk->length || n > chunk->length - first) {
         return attn_fail(ATTN_ERR_INVALID,
                          "chunk %" PRIu64 " of cache %" PRIu64
                          ": %u tokens from %u on, %u are committed",
-                         id, cache, n, first, chunk->length);
+                         id, region->cache, n, first, chunk->length);
+    }
+    *chunk_p = chunk;
+    return ATTN_OK;
+}
+
+attn_status_t
+kv_read_begin(kv_store_t *store, uint64_t cache, uint64_t id, uint32_t generation, uint32_t first,
+              uint32_t n, uint32_t *pages, uint32_t *offsets, uint32_t *n_held, kv_read_t **read_p)
+{
+    kv_region_t *region;
+    const kv_chunk_t *chunk = NULL;
+
+    attn_status_t status = kv_region_need(store, cache, &region);
+    if (status != ATTN_OK || (status = read_check(region, id, generation, first, n, &chunk))) {
+        return status;
+    }
+    uint32_t size = region->page_size, whole = chunk->length / size; /* pages that are full */
+    uint32_t from   = first / size;
+    uint32_t end    = (uint32_t)attn_min(attn_div_up((uint64_t)first + n, size), whole);
+    kv_read_t *read = calloc(1, sizeof(*read) + (end > from ? end - from : 0) * sizeof(uint32_t));
+    if (read == NULL) {
+        return attn_fail(ATTN_ERR_NO_MEMORY, "no memory to read %u tokens", n);
     }
     for (uint32_t i = 0; i < n; i++) {
-        pages[i]   = kv_chunk_page(chunk, (first + i) / region->page_size);
-        offsets[i] = (first + i) % region->page_size;
+        pages[i]   = kv_chunk_page(chunk, (first + i) / size);
+        offsets[i] = (first + i) % size;
     }
+    for (uint32_t page = from; page < end; page++) {
+        read->pages[read->n++] = kv_chunk_page(chunk, page);
+        kv_page_share(region, kv_chunk_page(chunk, page));
+    }
+    *n_held =
+        (uint32_t)attn_min(n, whole * (uint64_t)size > first ? whole * (uint64_t)size - first : 0);
+    read->region  = region;
+    read->link    = &region->reads;
+    read->next    = region->reads;
+    region->reads = read;
+    if (read->next != NULL) {
+        read->next->link = &read->next;
+    }
+    *read_p = read;
     return ATTN_OK;
+}
+
+void
+kv_read_end(kv_read_t *read)
+{
+    for (uint32_t i = 0; i < read->n; i++) {
+        kv_page_drop(read->region, read->pages[i]);
+    }
+    *read->link = read->next;
+    if (read->next != NULL) {
+        read->next->link = read->link;
+    }
+    free(read);
 }

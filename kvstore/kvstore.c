@@ -29,6 +29,7 @@ region_destroy(kv_region_t *region)
 {
     kv_chunk_t *chunk, *next;
 
+    assert(region->reads == NULL);
     HASH_CLEAR(hh, region->holds); /* the records are the steps' */
     HASH_ITER(hh, region->chunks, chunk, next)
     {
@@ -267,6 +268,9 @@ kv_region_close(kv_store_t *store, uint64_t cache)
     if (region->n_steps > 0) {
         return attn_fail(ATTN_ERR_BUSY, "cache %" PRIu64 " has %u open steps", cache,
                          region->n_steps);
+    }
+    if (region->reads != NULL) {
+        return attn_fail(ATTN_ERR_BUSY, "cache %" PRIu64 " is being read", cache);
     }
     while (store->by_offset[at] != region) {
         at++;

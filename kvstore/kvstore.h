@@ -6,8 +6,8 @@
  *     slab     [ region of cache A | region of cache B | free ...            ]
  *     region   pages 0 .. n_pages-1, each all layers of page_size tokens
  *     chunk    id, generation, committed length, list of pages
- *     page     counted by the chunks (and open steps) that hold it; shared after a fork
- *     step     an open transaction: pages reserved, nothing visible until commit
+ *     page     counted by the chunks (and open steps, and readers) that hold it; shared after a
+ * fork step     an open transaction: pages reserved, nothing visible until commit
  *
  * A chunk is one run of at most chunk_size tokens of a sequence; which sequence and
  * where is the caller's business, but for the sequence id that opens steps: one open
@@ -36,7 +36,7 @@ typedef struct kv_store kv_store_t;
 /** @param slab_bytes  at least 4,096; what is above a multiple of that is not used */
 attn_status_t kv_store_create(uint64_t slab_bytes, kv_store_t **store_p);
 
-/** Open steps and their pointers end with it. NULL is fine. */
+/** Open steps and their pointers end with it; no read is open. NULL is fine. */
 void kv_store_destroy(kv_store_t *store);
 
 /* ---- regions ---- */
@@ -71,7 +71,8 @@ attn_status_t kv_region_open(kv_store_t *store, uint64_t cache, uint64_t page_by
                              uint32_t page_size, uint32_t chunk_size, uint64_t bytes,
                              kv_region_info_t *info);
 
-/** Return the region with all chunks in it. @return ATTN_ERR_BUSY a step of it is open */
+/** Return the region with all chunks in it. @return ATTN_ERR_BUSY a step of it is open, or a read
+ */
 attn_status_t kv_region_close(kv_store_t *store, uint64_t cache);
 attn_status_t kv_region_describe(const kv_store_t *store, uint64_t cache, kv_region_info_t *info);
 
@@ -113,15 +114,22 @@ attn_status_t kv_chunk_release(kv_store_t *store, uint64_t cache, uint64_t chunk
 attn_status_t kv_chunk_describe(const kv_store_t *store, uint64_t cache, uint64_t chunk,
                                 kv_chunk_info_t *info);
 
+/** Tokens that are being read; ends with kv_read_end(). */
+typedef struct kv_read kv_read_t;
+
 /**
  * Where the committed tokens [first, first + n) of a chunk lie: token i in page pages[i], at
- * offsets[i]. True until the store is next changed.
+ * offsets[i]. The first *n_held of them stay there until kv_read_end(), whatever becomes of the
+ * chunk. The others, fewer than a page's, are in the page that the chunk's next token goes to,
+ * which is held for no reader, lest a step has to copy it: they are there until the store is next
+ * changed.
  * @return ATTN_ERR_NOT_FOUND (or a step is only making it), ATTN_ERR_STALE generation differs,
  *         ATTN_ERR_INVALID the range ends above the committed length
  */
-attn_status_t kv_chunk_places(const kv_store_t *store, uint64_t cache, uint64_t chunk,
-                              uint32_t generation, uint32_t first, uint32_t n, uint32_t *pages,
-                              uint32_t *offsets);
+attn_status_t kv_read_begin(kv_store_t *store, uint64_t cache, uint64_t chunk, uint32_t generation,
+                            uint32_t first, uint32_t n, uint32_t *pages, uint32_t *offsets,
+                            uint32_t *n_held, kv_read_t **read_p);
+void kv_read_end(kv_read_t *read);
 
 /** Is a step open on the sequence? */
 bool kv_seq_in_step(const kv_store_t *store, uint64_t cache, uint64_t seq);

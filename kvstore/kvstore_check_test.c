@@ -94,6 +94,23 @@ test_steps(void **state)
     kv_store_destroy(store);
 }
 
+static void
+test_reads(void **state)
+{
+    kv_store_t *store = store_with_cache(4, 16, 8);
+    uint32_t pages[8], offsets[8], held;
+    kv_read_t *read;
+    (void)state;
+
+    grow_chunk(store, 1, 8);
+    WORKS(store, kv_read_begin(store, CACHE, 1, 1, 0, 8, pages, offsets, &held, &read));
+    DAMAGE(read->pages[1], pages[0]);
+    DAMAGE(read->pages[0], 8);
+    DAMAGE(read->n, 1);
+    kv_read_end(read);
+    kv_store_destroy(store);
+}
+
 /* A chunk whose generations are used up is not truncated into an old one. */
 static void
 test_generations_end(void **state)
@@ -137,11 +154,9 @@ int
 main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_regions),
-        cmocka_unit_test(test_pages),
-        cmocka_unit_test(test_steps),
-        cmocka_unit_test(test_generations_end),
-        cmocka_unit_test(test_chunks_have_a_most),
+        cmocka_unit_test(test_regions),         cmocka_unit_test(test_pages),
+        cmocka_unit_test(test_steps),           cmocka_unit_test(test_reads),
+        cmocka_unit_test(test_generations_end), cmocka_unit_test(test_chunks_have_a_most),
     };
     return cmocka_run_group_tests_name("kvstore.kvstore_check", tests, NULL, NULL);
 }

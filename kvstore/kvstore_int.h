@@ -1,9 +1,9 @@
 /*
  * kvstore_int.h: what the files of the store share; nobody else includes it.
  *
- * A page's owner count is the number of chunk records that hold it; a spare page of an open step
- * has that step as its one owner. A record holds its
- * committed pages, and while a step appends to it also the pages reserved for that:
+ * A page's owner count is the number of chunk records and readers that hold it; a spare page of an
+ * open step has that step as its one owner. A record holds its committed pages, and while a step
+ * appends to it also the pages reserved for that:
  *
  *     pages[]   0 .. n_pages-1 committed | n_pages .. n_pages+n_reserved-1 reserved
  *
@@ -65,6 +65,14 @@ typedef struct kv_hold {
     UT_hash_handle hh;              /* in the region's holds */
 } kv_hold_t;
 
+/* Pages held for somebody who reads them without the lock. */
+struct kv_read {
+    struct kv_region *region;
+    struct kv_read *next, **link; /* in the region's list */
+    uint32_t n;
+    uint32_t pages[];
+};
+
 typedef struct kv_region {
     uint64_t cache, offset, bytes, page_bytes;
     uint32_t page_size, chunk_size;
@@ -75,6 +83,7 @@ typedef struct kv_region {
     uint32_t *free_stack; /* [n_pages], the first n_free are valid */
     kv_chunk_t *chunks;   /* by id */
     kv_hold_t *holds;     /* by sequence */
+    kv_read_t *reads;     /* open */
     UT_hash_handle hh;
 } kv_region_t;
 

@@ -110,6 +110,12 @@ test_forks(void **state)
         most = n > most ? n : most;
     }
     assert_int_equal(most, 3);
+    uint32_t pages[9], offsets[9], held;
+    kv_read_t *read;
+    SWEEP(kv_read_begin(store, CACHE, 1, 1, 0, 9, pages, offsets, &held, &read),
+          kv_store_check(store) == ATTN_OK, &n);
+    assert_int_equal(n, 1);
+    kv_read_end(read);
     kv_store_destroy(store);
 }
 

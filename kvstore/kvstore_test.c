@@ -286,34 +286,97 @@ test_truncate(void **state)
     kv_store_destroy(store);
 }
 
+static attn_status_t
+read_begin(kv_store_t *store, uint32_t generation, uint32_t first, uint32_t n, uint32_t *pages,
+           uint32_t *held, kv_read_t **read)
+{
+    uint32_t offsets[16];
+    attn_status_t status =
+        kv_read_begin(store, CACHE, 1, generation, first, n, pages, offsets, held, read);
+
+    for (uint32_t i = 0; status == ATTN_OK && i < n; i++) {
+        assert_int_equal(offsets[i], (first + i) % 4);
+    }
+    return status;
+}
+
 static void
 test_places_of_committed_tokens(void **state)
 {
     kv_store_t *store     = store_with_cache(4, 16, 8);
     kv_step_chunk_t chunk = {.chunk = 1, .generation = 1, .length = 10, .n_new = 4};
     kv_step_entry_t entry = {.seq = 5, .n_chunks = 1, .chunks = &chunk};
-    uint32_t pages[4], offsets[4], shared[4];
+    uint32_t pages[16], shared[16], held;
+    kv_read_t *read;
     kv_step_t *step;
     (void)state;
 
-    EXPECT(store, kv_chunk_places(store, CACHE, 1, 1, 0, 0, pages, offsets), ATTN_ERR_NOT_FOUND);
+    EXPECT(store, read_begin(store, 1, 0, 0, pages, &held, &read), ATTN_ERR_NOT_FOUND);
     grow_chunk(store, 1, 10);
-    EXPECT(store, kv_chunk_places(store, 99, 1, 1, 0, 1, pages, offsets), ATTN_ERR_NOT_FOUND);
-    EXPECT(store, kv_chunk_places(store, CACHE, 1, 2, 0, 1, pages, offsets), ATTN_ERR_STALE);
-    EXPECT(store, kv_chunk_places(store, CACHE, 1, 1, 7, 4, pages, offsets), ATTN_ERR_INVALID);
-    EXPECT(store, kv_chunk_places(store, CACHE, 1, 1, UINT32_MAX, 2, pages, offsets),
-           ATTN_ERR_INVALID);
-    WORKS(store, kv_chunk_places(store, CACHE, 1, 1, 6, 4, pages, offsets));
+    EXPECT(store, kv_read_begin(store, 99, 1, 1, 0, 1, pages, shared, &held, &read),
+           ATTN_ERR_NOT_FOUND);
+    EXPECT(store, read_begin(store, 2, 0, 1, pages, &held, &read), ATTN_ERR_STALE);
+    EXPECT(store, read_begin(store, 1, 7, 4, pages, &held, &read), ATTN_ERR_INVALID);
+    EXPECT(store, read_begin(store, 1, UINT32_MAX, 2, pages, &held, &read), ATTN_ERR_INVALID);
+    WORKS(store, read_begin(store, 1, 6, 4, pages, &held, &read));
+    assert_int_equal(held, 2);
+    kv_read_end(read);
     for (uint32_t i = 0; i < 4; i++) {
-        assert_int_equal(offsets[i], (6 + i) % 4);
         assert_int_equal(pages[i] == pages[0], i < 2); /* tokens 6 and 7, then 8 and 9 */
     }
     /* Of a shared tail that a step copies, what is committed is the page of before. */
     WORKS(store, kv_chunk_fork(store, CACHE, 1, 10, 2));
     WORKS(store, kv_step_begin(store, CACHE, 7, &entry, 1, &step));
-    WORKS(store, kv_chunk_places(store, CACHE, 1, 1, 6, 4, shared, offsets));
-    assert_memory_equal(shared, pages, sizeof(pages));
+    WORKS(store, read_begin(store, 1, 6, 4, shared, &held, &read));
+    assert_memory_equal(shared, pages, 4 * sizeof(*pages));
     kv_step_abort(store, step);
+    kv_read_end(read);
+    kv_store_destroy(store);
+}
+
+/* Whatever becomes of the chunk, its pages are not given out again while they are read. */
+static void
+test_pages_stay_while_they_are_read(void **state)
+{
+    kv_store_t *store = store_with_cache(4, 16, 8);
+    uint32_t pages[16], others[16], n, held;
+    kv_read_t *read, *second;
+    kv_step_t *step;
+    (void)state;
+
+    grow_chunk(store, 1, 10);
+    WORKS(store, read_begin(store, 1, 0, 10, pages, &held, &read));
+    assert_int_equal(held, 8); /* the page of the other two takes tokens yet */
+    assert_int_equal(free_pages(store), 5);
+    WORKS(store, begin_one(store, 3, 3, 1, 1, &step));
+    assert_null(kv_step_copies(step, &n)); /* it is not copied for the reader */
+    kv_step_abort(store, step);
+    EXPECT(store, kv_region_close(store, CACHE), ATTN_ERR_BUSY);
+    WORKS(store, kv_chunk_truncate(store, CACHE, 1, 1, 2, NULL));
+    EXPECT(store, read_begin(store, 1, 0, 1, pages, &held, &second), ATTN_ERR_STALE);
+    WORKS(store, read_begin(store, 2, 0, 2, others, &held, &second));
+    assert_int_equal(held, 0);
+    kv_read_end(second);
+    assert_int_equal(free_pages(store), 6);
+    WORKS(store, kv_chunk_release(store, CACHE, 1));
+    assert_int_equal(free_pages(store), 6);
+    EXPECT(store, begin_one(store, 1, 1, 5, 16, &step), ATTN_OK);
+    for (uint32_t i = 0; i < 4; i++) {
+        uint32_t page = kv_step_pages(step, 0, 0, &n)[i];
+        assert_true(page != pages[0] && page != pages[4]);
+    }
+    kv_step_abort(store, step);
+    kv_read_end(read);
+    assert_int_equal(kv_store_check(store), ATTN_OK);
+    assert_int_equal(free_pages(store), 8);
+    grow_chunk(store, 1, 16);
+    WORKS(store, read_begin(store, 1, 5, 0, pages, &held, &read)); /* nothing is fine */
+    assert_int_equal(held, 0);
+    WORKS(store, read_begin(store, 1, 13, 3, pages, &held, &second));
+    assert_int_equal(held, 3);
+    kv_read_end(read);
+    kv_read_end(second);
+    WORKS(store, kv_region_close(store, CACHE));
     kv_store_destroy(store);
 }
 
@@ -392,6 +455,7 @@ main(void)
         cmocka_unit_test(test_unknown_chunks_and_caches),
         cmocka_unit_test(test_truncate),
         cmocka_unit_test(test_places_of_committed_tokens),
+        cmocka_unit_test(test_pages_stay_while_they_are_read),
         cmocka_unit_test(test_fork_shares_pages),
         cmocka_unit_test(test_same_ids_in_two_caches_are_two_chunks),
     };
