@@ -1,7 +1,8 @@
 /*
  * layer.c: what a remote layer costs beyond its kernel, beside a bare gRPC echo.
  *
- *     bench_layer [--quick] [--json FILE]
+ *     bench_layer [--quick] [--json FILE] [CASE [ROUNDS]]     only those with CASE in their name:
+ * "sleeps"
  *
  * One worker process and one echo server; libattn and the echo's client take turns in this
  * process, so that both meet the same machine. Of every run the time that the worker computed
@@ -35,7 +36,8 @@ static const shape_t shapes[] = {
 
 static struct {
     result_options_t result;
-    uint32_t rounds; /* turns of each side */
+    uint32_t rounds;  /* turns of each side */
+    const char *only; /* part of the names of the cases to measure */
 } bench;
 
 /* ---- samples ---- */
@@ -163,7 +165,12 @@ measure_layers(uint32_t spin_us)
     echoes_start(&echoes, 1, spin_us);
     for (int streaming = 1; streaming >= 0; streaming--) {
         for (size_t s = 0; s < SHAPES; s++) {
-            measure_layer(&cluster, &echoes, &shapes[s], streaming == 1, spin_us);
+            char name[64];
+            snprintf(name, sizeof(name), "%s %s %s", streaming == 1 ? "stream" : "unary",
+                     spin_us > 0 ? "spins" : "sleeps", shapes[s].name);
+            if (strstr(name, bench.only) != NULL) {
+                measure_layer(&cluster, &echoes, &shapes[s], streaming == 1, spin_us);
+            }
         }
     }
     echoes_stop(&echoes);
@@ -173,11 +180,13 @@ measure_layers(uint32_t spin_us)
 int
 main(int argc, char **argv)
 {
-    if (result_options(&bench.result, argc, argv) > 1) {
-        fprintf(stderr, "bench_layer [--quick] [--json FILE]\n");
+    argc = result_options(&bench.result, argc, argv);
+    if (argc > 3) {
+        fprintf(stderr, "bench_layer [--quick] [--json FILE] [CASE [ROUNDS]]\n");
         return 2;
     }
-    bench.rounds = bench.result.quick ? 10 : 40;
+    bench.only   = argc > 1 ? argv[1] : "";
+    bench.rounds = argc > 2 ? (uint32_t)atoi(argv[2]) : bench.result.quick ? 10 : 40;
     printf("one layer of one worker, microseconds; net: without what the worker computed\n"
            "%-6s %-6s %8s | %7s %7s | %7s %7s | %7s | %s\n",
            "call", "waits", "bytes", "echo50", "echo99", "net50", "net99", "kernel", "ratio");

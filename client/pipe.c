@@ -209,6 +209,9 @@ on_received(void *arg, attn_status_t status, const char *sentence, rpc_message_t
     pthread_mutex_lock(&pipe->lock);
     if (message != NULL) {
         receive_reply(pipe, reply, message);
+        if (pipe->replied && !pipe->closed && !pipe->more) {
+            rpc_stream_rest(pipe->stream); /* the next answer is that to the next operation */
+        }
     } else {
         pipe->ended = true;
         if (pipe->cancelled) {

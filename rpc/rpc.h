@@ -245,6 +245,11 @@ void rpc_stream_send(rpc_stream_t *stream, const rpc_outgoing_t *message);
  */
 void rpc_stream_on_taken(rpc_stream_t *stream, void (*taken)(void *arg));
 
+/** Within `received`: leave it at this message until the next one is sent, or the stream ends. So a
+ * user who has the whole answer to what it asked saves a write, and waking the peer, for every
+ * answer; what the peer sends unasked waits until then, and an end that follows it does too. */
+void rpc_stream_rest(rpc_stream_t *stream);
+
 /** Half-close: no message follows those already queued. The server then ends the stream. */
 void rpc_stream_finish(rpc_stream_t *stream);
 

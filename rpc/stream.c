@@ -5,8 +5,10 @@
  * whose event is the stream's end; RECV_MESSAGE; and SEND_MESSAGE, perhaps with the
  * half-close. Reading goes on until it gives nothing, and only then, with the status in
  * as well, is the end told: so it comes after the last message in whatever order C core
- * reports the two. Callbacks come from the one thread that dispatches the client's
- * events, hence one after the other.
+ * reports the two. A user who has all of an answer may let it rest until the next message is
+ * sent: as a read starts, C core tells the peer that it may send as much again, which alone is
+ * a write, and a peer woken for nothing, but goes along with a message. Callbacks come from the one
+ * thread that dispatches the client's events, hence one after the other.
  *
  * Two hold the memory: the user until rpc_stream_close(), and the wire until the end was
  * told and the last batch is back.
@@ -43,6 +45,8 @@ struct rpc_stream {
     bool told;            /* it was */
     bool off_wire;        /* the wire's hold is given up */
     bool closed;          /* by the user */
+    bool resting;         /* nothing is to be read before something is sent */
+    bool read_due;        /* and so nothing is being read */
     attn_status_t failed; /* why we cancelled it ourselves; ATTN_OK: we did not */
     char sentence[RPC_SENTENCE_MAX + 1];
     rpc_queue_t queue;
@@ -109,6 +113,25 @@ next_send(rpc_stream_t *stream, grpc_op ops[2])
     return n;
 }
 
+/* The read that rested, if it did, is to be started: by the caller, without the lock. */
+static bool
+take_read(rpc_stream_t *stream)
+{
+    bool due = stream->read_due;
+
+    stream->resting = stream->read_due = false;
+    return due;
+}
+
+static void
+start_read(rpc_stream_t *stream)
+{
+    grpc_op op = {.op = GRPC_OP_RECV_MESSAGE};
+
+    op.data.recv_message.recv_message = &stream->read_buffer;
+    rpc_start(stream->pending.grpc, &op, 1, &stream->op_read);
+}
+
 /* Send what there is; takes the lock's place like stream_release(). */
 static void
 stream_pump(rpc_stream_t *stream)
@@ -116,10 +139,14 @@ stream_pump(rpc_stream_t *stream)
     grpc_op ops[2];
     grpc_call *grpc = stream->pending.grpc;
     size_t n        = next_send(stream, ops);
+    bool read       = n > 0 && take_read(stream);
 
     stream_release(stream);
     if (n > 0) {
         rpc_start(grpc, ops, n, &stream->op_send); /* the batch keeps the stream alive */
+    }
+    if (read) {
+        start_read(stream); /* and so does the read, which counts since it rests */
     }
 }
 
@@ -223,13 +250,12 @@ rpc_stream_finish(rpc_stream_t *stream)
 
 /* ---- receiving ---- */
 
-static void
-start_read(rpc_stream_t *stream)
+void
+rpc_stream_rest(rpc_stream_t *stream)
 {
-    grpc_op op = {.op = GRPC_OP_RECV_MESSAGE};
-
-    op.data.recv_message.recv_message = &stream->read_buffer;
-    rpc_start(stream->pending.grpc, &op, 1, &stream->op_read);
+    pthread_mutex_lock(&stream->lock);
+    stream->resting = true;
+    stream_release(stream);
 }
 
 /* Tell the end once both its parts are in; takes the lock's place like stream_release(). */
@@ -275,7 +301,13 @@ on_read(rpc_op_t *op, bool ok)
     } else {
         grpc_byte_buffer_destroy(buffer);
     }
-    start_read(stream); /* in the place of the one that ended, so ops stays */
+    pthread_mutex_lock(&stream->lock);
+    stream->read_due = stream->resting && !stream->broken && !stream->finished;
+    bool read        = !stream->read_due;
+    stream_release(stream);
+    if (read) {
+        start_read(stream); /* in the place of the one that ended, so ops stays */
+    }
 }
 
 static void
@@ -287,7 +319,11 @@ on_end(rpc_op_t *op, bool ok)
     pthread_mutex_lock(&stream->lock);
     stream->ops--;
     stream->ended = stream->broken = true;
+    bool read                      = take_read(stream);
     tell_end(stream);
+    if (read) {
+        start_read(stream); /* which finds what else came, and then nothing */
+    }
 }
 
 /* ---- life ---- */

@@ -296,6 +296,84 @@ test_what_was_taken_is_told(void **state)
     rpc_stream_close(paced.stream);
 }
 
+typedef struct resting {
+    echo_log_t log;
+    rpc_stream_t *stream;
+} resting_t;
+
+/* As a user who has the answer to all it asked. */
+static void
+receive_and_rest(void *arg, attn_status_t status, const char *sentence, rpc_message_t *message)
+{
+    resting_t *r = arg;
+
+    if (message != NULL) {
+        rpc_stream_rest(r->stream);
+    }
+    echo_received(&r->log, status, sentence, message);
+}
+
+static void
+open_resting(fixture_t *f, resting_t *r)
+{
+    *r = (resting_t){.log = {.client = f->client}};
+    assert_int_equal(
+        rpc_stream_open(f->channel, ECHO_STREAM, UINT64_MAX, receive_and_rest, r, &r->stream),
+        ATTN_OK);
+}
+
+/* Nothing is read after a message before one is sent, and then everything, up to the end. */
+static void
+test_a_stream_rests(void **state)
+{
+    fixture_t *f = *state;
+    resting_t r;
+
+    open_resting(f, &r);
+    for (uint64_t i = 0; i < 300; i++) {
+        echo_send(r.stream, "", i, block, i * 11, NULL, NULL);
+        assert_true(echo_wait_messages(&r.log, (int)i + 1));
+    }
+    echo_send(r.stream, "sleep", 300, block, 10, NULL, NULL); /* until both were sent */
+    echo_send(r.stream, "", 301, block, 10, NULL, NULL);
+    assert_true(echo_wait_count(&f->echo.handled, 302));
+    assert_true(echo_wait_messages(&r.log, 301));
+    usleep(50000);
+    assert_int_equal(atomic_load(&r.log.messages), 301);
+    echo_send(r.stream, "", 302, block, 10, NULL, NULL);
+    assert_true(echo_wait_messages(&r.log, 302));
+    rpc_stream_finish(r.stream);
+    assert_true(echo_wait_end(&r.log));
+    assert_int_equal(r.log.status, ATTN_OK);
+    assert_int_equal(atomic_load(&r.log.messages), 303);
+    assert_false(atomic_load(&r.log.out_of_order));
+    rpc_stream_close(r.stream);
+}
+
+/* The end is told to those who rest, whoever ends it. */
+static void
+test_a_resting_stream_ends(void **state)
+{
+    fixture_t *f = *state;
+    resting_t r[2];
+
+    for (int i = 0; i < 2; i++) {
+        open_resting(f, &r[i]);
+        echo_send(r[i].stream, "", 0, block, 10, NULL, NULL);
+    }
+    for (int i = 0; i < 2; i++) {
+        assert_true(echo_wait_messages(&r[i].log, 1));
+    }
+    rpc_stream_close(r[0].stream);
+    assert_true(echo_wait_end(&r[0].log));
+    assert_int_equal(r[0].log.status, ATTN_ERR_CANCELLED);
+    assert_int_equal(atomic_load(&r[1].log.ends), 0);
+    echo_server_stop(&f->echo, 0);
+    assert_true(echo_wait_end(&r[1].log));
+    assert_int_not_equal(r[1].log.status, ATTN_OK);
+    rpc_stream_close(r[1].stream);
+}
+
 static void
 test_too_large_breaks_the_stream(void **state)
 {
@@ -704,6 +782,9 @@ main(void)
         TEST(test_slow_reader_pushes_back),
         TEST(test_deaf_server_breaks_the_stream),
         TEST(test_what_was_taken_is_told),
+        TEST(test_a_stream_rests),
+        SPIN(test_a_stream_rests),
+        TEST(test_a_resting_stream_ends),
         TEST(test_too_large_breaks_the_stream),
         TEST(test_deadline_of_a_stream),
         TEST(test_unreachable_and_unknown),

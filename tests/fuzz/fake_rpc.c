@@ -707,6 +707,12 @@ rpc_stream_on_taken(rpc_stream_t *stream, void (*taken)(void *arg))
 }
 
 void
+rpc_stream_rest(rpc_stream_t *stream)
+{
+    (void)stream; /* what was not asked for comes at the worst time */
+}
+
+void
 rpc_stream_finish(rpc_stream_t *stream)
 {
     pthread_mutex_lock(&lock);
