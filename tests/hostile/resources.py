@@ -320,19 +320,8 @@ class Connections(Hostile):
         self.good()
         other.close()
 
-    def test_pings_and_resets_without_end(self):
-        """A flood of pings is hung up on; calls that are reset as soon as they are made leave
-        nothing behind."""
-        other = self.bent()
-        for _ in range(200):
-            if other.gone:
-                break
-            for _ in range(50):
-                other.h2.ping(b"12345678")
-            other.flush()
-            other.pump(0)
-        wait_until("hung up", lambda: other.gone or (other.pump(0.1) and other.gone), 5)
-        self.assertTrue(other.gone)
+    def test_resets_without_end(self):
+        """Calls that are reset as soon as they are made leave nothing behind."""
         alone, quick, other = self.honest(10), Quick(self), self.bent()
         for i in range(5000):
             if other.gone:
