@@ -3,21 +3,17 @@
 #include "base/clock.h"
 #include "base/log.h"
 #include "base/status.h"
+#include "daemon/sockets.h"
 
 #include <assert.h>
 #include <errno.h>
-#include <limits.h>
 #include <malloc.h>
 #include <pthread.h>
 #include <signal.h>
-#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/random.h>
-#include <sys/resource.h>
-#include <sys/socket.h>
-#include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -55,77 +51,6 @@ signals_thread(void *arg)
     return NULL;
 }
 
-/* ---- descriptors ---- */
-
-#define DESCRIPTORS_KEPT 64 /* for ourselves: connections to others, files */
-
-static int connections_end = INT_MAX; /* descriptors from here on are not for who connects to us */
-
-/* As many descriptors as the system lets us have: the usual limit of 1,024 is few. */
-static void
-raise_descriptors(void)
-{
-    struct rlimit limit;
-
-    if (getrlimit(RLIMIT_NOFILE, &limit) != 0) {
-        return;
-    }
-    if (limit.rlim_cur < limit.rlim_max) {
-        rlim_t before  = limit.rlim_cur;
-        limit.rlim_cur = limit.rlim_max;
-        if (setrlimit(RLIMIT_NOFILE, &limit) != 0) {
-            limit.rlim_cur = before;
-        }
-    }
-    if (limit.rlim_cur < INT_MAX) {
-        int all         = (int)limit.rlim_cur;
-        connections_end = all > 4 * DESCRIPTORS_KEPT ? all - DESCRIPTORS_KEPT : all * 3 / 4;
-    }
-}
-
-/* Say now and then how many were turned away. */
-static void
-note_turned_away(void)
-{
-    static atomic_ulong turned_away;
-    static _Atomic uint64_t told_ns;
-    unsigned long n = atomic_fetch_add(&turned_away, 1) + 1;
-    uint64_t now = attn_now_ns(), before = atomic_load(&told_ns);
-
-    if ((before == 0 || now - before > 1000 * ATTN_NS_PER_MS) &&
-        atomic_compare_exchange_strong(&told_ns, &before, now)) {
-        attn_log(ATTN_LOG_WARN, "process.connections_full", "limit=%d turned_away=%lu",
-                 connections_end, n);
-    }
-}
-
-/*
- * In place of libc's, for C core 1.51, which stops listening for good when accept4() fails for
- * want of descriptors: peers that hold connections open would shut out everybody from then on. The
- * last descriptors are ours, so a connection that would get one of those is closed at once, and
- * want of anything is to C core as if nobody had called.
- */
-__attribute__((visibility("default"))) int
-accept4(int listener, struct sockaddr *address, socklen_t *size, int flags)
-{
-    for (socklen_t room = size != NULL ? *size : 0;;) {
-        if (size != NULL) {
-            *size = room;
-        }
-        int fd = (int)syscall(SYS_accept4, listener, address, size, flags);
-        if (fd >= 0 && fd < connections_end) {
-            return fd;
-        }
-        bool none = errno == EMFILE || errno == ENFILE || errno == ENOBUFS || errno == ENOMEM;
-        if (fd < 0) {
-            errno = none ? EAGAIN : errno;
-            return fd;
-        }
-        close(fd);
-        note_turned_away();
-    }
-}
-
 /* ---- memory ---- */
 
 #define TRIM_BYTES (UINT64_C(8) << 20) /* of free memory that is worth giving back */
@@ -148,7 +73,6 @@ process_start(void)
     pthread_t thread;
     sigset_t set;
 
-    raise_descriptors();
     pthread_condattr_init(&monotonic);
     pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
     pthread_cond_init(&came, &monotonic);
@@ -164,7 +88,7 @@ process_start(void)
         return attn_fail(ATTN_ERR_EXHAUSTED, "no thread for signals");
     }
     pthread_detach(thread);
-    return ATTN_OK;
+    return sockets_start();
 }
 
 bool

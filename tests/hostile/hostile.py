@@ -35,10 +35,11 @@ class Hostile(unittest.TestCase):
 
     N = 300
     WORKERS = 2
+    COORDINATOR = ["--lost-ms", "8000", "--lease-ms", "600s", *LIMITS]
 
     @classmethod
     def setUpClass(cls):
-        cls.daemons = Daemons(cls.WORKERS, ["--lost-ms", "8000", "--lease-ms", "600s", *LIMITS], LIMITS)
+        cls.daemons = Daemons(cls.WORKERS, cls.COORDINATOR, LIMITS)
         cls.address = cls.daemons.address
         cls.rng = np.random.default_rng(11)
         cls.thin = client.Client(cls.address)

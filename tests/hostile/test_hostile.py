@@ -4,6 +4,7 @@
     bad_requests.py what is wrong in a message, or around it
     bad_numbers.py  NaN, infinities and what lies near them, in q, k and v
     resources.py    peers that take time, threads, memory, connections
+    floods.py       peers that send frames without a pause
 
 After every test the daemons must be alive and right, the KV store's checker content, and memory and
 descriptors back to where they were (hostile.py).
@@ -34,9 +35,11 @@ def main():
     daemons.ATTND = os.path.abspath(sys.argv.pop(1))
     import bad_numbers
     import bad_requests
+    import floods
     import resources
     globals().update(Requests=bad_requests.Requests, Numbers=bad_numbers.Numbers,
-                     Resources=resources.Resources, Connections=resources.Connections)
+                     Resources=resources.Resources, Connections=resources.Connections,
+                     Floods=floods.Floods)
     unittest.main()
 
 
