@@ -283,7 +283,9 @@ typedef struct attn_entry {
     const uint8_t *mask;
     /** Lists that differ from layer to layer: pages that those given with a run
      * (attn_step_run_with()) may have, all lists of the entry together; 0: none are given. At most
-     * 2,097,152 in a batch. An entry with room is planned as a dense one. */
+     * 2,097,152 in a batch. An entry with room is planned as a dense one, and what its lists leave
+     * out is looked at and passed over: lists that are the same in every layer are faster with
+     * begin (docs/performance.md). */
     uint32_t list_room;
 } attn_entry_t;
 
