@@ -88,7 +88,7 @@ leave_behind(const client_plan_t *plan)
         abort();
     }
     if (stress_sabotage(plan->stress, plan->first, SABOTAGE_MEMORY)) {
-        static volatile uint8_t *left;
+        static uint8_t *volatile left;
         left = malloc(STRESS_GROWTH_BYTES + (8 << 20));
         for (uint64_t i = 0; i < STRESS_GROWTH_BYTES + (8 << 20); i += 4096) {
             left[i] = 1;

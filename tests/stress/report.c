@@ -102,9 +102,9 @@ print_table(const supervisor_t *s, const totals_t *t, const proc_counts_t *coord
     ROW("exports, row by row", "%llu", (unsigned long long)t->exports);
     ROW("resident memory", "worker %.1f MiB (slab included), coordinator %.1f MiB",
         (double)worker_rss(s) / (1 << 20), (double)coordinator->rss_bytes / (1 << 20));
-    ROW("growth, slabs aside", "at most %.1f MiB of any process; %.0f MiB are allowed",
+    ROW("growth, slabs aside", "at most %.1f MiB of any process; %s",
         (double)atomic_load(&s->stress->most_growth) / (1 << 20),
-        (double)STRESS_GROWTH_BYTES / (1 << 20));
+        STRESS_GROWTH_COUNTS ? "32 MiB are allowed" : "not judged under a sanitizer");
     for (uint32_t k = 1; k < STATUSES; k++) {
         if (t->statuses[k] > 0) {
             ROW(attn_strerror((attn_status_t) - (int)k), "%llu calls",

@@ -186,7 +186,7 @@ stress_check_memory(stress_t *stress, const char *what, uint32_t number,
 
     while (grew > seen && !atomic_compare_exchange_weak(most, &seen, grew)) {
     }
-    if (grew > STRESS_GROWTH_BYTES) {
+    if (STRESS_GROWTH_COUNTS && grew > STRESS_GROWTH_BYTES) {
         stress_fail(stress,
                     "LEAK: the memory of %s %u grew from %.1f to %.1f MiB, slabs aside, by more "
                     "than %.0f MiB\n",
