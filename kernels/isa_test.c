@@ -19,6 +19,7 @@
 
 #define ROWS 37u
 #define LEAVES 120
+#define BELOW 3u
 
 static const char *const names[] = {"baseline", "avx2", "avx512", "amx"};
 #define N_NAMES (sizeof(names) / sizeof(names[0]))
@@ -122,14 +123,16 @@ draw(world_t *w)
     }
 }
 
-/* Rows [row, row + rows) of the leaf, into the same rows of *out. */
+/* Rows [row, row + rows) of the leaf, onto `below` states in out. */
 static void
-compute(const cpu_isa_t *isa, const world_t *w, uint32_t row, uint32_t rows, states_t *out)
+compute_rows(const cpu_isa_t *isa, const world_t *w, uint32_t row, uint32_t rows, uint32_t below,
+             float *a, float *l, int32_t *e)
 {
-    static _Alignas(64) float s[ROWS][CPU_LEAF], a[ROWS * CPU_DIM_MAX];
+    static _Alignas(64) float s[ROWS][CPU_LEAF];
     static _Alignas(64) char stage[CPU_STAGE_BYTES];
     static _Alignas(64) char form[CPU_FORM_BYTES];
     static float weights[ROWS];
+    static cpu_scales_t merges[BELOW * ROWS];
     cpu_leaf_t x = w->leaf;
 
     memset(s, 0xff, sizeof(s)); /* NaN: nothing may be taken from before */
@@ -139,14 +142,17 @@ compute(const cpu_isa_t *isa, const world_t *w, uint32_t row, uint32_t rows, sta
     x.lo += row;
     x.hi += row;
     x.distance += row;
-    x.slope = x.slope == NULL ? NULL : x.slope + row;
-    x.s     = &s[0][0];
-    x.stage = stage;
-    x.w     = weights;
-    x.a     = a;
-    x.l     = out->l + row;
-    x.e     = out->e + row;
-    x.form  = (cpu_form_t){.data = form};
+    x.slope  = x.slope == NULL ? NULL : x.slope + row;
+    x.s      = &s[0][0];
+    x.stage  = stage;
+    x.w      = weights;
+    x.merges = merges;
+    x.below  = below;
+    x.stride = ROWS;
+    x.a      = a;
+    x.l      = l;
+    x.e      = e;
+    x.form   = (cpu_form_t){.data = form};
     if (isa->begin != NULL && !x.few) {
         isa->begin(&x.form, x.q, rows, x.d_k, x.dtype);
     }
@@ -154,8 +160,17 @@ compute(const cpu_isa_t *isa, const world_t *w, uint32_t row, uint32_t rows, sta
     if (isa->end != NULL && !x.few) {
         isa->end();
     }
+}
+
+/* Rows [row, row + rows) of the leaf, into the same rows of *out. */
+static void
+compute(const cpu_isa_t *isa, const world_t *w, uint32_t row, uint32_t rows, states_t *out)
+{
+    static float a[ROWS * CPU_DIM_MAX];
+
+    compute_rows(isa, w, row, rows, 0, a, out->l + row, out->e + row);
     for (uint32_t r = 0; r < rows; r++) {
-        memcpy(out->a[row + r], a + (size_t)r * x.d_v, x.d_v * sizeof(*a));
+        memcpy(out->a[row + r], a + (size_t)r * w->leaf.d_v, w->leaf.d_v * sizeof(*a));
     }
 }
 
@@ -217,6 +232,66 @@ test_rows_stand_alone(void **unused)
     }
 }
 
+/* States of a stack, some empty, some far from the others, some of them negative zeros. */
+static void
+draw_stack(uint32_t d, float *a, float *l, int32_t *e)
+{
+    for (uint32_t i = 0; i < BELOW * ROWS; i++) {
+        bool empty = chance(4) == 0;
+        l[i]       = empty ? 0.0f : 1.0f + (float)chance(100);
+        e[i]       = empty ? INT32_MIN : (int32_t)chance(chance(3) == 0 ? 400 : 8) - 4;
+        fill(a + (size_t)i * d, ATTN_F32, d);
+        a[(size_t)i * d + chance(d)] = -0.0f;
+    }
+}
+
+/* A leaf that merges with states below it has the bits of the leaf alone, merged one by one. */
+static void
+test_merges(void **unused)
+{
+    static world_t w;
+    static states_t alone, merged;
+    static float into[CPU_DIM_MAX];
+    static float a[BELOW * ROWS * CPU_DIM_MAX], a_out[BELOW * ROWS * CPU_DIM_MAX];
+    static float l[BELOW * ROWS], l_out[BELOW * ROWS];
+    static int32_t e[BELOW * ROWS], e_out[BELOW * ROWS];
+
+    (void)unused;
+    for (int i = 0; i < LEAVES; i++) {
+        draw(&w);
+        uint32_t d = w.leaf.d_v, below = 1 + chance(BELOW);
+        draw_stack(d, a, l, e);
+        for (size_t n = 0; n < N_NAMES; n++) {
+            const cpu_isa_t *isa = isa_named(names[n]);
+            if (isa == NULL) {
+                continue;
+            }
+            compute(isa, &w, 0, w.leaf.rows, &alone);
+            memcpy(a_out, a, sizeof(a));
+            memcpy(l_out, l, sizeof(l));
+            memcpy(e_out, e, sizeof(e));
+            compute_rows(isa, &w, 0, w.leaf.rows, below, a_out, l_out, e_out);
+            for (uint32_t r = 0; r < w.leaf.rows; r++) {
+                for (uint32_t b = below; b-- > 0;) {
+                    uint32_t at = b * ROWS + r;
+                    memcpy(into, a + (size_t)at * d, d * sizeof(*a));
+                    float l_into   = l[at];
+                    int32_t e_into = e[at];
+                    attn_state_merge_row(into, &l_into, &e_into, alone.a[r], alone.l[r], alone.e[r],
+                                         d);
+                    memcpy(alone.a[r], into, d * sizeof(*a));
+                    alone.l[r] = l_into;
+                    alone.e[r] = e_into;
+                }
+                memcpy(merged.a[r], a_out + (size_t)r * d, d * sizeof(*a));
+                merged.l[r] = l_out[r];
+                merged.e[r] = e_out[r];
+            }
+            assert_same(&w, &alone, &merged);
+        }
+    }
+}
+
 static void
 test_unknown_name(void **unused)
 {
@@ -232,8 +307,8 @@ test_unknown_name(void **unused)
 int
 main(void)
 {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(test_kinds_agree),
-                                       cmocka_unit_test(test_rows_stand_alone),
-                                       cmocka_unit_test(test_unknown_name)};
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_kinds_agree), cmocka_unit_test(test_rows_stand_alone),
+        cmocka_unit_test(test_merges), cmocka_unit_test(test_unknown_name)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

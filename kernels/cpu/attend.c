@@ -96,14 +96,36 @@ entry_of(const cpu_attend_t *x, const attn_work_t *work)
     return &x->plan->entries[x->plan->members[work->member_first].entry];
 }
 
-/* The states of a leaf into place `top` of the stack; `next`, or NULL, is the one after it.
- * False after an error. */
+/* A leaf that is to be computed, and what comes after it. */
+typedef struct step {
+    attn_leaf_t leaf;
+    const attn_leaf_t *next; /* NULL: it is the last */
+    uint32_t top;            /* states on the stack before it ... */
+    uint32_t below;          /* ... so many of which it merges with at once */
+    bool begin;
+} step_t;
+
+/* The leaf has no tokens that are read: an empty state, and its merges. */
+static void
+empty_leaf(const cpu_attend_t *x, const cpu_scratch_t *scratch, const step_t *step, uint32_t rows)
+{
+    size_t first = (size_t)step->top * x->layout.rows;
+
+    for (uint32_t r = 0; r < rows; r++) {
+        scratch->stack.l[first + r] = 0.0f;
+        scratch->stack.e[first + r] = INT32_MIN;
+    }
+    for (uint32_t i = 0; i < step->below; i++) {
+        merge_top(x, scratch, step->top - 1 - i, rows);
+    }
+}
+
+/* The states of a leaf onto the stack, merged with those below. False after an error. */
 static bool
 compute_leaf(cpu_attend_t *x, const cpu_scratch_t *scratch, const attn_work_t *work,
-             uint32_t kv_head, const attn_leaf_t *at, const attn_leaf_t *next, uint32_t top,
-             bool begin)
+             uint32_t kv_head, const step_t *step)
 {
-    size_t first    = (size_t)top * x->layout.rows;
+    size_t first    = (size_t)(step->top - step->below) * x->layout.rows;
     cpu_leaf_t leaf = {.rows     = work->rows,
                        .d_k      = x->kv->head_dim_k,
                        .d_v      = x->kv->head_dim_v,
@@ -117,26 +139,26 @@ compute_leaf(cpu_attend_t *x, const cpu_scratch_t *scratch, const attn_work_t *w
                        .softcap  = x->layer->softcap,
                        .dtype    = x->kv->dtype,
                        .running  = x->backend->free_order ? scratch->running : NULL,
-                       .begin    = begin,
+                       .begin    = step->begin,
                        .few      = entry_of(x, work)->few,
-                       .last     = next == NULL,
+                       .last     = step->next == NULL,
                        .s        = scratch->s,
                        .stage    = scratch->stage,
                        .w        = scratch->w,
+                       .merges   = scratch->merges,
+                       .below    = step->below,
+                       .stride   = (uint32_t)x->layout.rows,
                        .a        = scratch->stack.a + first * x->kv->head_dim_v,
                        .l        = scratch->stack.l + first,
                        .e        = scratch->stack.e + first};
 
-    cpu_tokens_of(x, scratch, work, kv_head, at, &leaf);
+    cpu_tokens_of(x, scratch, work, kv_head, &step->leaf, &leaf);
     if (leaf.first >= leaf.end) {
-        for (uint32_t r = 0; r < leaf.rows; r++) {
-            leaf.l[r] = 0.0f;
-            leaf.e[r] = INT32_MIN;
-        }
+        empty_leaf(x, scratch, step, leaf.rows);
         return true;
     }
-    if (next != NULL && work->rows <= AHEAD_ROWS) {
-        leaf.ahead = cpu_tokens_ahead(x, scratch, kv_head, next);
+    if (step->next != NULL && work->rows <= AHEAD_ROWS) {
+        leaf.ahead = cpu_tokens_ahead(x, scratch, kv_head, step->next);
     }
     int failed = x->backend->isa->leaf(&leaf);
     if (failed >= 0) {
@@ -152,25 +174,23 @@ fold_leaves(cpu_attend_t *x, const cpu_scratch_t *scratch, const attn_work_t *wo
 {
     attn_fold_t fold;
     attn_walk_t walk;
-    attn_leaf_t leaf, next;
+    attn_leaf_t next;
 
     attn_fold_init(&fold, work->left_level);
     attn_walk_init(&walk, x->plan, work);
     for (bool more = attn_walk_next(&walk, &next); more;) {
-        leaf           = next;
-        more           = attn_walk_next(&walk, &next);
-        uint32_t level = attn_fold_level(&fold, leaf.key);
-        while (attn_fold_pops(&fold, level)) {
-            merge_top(x, scratch, fold.n - 1, work->rows);
-        }
+        step_t step = {.leaf = next, .top = fold.n};
         assert(fold.n < x->plan->max_depth);
-        if (!compute_leaf(x, scratch, work, kv_head, &leaf, more ? &next : NULL, fold.n, false)) {
+        attn_fold_push(&fold, next.key);
+        more           = attn_walk_next(&walk, &next);
+        step.next      = more ? &next : NULL;
+        uint32_t level = more ? attn_fold_level(&fold, next.key) : work->right_level;
+        while (attn_fold_pops(&fold, level)) {
+            step.below++;
+        }
+        if (!compute_leaf(x, scratch, work, kv_head, &step)) {
             return 0;
         }
-        attn_fold_push(&fold, leaf.key);
-    }
-    while (attn_fold_pops(&fold, work->right_level)) {
-        merge_top(x, scratch, fold.n - 1, work->rows);
     }
     return fold.n;
 }
@@ -181,14 +201,15 @@ carry_leaves(cpu_attend_t *x, const cpu_scratch_t *scratch, const attn_work_t *w
              uint32_t kv_head)
 {
     attn_walk_t walk;
-    attn_leaf_t leaf, next;
+    attn_leaf_t next;
     bool begin = true;
 
     attn_walk_init(&walk, x->plan, work);
     for (bool more = attn_walk_next(&walk, &next); more; begin = false) {
-        leaf = next;
-        more = attn_walk_next(&walk, &next);
-        if (!compute_leaf(x, scratch, work, kv_head, &leaf, more ? &next : NULL, 0, begin)) {
+        step_t step = {.leaf = next, .begin = begin};
+        more        = attn_walk_next(&walk, &next);
+        step.next   = more ? &next : NULL;
+        if (!compute_leaf(x, scratch, work, kv_head, &step)) {
             return 0;
         }
     }

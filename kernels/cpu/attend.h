@@ -28,7 +28,7 @@ typedef struct cpu_layout {
     uint64_t counters, slot_a, slot_l, slot_e;
     uint64_t scratch, scratch_size;
     /* within a scratch: */
-    uint64_t q, form, s, stage, row_ints, tokens, place, stack_a, stack_l, stack_e;
+    uint64_t q, form, s, stage, row_ints, tokens, place, stack_a, stack_l, stack_e, merges;
     uint64_t rows; /* rounded up: distance of arrays per row */
     uint64_t bytes;
 } cpu_layout_t;
@@ -81,6 +81,7 @@ typedef struct cpu_scratch {
     cpu_tokens_t tokens;
     uint32_t *present;
     cpu_states_t stack; /* [depth][rows] */
+    cpu_scales_t *merges;
 } cpu_scratch_t;
 
 /** A packed row of a work: which query and head it is. */

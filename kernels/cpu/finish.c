@@ -44,6 +44,7 @@ cpu_layout_of(const attn_plan_t *plan, uint32_t threads, cpu_layout_t *layout)
     layout->stack_a      = take(&in, states * d_v * sizeof(float));
     layout->stack_l      = take(&in, states * sizeof(float));
     layout->stack_e      = take(&in, states * sizeof(int32_t));
+    layout->merges       = take(&in, states * sizeof(cpu_scales_t));
     layout->scratch_size = in;
     layout->scratch      = take(&end, in * threads);
     layout->bytes        = end;
@@ -73,6 +74,7 @@ cpu_scratch_of(const cpu_attend_t *x, uint32_t participant, cpu_scratch_t *scrat
         .stack    = {.a = (float *)(base + layout->stack_a),
                      .l = (float *)(base + layout->stack_l),
                      .e = (int32_t *)(base + layout->stack_e)},
+        .merges   = (cpu_scales_t *)(base + layout->merges),
     };
     scratch->tokens.v       = scratch->tokens.k + CPU_LEAF;
     scratch->tokens.k_ahead = (const char **)(scratch->tokens.v + CPU_LEAF);

@@ -361,26 +361,35 @@ value_tiles(const cpu_leaf_t *x, char *to, uint32_t first_block, uint32_t blocks
 
 /* Two tiles of O, 16 rows x 32 columns, into A. */
 INLINE void
-put_sums(const cpu_leaf_t *x, const float *c, uint32_t row, uint32_t column)
+put_sums(closing_t *closing, const float *c, uint32_t row, uint32_t column)
 {
-    const __m512i low  = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
-    const __m512i high = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
-    uint32_t rows      = x->rows - row < 16 ? x->rows - row : 16;
-    uint32_t n         = x->d_v - column;
-    __mmask16 m0       = (__mmask16)(n >= 16 ? 0xffff : (1u << n) - 1);
-    __mmask16 m1       = (__mmask16)(n >= 32 ? 0xffff : n <= 16 ? 0 : (1u << (n - 16)) - 1);
+    const cpu_leaf_t *x = closing->x;
+    const __m512i low   = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
+    const __m512i high  = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+    uint32_t rows       = x->rows - row < 16 ? x->rows - row : 16;
+    uint32_t n          = x->d_v - column < 32 ? x->d_v - column : 32;
+    bool go_on          = x->running != NULL && !x->begin;
 
     for (uint32_t r = 0; r < rows; r++) {
-        float *a   = x->a + (size_t)(row + r) * x->d_v + column;
+        const float *a  = x->a + (size_t)(row + r) * x->d_v + column;
+        float lanes[32] = {0};
         __m512i c0 = _mm512_load_si512(c + r * 16), c1 = _mm512_load_si512(c + TILE / 4 + r * 16);
-        __m512 a0 = _mm512_castsi512_ps(_mm512_permutex2var_epi64(c0, low, c1));
-        __m512 a1 = _mm512_castsi512_ps(_mm512_permutex2var_epi64(c0, high, c1));
-        if (x->running != NULL) {
-            a0 = _mm512_add_ps(a0, _mm512_maskz_loadu_ps(m0, a));
-            a1 = _mm512_add_ps(a1, _mm512_maskz_loadu_ps(m1, a + 16));
+        vf sums[2] = {(vf)_mm512_permutex2var_epi64(c0, low, c1),
+                      (vf)_mm512_permutex2var_epi64(c0, high, c1)};
+        if (go_on && n == 32) {
+            sums[0] = sums[0] + v_load(a);
+            sums[1] = sums[1] + v_load(a + 16);
+        } else if (go_on) {
+            memcpy(lanes, a, n * sizeof(*a));
+            sums[0] = sums[0] + v_load(lanes);
+            sums[1] = sums[1] + v_load(lanes + 16);
         }
-        _mm512_mask_storeu_ps(a, m0, a0);
-        _mm512_mask_storeu_ps(a + 16, m1, a1);
+        if (n == 32) {
+            close_row(closing, row + r, column, sums, 2);
+        } else {
+            memcpy(lanes, sums, sizeof(lanes));
+            close_part(closing, row + r, column, lanes, n);
+        }
     }
 }
 
@@ -405,7 +414,7 @@ v_tile(const sums_t *s, uint32_t block, uint32_t column)
 
 /* 16 rows x 64 columns; only the first 32 of them count if the tiles end there. */
 INLINE void
-sum_1x4(const cpu_leaf_t *x, const sums_t *s, uint32_t row_tile, uint32_t column)
+sum_1x4(closing_t *closing, const sums_t *s, uint32_t row_tile, uint32_t column)
 {
     _Alignas(64) float c[4 * TILE / 4];
     uint32_t far = column + 2 < s->columns ? column + 2 : column;
@@ -425,15 +434,15 @@ sum_1x4(const cpu_leaf_t *x, const sums_t *s, uint32_t row_tile, uint32_t column
         }
     }
     store_all(c);
-    put_sums(x, c, row_tile * 16, column * 16);
+    put_sums(closing, c, row_tile * 16, column * 16);
     if (far != column) {
-        put_sums(x, c + 2 * TILE / 4, row_tile * 16, far * 16);
+        put_sums(closing, c + 2 * TILE / 4, row_tile * 16, far * 16);
     }
 }
 
 /* 32 rows x 32 columns. */
 INLINE void
-sum_2x2(const cpu_leaf_t *x, const sums_t *s, uint32_t row_tile, uint32_t column)
+sum_2x2(closing_t *closing, const sums_t *s, uint32_t row_tile, uint32_t column)
 {
     _Alignas(64) float c[4 * TILE / 4];
 
@@ -451,13 +460,14 @@ sum_2x2(const cpu_leaf_t *x, const sums_t *s, uint32_t row_tile, uint32_t column
         }
     }
     store_all(c);
-    put_sums(x, c, row_tile * 16, column * 16);
-    put_sums(x, c + 2 * TILE / 4, row_tile * 16 + 16, column * 16);
+    put_sums(closing, c, row_tile * 16, column * 16);
+    put_sums(closing, c + 2 * TILE / 4, row_tile * 16 + 16, column * 16);
 }
 
-static void
+static int
 sums_tiles(const cpu_leaf_t *x)
 {
+    closing_t closing  = {.x = x, .failed = UINT32_MAX};
     uint32_t first     = x->first / BLOCK;
     uint32_t row_tiles = (x->rows + 15) / 16, row = 0;
     sums_t s = {.blocks  = (x->end + BLOCK - 1) / BLOCK - first,
@@ -470,12 +480,13 @@ sums_tiles(const cpu_leaf_t *x)
     value_tiles(x, (char *)x->stage + P_PARTS * s.p_part, first, s.blocks, s.columns);
     for (; row + 2 <= row_tiles; row += 2) {
         for (uint32_t column = 0; column < s.columns; column += 2) {
-            sum_2x2(x, &s, row, column);
+            sum_2x2(&closing, &s, row, column);
         }
     }
     for (uint32_t column = 0; row < row_tiles && column < s.columns; column += 4) {
-        sum_1x4(x, &s, row, column);
+        sum_1x4(&closing, &s, row, column);
     }
+    return closing.failed == UINT32_MAX ? -1 : (int)closing.failed;
 }
 
 /* ---- the leaf ---- */

@@ -47,6 +47,21 @@ v_imax(vi a, vi b)
     return (vi)_mm256_max_epi32((__m256i)a, (__m256i)b);
 }
 
+static inline __attribute__((always_inline)) float
+v_top(vf x)
+{
+    __m128 four =
+        _mm_max_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
+    __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return two[0] > two[1] ? two[0] : two[1];
+}
+
+static inline __attribute__((always_inline)) int
+v_any(vi mask)
+{
+    return !_mm256_testz_si256((__m256i)mask, (__m256i)mask);
+}
+
 /* Pairs of rows, pairs of pairs, and the halves of the vectors. */
 static inline __attribute__((always_inline)) void
 v_transpose(vf *r)
@@ -84,6 +99,7 @@ v_halves(const vf *x)
 #define TILE_ROWS 6
 #define DOT_VECS 2
 #define SUM_VECS 2
+#define EIGHT_VECS 1
 
 #include "kernels/cpu/leaf.inc"
 

@@ -53,6 +53,19 @@ v_imax(vi a, vi b)
     return (a & more) | (b & ~more);
 }
 
+static inline __attribute__((always_inline)) float
+v_top(vf x)
+{
+    float a = x[0] > x[1] ? x[0] : x[1], b = x[2] > x[3] ? x[2] : x[3];
+    return a > b ? a : b;
+}
+
+static inline __attribute__((always_inline)) int
+v_any(vi mask)
+{
+    return (mask[0] | mask[1] | mask[2] | mask[3]) != 0;
+}
+
 static inline __attribute__((always_inline)) void
 v_transpose(vf *r)
 {
@@ -76,6 +89,7 @@ v_halves(const vf *x)
 #define TILE_ROWS 4
 #define DOT_VECS 2
 #define SUM_VECS 2
+#define EIGHT_VECS 1
 
 #include "kernels/cpu/leaf.inc"
 

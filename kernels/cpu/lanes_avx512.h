@@ -46,6 +46,18 @@ v_imax(vi a, vi b)
     return (vi)_mm512_max_epi32((__m512i)a, (__m512i)b);
 }
 
+static inline __attribute__((always_inline)) float
+v_top(vf x)
+{
+    return _mm512_reduce_max_ps((__m512)x);
+}
+
+static inline __attribute__((always_inline)) int
+v_any(vi mask)
+{
+    return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+}
+
 /* Pairs of rows, pairs of pairs, then quarters of the vectors, twice. */
 static inline __attribute__((always_inline)) void
 v_transpose(vf *r)
@@ -90,5 +102,6 @@ v_halves(const vf *x)
 #define TILE_ROWS 6
 #define DOT_VECS 4
 #define SUM_VECS 4
+#define EIGHT_VECS 2
 
 #endif

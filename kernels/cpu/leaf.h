@@ -52,6 +52,12 @@ typedef struct cpu_ahead {
     uint32_t k_bytes, v_bytes; /**< of each */
 } cpu_ahead_t;
 
+/** What two states are multiplied by when they merge: a power of two, exactly 1 for one of them.
+ * 0: of no weight, and what its A holds is not looked at. */
+typedef struct cpu_scales {
+    float into, from;
+} cpu_scales_t;
+
 typedef struct cpu_leaf {
     /* rows */
     uint32_t rows, d_k, d_v;
@@ -79,10 +85,13 @@ typedef struct cpu_leaf {
     float *running;
     bool begin, last;
     /* scratch, 64-byte aligned */
-    float *s;    /**< [rows][CPU_LEAF] */
-    void *stage; /**< CPU_STAGE_BYTES */
-    float *w;    /**< [rows] */
-    /* out: the leaf's states */
+    float *s;             /**< [rows][CPU_LEAF] */
+    void *stage;          /**< CPU_STAGE_BYTES */
+    float *w;             /**< [rows] */
+    cpu_scales_t *merges; /**< [below][stride], if below > 0 */
+    /** Out: the leaf's states, merged with those of a stack that the tree merges it with next,
+     * `below` of them. These lie where the answer goes, [below][stride] rows, the topmost last. */
+    uint32_t below, stride;
     float *a; /**< [rows][d_v] */
     float *l;
     int32_t *e;
@@ -97,7 +106,8 @@ typedef struct cpu_isa {
      * thread that computes them, and after the last one. No other rows in between. */
     void (*begin)(cpu_form_t *form, const float *q, uint32_t rows, uint32_t d, attn_dtype_t type);
     void (*end)(void);
-    /** The states of a leaf. @return -1, or the first row with a logit or sum out of range */
+    /** The states of a leaf, and the merges after it. @return -1, or the first row with a logit or
+     * sum out of range */
     int (*leaf)(const cpu_leaf_t *leaf);
     /** Widen n elements, n a multiple of 8. */
     void (*widen)(float *to, const void *from, attn_dtype_t type, uint32_t n);
