@@ -3,11 +3,16 @@
  * answer that is not read, hold memory here for as long as their peer likes: keepalive sees
  * nothing wrong with it, and C core has no timers in C. So a thread looks at the open calls a few
  * times in the time that a peer has, and cuts off those that are overdue.
+ *
+ * When this process itself did not run for a while (stopped, frozen, starved), what peers sent
+ * meanwhile was not read, and what they took not seen: that is nobody's fault but ours. It shows by
+ * looks that are far apart, and everybody has the time of a stall again.
  */
 #include "rpc/rpc_int.h"
 
 #include "base/checked.h"
 #include "base/clock.h"
+#include "base/log.h"
 #include "base/status.h"
 
 #include <string.h>
@@ -16,7 +21,7 @@
 #define LOOK_LEAST_MS 10u
 
 struct rpc_watch {
-    uint64_t stall_ns;
+    uint64_t stall_ns, pause_ns; /* between looks */
     pthread_t thread;
     bool started;
 
@@ -24,6 +29,7 @@ struct rpc_watch {
     pthread_cond_t cond;
     bool stopping;
     rpc_call_t *calls;
+    uint64_t looked_ns, forgiven_until_ns; /* of the thread */
 };
 
 rpc_watch_t *
@@ -32,6 +38,7 @@ rpc_watch_create(uint32_t stall_ms)
     rpc_watch_t *watch = gpr_zalloc(sizeof(*watch));
 
     watch->stall_ns = stall_ms * ATTN_NS_PER_MS;
+    watch->pause_ns = attn_max(watch->stall_ns / LOOKS, LOOK_LEAST_MS * ATTN_NS_PER_MS);
     pthread_mutex_init(&watch->lock, NULL);
     rpc_cond_init(&watch->cond);
     return watch;
@@ -65,6 +72,21 @@ rpc_watch_remove(rpc_watch_t *watch, rpc_call_t *call)
     pthread_mutex_unlock(&watch->lock);
 }
 
+/* @return whether peers are to be judged now: we were there to see what they did */
+static bool
+may_judge(rpc_watch_t *watch, uint64_t now_ns)
+{
+    uint64_t since = watch->looked_ns == 0 ? 0 : now_ns - watch->looked_ns;
+
+    watch->looked_ns = now_ns;
+    if (since > watch->pause_ns + watch->stall_ns / 2) {
+        watch->forgiven_until_ns = now_ns + watch->stall_ns;
+        attn_log(ATTN_LOG_WARN, "rpc.was_paused", "ms=%llu",
+                 (unsigned long long)(since / ATTN_NS_PER_MS));
+    }
+    return now_ns >= watch->forgiven_until_ns;
+}
+
 /* Cut off whoever is overdue; with the lock held before and after. */
 static void
 look(rpc_watch_t *watch, uint64_t now_ns)
@@ -85,12 +107,14 @@ static void *
 watch_thread(void *arg)
 {
     rpc_watch_t *watch = arg;
-    uint64_t pause     = attn_max(watch->stall_ns / LOOKS, LOOK_LEAST_MS * ATTN_NS_PER_MS);
 
     pthread_mutex_lock(&watch->lock);
     while (!watch->stopping) {
-        look(watch, attn_now_ns());
-        rpc_cond_wait(&watch->cond, &watch->lock, attn_now_ns() + pause);
+        uint64_t now = attn_now_ns();
+        if (may_judge(watch, now)) {
+            look(watch, now);
+        }
+        rpc_cond_wait(&watch->cond, &watch->lock, attn_now_ns() + watch->pause_ns);
     }
     pthread_mutex_unlock(&watch->lock);
     return NULL;

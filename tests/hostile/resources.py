@@ -168,6 +168,26 @@ class Resources(Hostile):
             self.assertEqual(error.status, BUSY)
             return False
 
+    def test_a_paused_daemon_cuts_nobody_off(self):
+        """What came while it did not run it could not read: its peers get their time again."""
+        request = begin_request(self.cache, self.seq, self.N, 1, 0).SerializeToString()
+        for _ in range(5):
+            other = self.bent()
+            number = other.open("/attn.v1.Attention/Begin")
+            message = other.message(request)
+            other.send(number, message[:7])
+            time.sleep(0.1)
+            self.daemons.coordinator.signal(signal.SIGSTOP)
+            time.sleep(RECEIVE + STALL)
+            other.send(number, message[7:], end=True)
+            self.daemons.coordinator.signal(signal.SIGCONT)
+            self.assertTrue(other.wait(number, 2 + LATE))
+            status, code, sentence = other.streams[number].status()
+            self.assertEqual(code, 0, sentence)
+            reply = pb.BeginStepReply.FromString(bytes(other.streams[number].data[5:]))
+            client.unary(self.thin.attention.Abort, pb.AbortRequest(step_id=reply.step_id))
+        self.assertTrue(self.daemons.coordinator.find("rpc.was_paused"))
+
     def test_an_idle_stream_may_stay(self):
         """Nothing is due on a stream between operations: only what was begun has to come."""
         stream = self.thin.stream()
