@@ -161,9 +161,70 @@ test_a_coordinator_may_be_faster_than_its_answer(void **state)
     refused(gate_admit(&gate, NULL, true), "no attn-ticket");
     assert_true(attn_now_ns() - start < 500 * ATTN_NS_PER_MS);
     refused(gate_admit(&gate, "none", true), "malformed");
+    assert_true(attn_now_ns() - start < 500 * ATTN_NS_PER_MS);
+    text[strlen(text) - 1] ^= 1; /* no ticket, as will turn out */
+    refused(gate_admit(&gate, text, true), "not of the coordinator");
+    assert_true(attn_now_ns() - start >= 900 * ATTN_NS_PER_MS);
     assert_true(attn_now_ns() - start < 1500 * ATTN_NS_PER_MS);
+    text[strlen(text) - 1] ^= 1;
     gate_joined(&gate, NULL, 0); /* it failed: the secret of before counts on */
     assert_int_equal(gate_admit(&gate, text, true), ATTN_OK);
+    gate_destroy(&gate);
+}
+
+typedef struct stranger {
+    gate_t *gate;
+    const char *text;
+    attn_status_t status;
+    uint64_t took_ns;
+} stranger_t;
+
+static void *
+knock(void *arg)
+{
+    stranger_t *s  = arg;
+    uint64_t start = attn_now_ns();
+
+    s->status  = gate_admit(s->gate, s->text, false);
+    s->took_ns = attn_now_ns() - start;
+    return NULL;
+}
+
+static void
+test_a_few_wait(void **state)
+{
+    enum { N = 12 };
+    stranger_t strangers[N];
+    pthread_t threads[N];
+    char text[TICKET_MAX];
+    uint32_t denied = 0, unavailable = 0;
+    gate_t gate;
+
+    (void)state;
+    write_ticket(TICKET_CLIENT, 17, 42, text);
+    gate_init(&gate);
+    gate_joined(&gate, other, 42); /* of the coordinator before */
+    gate_joining(&gate);
+    for (int i = 0; i < N; i++) {
+        strangers[i] = (stranger_t){.gate = &gate, .text = text};
+        assert_int_equal(pthread_create(&threads[i], NULL, knock, &strangers[i]), 0);
+    }
+    for (int i = 0; i < N; i++) {
+        pthread_join(threads[i], NULL);
+        if (strangers[i].status == ATTN_ERR_UNAVAILABLE) {
+            assert_true(strangers[i].took_ns < 500 * ATTN_NS_PER_MS);
+            unavailable++;
+        } else {
+            assert_int_equal(strangers[i].status, ATTN_ERR_DENIED);
+            denied++;
+        }
+    }
+    assert_int_equal(denied, GATE_WAITING_MAX);
+    assert_int_equal(unavailable, N - GATE_WAITING_MAX);
+    assert_int_equal(gate.waiting, 0);
+
+    gate_joined(&gate, secret, 42); /* nobody waits any more */
+    assert_int_equal(gate_admit(&gate, text, false), ATTN_OK);
     gate_destroy(&gate);
 }
 
@@ -187,6 +248,7 @@ main(void)
         cmocka_unit_test(test_age),
         cmocka_unit_test(test_the_gate),
         cmocka_unit_test(test_a_coordinator_may_be_faster_than_its_answer),
+        cmocka_unit_test(test_a_few_wait),
         cmocka_unit_test(test_equal_texts),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -42,11 +42,26 @@ ticket_write(const ticket_t *ticket, const uint8_t secret[TICKET_SECRET], char t
     snprintf(text + n, TICKET_MAX - (size_t)n, ".%s", hex);
 }
 
+/* Where its MAC begins, with the dot before it; NULL: it is too long, too short or has none. */
+static const char *
+mac_of(const char *text)
+{
+    const char *dot = strrchr(text, '.');
+
+    return dot != NULL && dot - text < TICKET_MAX && strlen(dot + 1) == MAC_TEXT ? dot : NULL;
+}
+
+bool
+ticket_may_be(const char *text)
+{
+    return text != NULL && mac_of(text) != NULL;
+}
+
 attn_status_t
 ticket_read(const char *text, const uint8_t secret[TICKET_SECRET], uint64_t period,
             ticket_t *ticket)
 {
-    const char *dot = text != NULL ? strrchr(text, '.') : NULL;
+    const char *dot = text != NULL ? mac_of(text) : NULL;
     char hex[MAC_TEXT + 1], role;
     int version;
 
@@ -55,7 +70,7 @@ ticket_read(const char *text, const uint8_t secret[TICKET_SECRET], uint64_t peri
                          "the call has no " TICKET_HEADER ": OpenClient gives one, for the "
                          "metadata of every call");
     }
-    if (dot == NULL || dot - text >= TICKET_MAX || strlen(dot + 1) != MAC_TEXT) {
+    if (dot == NULL) {
         return attn_fail(ATTN_ERR_DENIED, "the call's " TICKET_HEADER " is malformed");
     }
     sign(text, (size_t)(dot - text), secret, hex);

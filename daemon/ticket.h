@@ -36,6 +36,9 @@ typedef struct ticket {
 void ticket_write(const ticket_t *ticket, const uint8_t secret[TICKET_SECRET],
                   char text[TICKET_MAX]);
 
+/** Has this text, which may be NULL, the form of a ticket? */
+bool ticket_may_be(const char *text);
+
 /**
  * Read what somebody showed (NULL: nothing), in the period of now.
  * @return ATTN_ERR_DENIED  there is none, it was not made with this secret, or it is too old

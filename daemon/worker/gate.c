@@ -82,20 +82,30 @@ admit_now(gate_t *gate, const char *text, bool coordinator_only)
     return status;
 }
 
-/* @return whether there was an end of joining to wait for */
-static bool
-await_joined(gate_t *gate)
+/* @return ATTN_OK  there was an end of joining to wait for, and it came or was waited for */
+static attn_status_t
+await_joined(gate_t *gate, attn_status_t refusal)
 {
+    attn_status_t status = refusal;
     struct timespec until;
 
     clock_gettime(CLOCK_MONOTONIC, &until);
     until.tv_sec += PATIENCE_S;
     pthread_mutex_lock(&gate->lock);
-    bool waited = gate->joining;
-    while (gate->joining && pthread_cond_timedwait(&gate->joined, &gate->lock, &until) == 0) {
+    if (gate->joining && gate->waiting >= GATE_WAITING_MAX) {
+        status = attn_fail(ATTN_ERR_UNAVAILABLE,
+                           "this worker is joining its coordinator, and %u calls wait for that: "
+                           "retry later",
+                           gate->waiting);
+    } else if (gate->joining) {
+        gate->waiting++;
+        while (gate->joining && pthread_cond_timedwait(&gate->joined, &gate->lock, &until) == 0) {
+        }
+        gate->waiting--;
+        status = ATTN_OK;
     }
     pthread_mutex_unlock(&gate->lock);
-    return waited;
+    return status;
 }
 
 attn_status_t
@@ -103,8 +113,9 @@ gate_admit(gate_t *gate, const char *text, bool coordinator_only)
 {
     attn_status_t status = admit_now(gate, text, coordinator_only);
 
-    if (status != ATTN_OK && text != NULL && await_joined(gate)) {
-        status = admit_now(gate, text, coordinator_only);
+    if (status == ATTN_OK || !ticket_may_be(text)) {
+        return status;
     }
-    return status;
+    status = await_joined(gate, status);
+    return status == ATTN_OK ? admit_now(gate, text, coordinator_only) : status;
 }

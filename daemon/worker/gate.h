@@ -4,7 +4,8 @@
  * until then it lets nobody in.
  *
  * A coordinator may call before its answer to Join has been read here; so a call that is refused
- * while joining waits for the end of that and is looked at again.
+ * while joining waits for the end of that and is looked at again. Anybody may show a text that only
+ * then turns out to be no ticket, so a few wait at once, and others are told to come again.
  */
 #ifndef ATTN_DAEMON_GATE_H
 #define ATTN_DAEMON_GATE_H
@@ -13,10 +14,13 @@
 
 #include <pthread.h>
 
+#define GATE_WAITING_MAX 4u /* calls: of a worker's 16 handlers */
+
 typedef struct gate {
     pthread_mutex_t lock;
     pthread_cond_t joined; /* or failed to */
     bool joining, open;
+    uint32_t waiting; /* calls, for the end of joining */
     uint8_t secret[TICKET_SECRET];
     uint64_t period;
 } gate_t;
@@ -35,7 +39,8 @@ void gate_period(gate_t *gate, uint64_t period);
 /**
  * May who shows this ticket (NULL: none) call here? Any thread; may block for a second at most, and
  * only while joining.
- * @return ATTN_ERR_DENIED  no
+ * @return ATTN_ERR_DENIED       no
+ * @return ATTN_ERR_UNAVAILABLE  while joining: too many wait to be told
  */
 attn_status_t gate_admit(gate_t *gate, const char *text, bool coordinator_only);
 
