@@ -95,7 +95,8 @@ typedef struct rpc_server_options {
     rpc_tls_t *tls;      /**< with cert and key; NULL: plaintext. Kept as long as it is needed */
     uint32_t calls_max;  /**< open calls, of which streams may be seven in eight; more are refused
                             with RESOURCE_EXHAUSTED; 0: 4,096 */
-    uint32_t peer_calls_max; /**< of them, of one TCP connection; 0: half */
+    uint32_t peer_calls_max; /**< of them, of one connection: over TCP more are refused, over a unix
+                                socket they wait at the client; 0: half */
     uint32_t stall_ms;   /**< a peer that takes none of the 2 MiB before it for so long, or thrice
                             as long to send a message that is due, is cut off; 0: 10,000 */
     uint64_t memory_max; /**< bytes for connections and for messages on their way in and out, as

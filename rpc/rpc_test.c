@@ -520,6 +520,43 @@ test_unix_socket(void **state)
     unlink(address + 5);
 }
 
+/* Connections of a unix socket have one name. Each still has its share: the rest of its calls wait,
+ * and come as others end. */
+static void
+test_calls_of_a_unix_connection(void **state)
+{
+    enum { N = 40, SHARE = 16 };
+    fixture_t f;
+    char address[64];
+    rpc_server_options_t options = {.address = address, .calls_max = 64, .peer_calls_max = SHARE};
+    rpc_stream_t *streams[N];
+    echo_log_t logs[N]           = {0};
+    rpc_server_figures_t figures = {0};
+
+    (void)state;
+    snprintf(address, sizeof(address), "unix:/tmp/attn_rpc_share.%d", (int)getpid());
+    begin(&f, &options, 0);
+    assert_int_equal(ask(&f, "", 1).number, 1); /* the client has heard how many it may open */
+    for (int i = 0; i < N; i++) {
+        logs[i].client = f.client;
+        assert_int_equal(rpc_stream_open(f.channel, ECHO_STREAM, in_ms(20000), echo_received,
+                                         &logs[i], &streams[i]),
+                         ATTN_OK);
+        echo_send(streams[i], "", 0, NULL, 0, NULL, NULL);
+    }
+    for (int i = 0; i < N; i++) { /* all are served, never more than SHARE of them at once */
+        assert_true(echo_wait_messages(&logs[i], 1));
+        rpc_server_describe(f.echo.server, &figures);
+        assert_in_range(figures.calls_open, 1, SHARE + 2); /* with those just over */
+        rpc_stream_finish(streams[i]);
+        assert_true(echo_wait_end(&logs[i]));
+        rpc_stream_close(streams[i]);
+    }
+    assert_int_equal(figures.refused_full + figures.refused_peer, 0);
+    end(&f);
+    unlink(address + 5);
+}
+
 static void
 test_methods_are_checked(void **state)
 {
@@ -706,6 +743,7 @@ main(void)
         cmocka_unit_test(test_streams_leave_room_for_unary_calls),
         TEST(test_bind_errors_are_typed),
         cmocka_unit_test(test_unix_socket),
+        cmocka_unit_test(test_calls_of_a_unix_connection),
         cmocka_unit_test(test_methods_are_checked),
         TEST(test_health_check),
         TEST(test_health_watch),

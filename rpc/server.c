@@ -101,6 +101,12 @@ find_entry(rpc_server_t *server, grpc_slice path)
     return NULL;
 }
 
+static bool
+is_unix(const char *address)
+{
+    return strncmp(address, "unix:", 5) == 0;
+}
+
 /* Count a call. @return false, with a sentence, if there are too many */
 static bool
 admit(rpc_server_t *server, const char *peer, bool stream, char sentence[RPC_SENTENCE_MAX])
@@ -109,7 +115,7 @@ admit(rpc_server_t *server, const char *peer, bool stream, char sentence[RPC_SEN
      * unary calls, which end by themselves: heartbeats, say. */
     uint32_t most   = server->calls_max - (stream ? server->calls_max / UNARY_SHARE : 0);
     uint32_t own    = server->peer_calls_max;
-    bool connection = strncmp(peer, "unix:", 5) != 0; /* those have no names to tell them apart */
+    bool connection = !is_unix(peer); /* those have no names to tell them apart */
 
     pthread_mutex_lock(&server->lock);
     bool full       = server->calls_open >= most;
@@ -231,7 +237,7 @@ unix_address_in_use(const char *address)
 {
     struct sockaddr_un to = {.sun_family = AF_UNIX};
 
-    if (strncmp(address, "unix:", 5) != 0) {
+    if (!is_unix(address)) {
         return false;
     }
     const char *path = address + 5;
@@ -277,8 +283,11 @@ bind_address(rpc_server_t *server)
  * then breaks streams, one of each connection in turn, with RESOURCE_EXHAUSTED.
  */
 static grpc_server *
-make_core_server(uint32_t peer_calls_max, uint64_t memory_max)
+make_core_server(const rpc_server_t *own, uint64_t memory_max)
 {
+    /* Of a connection. Those of a unix socket are not told apart here, so C core's limit is the one
+     * that holds: what is over it waits, while on TCP a few more come to be told. */
+    uint32_t streams           = own->peer_calls_max + (is_unix(own->address) ? 0 : REFUSALS_MAX);
     grpc_resource_quota *quota = grpc_resource_quota_create("attn.rpc.server");
     grpc_resource_quota_resize(quota, memory_max);
     grpc_arg memory = {.type          = GRPC_ARG_POINTER,
@@ -289,9 +298,8 @@ make_core_server(uint32_t peer_calls_max, uint64_t memory_max)
         rpc_arg(GRPC_ARG_MAX_RECEIVE_MESSAGE_LENGTH, RPC_MESSAGE_MAX),
         rpc_arg(GRPC_ARG_MAX_SEND_MESSAGE_LENGTH, RPC_MESSAGE_MAX),
         rpc_arg(GRPC_ARG_MAX_METADATA_SIZE, RPC_METADATA_MAX),
-        rpc_arg(GRPC_ARG_MAX_CONCURRENT_STREAMS,
-                (int)peer_calls_max + REFUSALS_MAX), /* of a connection */
-        rpc_arg(GRPC_ARG_ALLOW_REUSEPORT, 0),        /* a second server on a port is an error */
+        rpc_arg(GRPC_ARG_MAX_CONCURRENT_STREAMS, (int)streams),
+        rpc_arg(GRPC_ARG_ALLOW_REUSEPORT, 0), /* a second server on a port is an error */
         rpc_arg(GRPC_ARG_SERVER_HANDSHAKE_TIMEOUT_MS, HANDSHAKE_MS),
         rpc_arg(GRPC_ARG_KEEPALIVE_TIME_MS, KEEPALIVE_MS),
         rpc_arg(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, KEEPALIVE_TIMEOUT_MS),
@@ -336,8 +344,8 @@ rpc_server_create(const rpc_server_options_t *options, rpc_server_t **server_p)
     atomic_init(&server->refs, 1);
     pthread_mutex_init(&server->lock, NULL);
     rpc_cond_init(&server->cond);
-    server->grpc = make_core_server(
-        server->peer_calls_max, options->memory_max == 0 ? MEMORY_DEFAULT : options->memory_max);
+    server->grpc =
+        make_core_server(server, options->memory_max == 0 ? MEMORY_DEFAULT : options->memory_max);
     server->queue = grpc_completion_queue_create_for_next(NULL);
     server->crew =
         rpc_crew_create(server->queue, options->threads == 0 ? THREADS_DEFAULT : options->threads,
