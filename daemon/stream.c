@@ -9,6 +9,8 @@
  */
 #include "daemon/stream_int.h"
 
+#include "base/checked.h"
+#include "base/clock.h"
 #include "base/status.h"
 #include "daemon/meter.h"
 #include "daemon/ticket.h"
@@ -117,13 +119,30 @@ stream_end(stream_t *stream, attn_status_t status, const char *sentence)
     pthread_mutex_unlock(&stream->lock);
 }
 
+/* For the next message to come; 0: as long as it takes. The rest of a run holds its buffer, so each
+ * part has its time, and all of them as much for every 2 MiB, however many they are. */
+static uint32_t
+next_ms(const stream_t *stream)
+{
+    const steps_run_t *run = &stream->run;
+    uint64_t most          = stream->steps->part_ms;
+
+    if (run->data == NULL) {
+        return 0;
+    }
+    uint64_t all  = most * (1 + run->total / RPC_DATA_PART_MAX);
+    uint64_t went = (attn_now_ns() - run->start_ns) / ATTN_NS_PER_MS;
+    return (uint32_t)attn_max(attn_min(most, went < all ? all - went : 0), 1);
+}
+
 static void
 stream_next(stream_t *stream)
 {
+    uint32_t within_ms = next_ms(stream); /* ours until the next message */
+
     pthread_mutex_lock(&stream->lock);
     if (!stream->over) {
-        /* The rest of a run holds its buffer, so it has to come; what is next may take its time. */
-        rpc_call_next(stream->call, stream->run.data != NULL ? stream->steps->part_ms : 0);
+        rpc_call_next(stream->call, within_ms);
     }
     pthread_mutex_unlock(&stream->lock);
 }
