@@ -42,6 +42,7 @@ typedef struct coordinator_options {
     uint64_t heartbeat_ms;
     uint64_t break_even_tokens; /**< 0: from the cost model */
     uint64_t handler_threads;
+    uint64_t drain_ms;
     uint64_t stall_ms;
     uint64_t message_memory, run_memory; /**< bytes */
     char metrics_listen[OPTIONS_TEXT_MAX];

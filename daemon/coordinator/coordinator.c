@@ -14,7 +14,6 @@
 #define TICK_MS 100u
 #define TRIM_TICKS 20u
 #define LOOK_MS 10u       /* how often a draining coordinator looks for open steps */
-#define DRAIN_MS 5000u    /* for open steps of thin clients to end */
 #define GRACE_MS 500u     /* for replies that are on their way at the end */
 #define SPARE_MS 1000u    /* to put things away after that */
 #define SERVER_THREADS 4u /* they never block: what may block is a job */
@@ -234,15 +233,20 @@ start(coordinator_t *c)
 static void
 drain(coordinator_t *c)
 {
-    uint64_t end = attn_now_ns() + DRAIN_MS * ATTN_NS_PER_MS;
+    uint64_t end = attn_now_ns() + c->options.drain_ms * ATTN_NS_PER_MS;
 
-    attn_log(ATTN_LOG_INFO, "coordinator.draining", "open_steps=%u", thin_open_steps(c->thin));
+    attn_log(ATTN_LOG_INFO, "coordinator.draining", "open_steps=%u drain_ms=%llu",
+             thin_open_steps(c->thin), (unsigned long long)c->options.drain_ms);
     atomic_store(&c->draining, true);
     process_notify("STOPPING=1\nSTATUS=draining");
     rpc_server_set_serving(c->server, false);
     steps_drain(c->steps);
     while (thin_open_steps(c->thin) > 0 && attn_now_ns() < end) {
         nanosleep(&(struct timespec){.tv_nsec = LOOK_MS * 1000000}, NULL);
+    }
+    uint32_t left = thin_open_steps(c->thin);
+    if (left > 0) {
+        attn_log(ATTN_LOG_WARN, "coordinator.drain_over", "aborted_steps=%u", left);
     }
     process_end_within(GRACE_MS + SPARE_MS);
     steps_end_streams(c->steps);

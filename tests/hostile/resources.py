@@ -168,6 +168,28 @@ class Resources(Hostile):
             self.assertEqual(error.status, BUSY)
             return False
 
+    def test_parts_that_trickle(self):
+        """Each in its time, but all together they have as much as one."""
+        seq = self.thin.create(self.cache)
+        other = self.bent()
+        number = other.open(STEPS)
+        request = begin_request(self.cache, seq, 0, 0, 1000)
+        other.send(number, other.message(pb.StepRequest(begin=request).SerializeToString()))
+        wait_until("begin", lambda: other.pump(1) and list(other.messages(number)))
+        step = pb.StepReply.FromString(next(other.messages(number))).begin.step_id
+        total, start = 1000 * 2 * 72 * 4, time.monotonic()
+        for offset in range(100):
+            part = pb.StepRequest(run=pb.RunRequest(step_id=step, total=total, offset=offset), data=b"1")
+            other.send(number, other.message(part.SerializeToString()))
+            if other.wait(number, RECEIVE / 10):
+                break
+        self.assertGreater(time.monotonic() - start, RECEIVE * 0.9)
+        self.assertLess(time.monotonic() - start, RECEIVE + STALL + LATE)
+        status, code, sentence = other.streams[number].status()
+        self.assertEqual(code, DEADLINE_EXCEEDED, sentence)
+        wait_until("the step aborts", lambda: self.begins(seq), 2)
+        self.thin.free(self.cache, seq)
+
     def test_a_paused_daemon_cuts_nobody_off(self):
         """What came while it did not run it could not read: its peers get their time again."""
         request = begin_request(self.cache, self.seq, self.N, 1, 0).SerializeToString()
@@ -352,6 +374,31 @@ class Connections(Hostile):
                 other.pump(0)
         slowest = quick.stop()
         self.assertLess(slowest, SLOW * (0.5 + 20 * alone))
+
+    # ---- the end
+
+    def test_a_drain_as_long_as_it_may_take(self):
+        """Of a coordinator with a thin client's step open: the step may end, or is aborted."""
+        for drain, commits in (("500ms", False), ("20s", True)):
+            few = daemons.Daemons(1, ["--drain-ms", drain])
+            thin = client.Client(few.address)
+            cache = thin.open_cache("drained", **GEOMETRY)
+            step = thin.begin(thin.unary(), cache, [Entry(thin.create(cache), 0, 0, 1)], q_dtype=1)
+            start = time.monotonic()
+            few.coordinator.signal(signal.SIGTERM)
+            if commits:
+                wait_until("draining", lambda: few.coordinator.find("coordinator.draining"))
+                _, k, v = self.tensors(0, 1)
+                for layer in range(2):
+                    step.run(layer, b"", k, v)
+                step.commit()
+            few.coordinator.process.wait(5)
+            took = time.monotonic() - start
+            with open(few.coordinator.log) as log:
+                self.assertEqual("coordinator.drain_over" in log.read(), not commits)
+            self.assertTrue(commits or 0.45 < took < 3, took)
+            thin.channel.close()  # there is nobody to tell
+            few.stop()
 
     # ---- logs
 
