@@ -15,7 +15,6 @@
 #include <string.h>
 
 #define CLOSE_TIMEOUT_MS 1000u
-#define TICKET_ROOM 512u /* bytes of a ticket, its end included */
 
 /* A worker that some layout named. */
 typedef struct known_worker {
@@ -31,7 +30,7 @@ typedef struct grpc_control {
     rpc_channel_t *channel;
     uint32_t client;
     pthread_mutex_t lock;
-    char ticket[TICKET_ROOM];
+    char ticket[WIRE_TICKET_ROOM];
     known_worker_t *workers;
 } grpc_control_t;
 
@@ -54,18 +53,14 @@ call(control_t *control, const char *path, const void *request, uint64_t deadlin
 static attn_status_t
 take_ticket(grpc_control_t *control, const char *ticket)
 {
-    size_t n = strlen(ticket);
+    attn_status_t status = wire_ticket_check(ticket);
 
-    for (size_t i = 0; i < n; i++) {
-        n = ticket[i] >= ' ' && ticket[i] < 127 ? n : TICKET_ROOM;
-    }
-    if (n >= TICKET_ROOM) {
-        return attn_fail(ATTN_ERR_INTERNAL,
-                         "the coordinator gave a ticket that is no line of text");
+    if (status != ATTN_OK) {
+        return status;
     }
     pthread_mutex_lock(&control->lock);
     if (strcmp(ticket, control->ticket) != 0) {
-        memcpy(control->ticket, ticket, n + 1);
+        strcpy(control->ticket, ticket); /* checked: it has room */
         rpc_client_set_header(control->rpc, "attn-ticket", ticket);
     }
     pthread_mutex_unlock(&control->lock);

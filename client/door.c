@@ -69,7 +69,10 @@ introduce(door_t *door, const char *name)
     if (status == ATTN_OK) {
         door->client   = reply->client_id;
         door->lease_ms = reply->lease_ms;
-        rpc_client_set_header(door->rpc, "attn-ticket", reply->ticket); /* at this door for life */
+        status         = wire_ticket_check(reply->ticket);
+        if (status == ATTN_OK) {
+            rpc_client_set_header(door->rpc, "attn-ticket", reply->ticket); /* here for life */
+        }
         rpc_message_free(message);
     }
     return status;

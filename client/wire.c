@@ -621,3 +621,20 @@ wire_worker_decode(const Attn__V1__WorkerInfo *message, attn_worker_info_t *info
     strncpy(info->address, message->address, sizeof(info->address) - 1);
     strncpy(info->kind, message->kind, sizeof(info->kind) - 1);
 }
+
+attn_status_t
+wire_ticket_check(const char *ticket)
+{
+    size_t n = 0;
+
+    while (n < WIRE_TICKET_ROOM && ticket[n] >= ' ' && ticket[n] < 127) {
+        n++;
+    }
+    if (n == WIRE_TICKET_ROOM || ticket[n] != 0) {
+        return attn_fail(ATTN_ERR_INTERNAL,
+                         "the coordinator gave a ticket that is no line of text, or has %u bytes "
+                         "or more",
+                         WIRE_TICKET_ROOM);
+    }
+    return ATTN_OK;
+}

@@ -12,6 +12,7 @@
 
 #define WIRE_SEQS_MAX 4096u
 #define WIRE_CHUNKS_MAX (1u << 20)
+#define WIRE_TICKET_ROOM 512u /* bytes of a ticket, its end included */
 
 /** Memory of one decoded or encoded message; zero-initialise. */
 typedef struct wire_block {
@@ -52,5 +53,9 @@ attn_status_t wire_chunks_encode(wire_block_t *block, const attn_seq_info_t *inf
 attn_status_t wire_holes_encode(wire_block_t *block, const attn_seq_info_t *info,
                                 Attn__V1__Hole ***holes_p);
 void wire_worker_decode(const Attn__V1__WorkerInfo *message, attn_worker_info_t *info);
+
+/** May a ticket go into a call's metadata? @return ATTN_ERR_INTERNAL if it is no line of ASCII, or
+ * has WIRE_TICKET_ROOM bytes or more. */
+attn_status_t wire_ticket_check(const char *ticket);
 
 #endif

@@ -19,6 +19,8 @@
 
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
 #define NOW UINT64_C(1000000000)
 
@@ -656,6 +658,40 @@ test_random_bytes_decode_or_are_refused(void **state)
     wire_free(&block);
 }
 
+/* ---- tickets ---- */
+
+/* What follows a ticket is no memory: a byte beyond its end is a signal. */
+static void
+test_a_ticket_is_a_short_line_of_ascii(void **state)
+{
+    size_t page  = (size_t)sysconf(_SC_PAGESIZE);
+    char *memory = mmap(NULL, 2 * page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    static const struct {
+        const char *ticket;
+        attn_status_t status;
+    } cases[] = {
+        {"", ATTN_OK},
+        {"1.c.1.1.~ !", ATTN_OK},
+        {"\n", ATTN_ERR_INTERNAL},
+        {"1.c\r\n", ATTN_ERR_INTERNAL},
+        {"\x7f", ATTN_ERR_INTERNAL},
+        {"1.c.\xc3\xa4", ATTN_ERR_INTERNAL},
+    };
+    (void)state;
+    assert_ptr_not_equal(memory, MAP_FAILED);
+    assert_int_equal(mprotect(memory + page, page, PROT_NONE), 0);
+    for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++) {
+        size_t n = strlen(cases[i].ticket) + 1;
+        char *at = memcpy(memory + page - n, cases[i].ticket, n);
+        assert_int_equal(wire_ticket_check(at), cases[i].status);
+    }
+    char *at             = memset(memory + page - WIRE_TICKET_ROOM - 1, 'x', WIRE_TICKET_ROOM + 1);
+    at[WIRE_TICKET_ROOM] = 0;
+    assert_int_equal(wire_ticket_check(at), ATTN_ERR_INTERNAL);
+    assert_int_equal(wire_ticket_check(at + 1), ATTN_OK);
+    munmap(memory, 2 * page);
+}
+
 int
 main(void)
 {
@@ -671,6 +707,7 @@ main(void)
         cmocka_unit_test(test_out_of_memory_is_told),
         cmocka_unit_test(test_sizes_that_overflow_are_refused),
         cmocka_unit_test(test_random_bytes_decode_or_are_refused),
+        cmocka_unit_test(test_a_ticket_is_a_short_line_of_ascii),
     };
     return cmocka_run_group_tests_name("wire", tests, NULL, NULL);
 }
