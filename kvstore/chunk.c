@@ -34,8 +34,10 @@ kv_chunk_prefetch(const kv_region_t *region, uint64_t id)
     if (region->chunks != NULL) {
         /* The handle is the chunk's first member. */
         const char *first = (const char *)bucket_of(region->chunks->hh.tbl, id)->hh_head;
-        __builtin_prefetch(first);
-        __builtin_prefetch(first + 64);
+        if (first != NULL) {
+            __builtin_prefetch(first);
+            __builtin_prefetch(first + 64);
+        }
     }
 }
 
