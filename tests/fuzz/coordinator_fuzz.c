@@ -149,7 +149,7 @@ LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t n)
     fake_spared_begin();
     for (uint32_t i = 0; i < WORKERS; i++) {
         need(engine_check(engines[i]));
-        engine_caches_close(engines[i]);
+        serve_forget(engines[i]);
         need(engine_check(engines[i]));
     }
     fake_spared_end();

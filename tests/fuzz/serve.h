@@ -13,7 +13,23 @@
 
 #include "tests/fuzz/fake_rpc.h"
 
+#include "base/table.h"
+#include "engine/engine_int.h"
+
 #define RECORDS_MAX 64u /* of one input: the rest adds time, and no new state */
+
+/* Leave nothing of an input in an engine that goes on to the next. Its caches, and the steps that
+ * ended: their ids are refused for a while, and every input has those of the seeds. */
+static inline void
+serve_forget(engine_t *engine)
+{
+    engine_caches_close(engine);
+    HASH_CLEAR(hh, engine->ended_by_id);
+    for (uint64_t i = 0; i < engine->n_ended && i < ENDED_STEPS; i++) {
+        engine->ended[i] = (ended_step_t){0};
+    }
+    engine->n_ended = 0;
+}
 
 static inline void
 serve_input(rpc_server_t *server, input_t *in)

@@ -64,7 +64,7 @@ LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t n)
     serve_input(worker.server, &in);
     fake_spared_begin();
     need(engine_check(worker.engine));
-    engine_caches_close(worker.engine);
+    serve_forget(worker.engine);
     need(engine_check(worker.engine));
     engine_describe(worker.engine, &info);
     if (info.region_bytes != 0 || info.chunks != 0 || info.open_steps != 0 || info.caches != 0) {
