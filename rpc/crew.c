@@ -128,6 +128,13 @@ poll_rest(const rpc_crew_t *crew)
     } while (rpc_dispatch(event) && ++n < DRAIN_MAX);
 }
 
+/* Whether this call was the only one of late, and does not take long; with the lock held. */
+static bool
+is_alone(const rpc_crew_t *crew, const rpc_call_t *call)
+{
+    return crew->last == call && crew->n_last + 1 >= ALONE_RUNS && rpc_call_is_bearable(call);
+}
+
 /* Have the queue until there is work for a handler that may run; with the lock held. */
 static void
 have_queue(rpc_crew_t *crew)
@@ -142,7 +149,7 @@ have_queue(rpc_crew_t *crew)
         more = poll_once(crew, spin);
         pthread_mutex_lock(&crew->lock);
     }
-    if (more) {
+    if (more && !is_alone(crew, crew->ready_head)) { /* its queue is kept whatever else is there */
         pthread_mutex_unlock(&crew->lock);
         poll_rest(crew);
         pthread_mutex_lock(&crew->lock);
@@ -175,10 +182,10 @@ keep_queue(rpc_crew_t *crew)
 static bool
 is_to_keep(rpc_crew_t *crew, const rpc_call_t *call)
 {
+    bool alone   = is_alone(crew, call);
     crew->n_last = crew->last == call ? crew->n_last + 1 : 0;
     crew->last   = call;
-    return crew->ready_head == NULL &&
-           (rpc_call_is_short(call) || (crew->n_last >= ALONE_RUNS && rpc_call_is_bearable(call)));
+    return crew->ready_head == NULL && (rpc_call_is_short(call) || alone);
 }
 
 static void
