@@ -5,9 +5,11 @@
  * "sleeps"
  *
  * One worker process and one echo server; libattn and the echo's client take turns in this
- * process, so that both meet the same machine. Of every run the time that the worker computed
- * (RunReply.compute_ns) is taken off; what is left is held against a round trip of the same
- * number of bytes, of the same call type, with the same waiting.
+ * process, so that both meet the same machine. Who sleeps is on one core with its server in some
+ * rows and on another in others: the system's choice would be one of the two, another for each
+ * side, and makes a factor of five, since an idle core takes its time to wake up. Of every run the
+ * time that the worker computed (RunReply.compute_ns) is taken off; what is left is held against a
+ * round trip of the same number of bytes, of the same call type, with the same waiting.
  */
 #include "bench/echo.h"
 #include "bench/ours.h"
@@ -16,6 +18,7 @@
 
 #include "base/clock.h"
 
+#include <sched.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
@@ -105,10 +108,9 @@ echo_turn(echo_t *echo, uint32_t request, uint32_t reply, samples_t *samples)
 /* ---- one worker ---- */
 
 static void
-report_layer(const char *type, uint32_t spin_us, const shape_t *shape, samples_t *net,
+report_layer(const char *type, const char *waiting, const shape_t *shape, samples_t *net,
              samples_t *computed, samples_t *echo)
 {
-    const char *waiting = spin_us > 0 ? "spins" : "sleeps";
     double ours = p50(net), bare = p50(echo), ratio = ours / bare;
 
     printf("%-6s %-6s %8s | %7.1f %7.1f | %7.1f %7.1f | %7.1f | %5.2f  %s\n", type, waiting,
@@ -127,7 +129,7 @@ report_layer(const char *type, uint32_t spin_us, const shape_t *shape, samples_t
 
 static void
 measure_layer(const cluster_t *cluster, const echoes_t *echoes, const shape_t *shape,
-              bool streaming, uint32_t spin_us)
+              bool streaming, uint32_t spin_us, const char *waiting)
 {
     samples_t net = {0}, computed = {0}, bare = {0};
     attn_client_options_t options;
@@ -147,7 +149,7 @@ measure_layer(const cluster_t *cluster, const echoes_t *echoes, const shape_t *s
             net.n = computed.n = bare.n = 0; /* the first turn warms both up */
         }
     }
-    report_layer(streaming ? "stream" : "unary", spin_us, shape, &net, &computed, &bare);
+    report_layer(streaming ? "stream" : "unary", waiting, shape, &net, &computed, &bare);
     if (direct != NULL) {
         direct_close(direct);
     }
@@ -155,26 +157,47 @@ measure_layer(const cluster_t *cluster, const echoes_t *echoes, const shape_t *s
     ours_close(&ours);
 }
 
+/* Be on these cores, and so are processes started from now on. */
 static void
-measure_layers(uint32_t spin_us)
+be_on(int first, int n)
+{
+    cpu_set_t set;
+
+    CPU_ZERO(&set);
+    for (int i = first; i < first + n; i++) {
+        CPU_SET(i, &set);
+    }
+    sched_setaffinity(0, sizeof(set), &set);
+}
+
+static void
+measure_layers(uint32_t spin_us, const char *waiting, bool one_core)
 {
     cluster_t cluster;
     echoes_t echoes;
+    int cores = (int)sysconf(_SC_NPROCESSORS_ONLN);
 
+    if (spin_us == 0) {
+        be_on(0, 1);
+    }
     cluster_start(&cluster, 1, 1, spin_us);
     echoes_start(&echoes, 1, spin_us);
+    if (spin_us == 0 && !one_core && cores > 1) {
+        be_on(1, 1);
+    }
     for (int streaming = 1; streaming >= 0; streaming--) {
         for (size_t s = 0; s < SHAPES; s++) {
             char name[64];
-            snprintf(name, sizeof(name), "%s %s %s", streaming == 1 ? "stream" : "unary",
-                     spin_us > 0 ? "spins" : "sleeps", shapes[s].name);
+            snprintf(name, sizeof(name), "%s %s %s", streaming == 1 ? "stream" : "unary", waiting,
+                     shapes[s].name);
             if (strstr(name, bench.only) != NULL) {
-                measure_layer(&cluster, &echoes, &shapes[s], streaming == 1, spin_us);
+                measure_layer(&cluster, &echoes, &shapes[s], streaming == 1, spin_us, waiting);
             }
         }
     }
     echoes_stop(&echoes);
     cluster_stop(&cluster);
+    be_on(0, cores);
 }
 
 int
@@ -190,7 +213,8 @@ main(int argc, char **argv)
     printf("one layer of one worker, microseconds; net: without what the worker computed\n"
            "%-6s %-6s %8s | %7s %7s | %7s %7s | %7s | %s\n",
            "call", "waits", "bytes", "echo50", "echo99", "net50", "net99", "kernel", "ratio");
-    measure_layers(50);
-    measure_layers(0);
+    measure_layers(50, "spins", false);
+    measure_layers(0, "sleeps", false);
+    measure_layers(0, "sleeps-1", true);
     return 0;
 }

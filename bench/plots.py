@@ -49,9 +49,10 @@ def plain_ticks(axis, values):
 
 def draw_layer(results, machine, out):
     rows = of_bench(results, "layer")
-    groups = [("stream", "spins"), ("stream", "sleeps"), ("unary", "spins"), ("unary", "sleeps")]
+    groups = [(kind, waits) for kind in ("stream", "unary")
+              for waits in ("spins", "sleeps", "sleeps-1")]
     groups = [group for group in groups
-              if any(row["case"].startswith(" ".join(group)) for row in rows)]
+              if any(row["case"].startswith(" ".join(group) + " ") for row in rows)]
     if not groups:
         return None
     figure, axes = plt.subplots(1, len(groups), figsize=(3.1 * len(groups), 4.4), sharey=True,
