@@ -11,9 +11,10 @@
  *    last handlers were all of the same stream and took no longer than a call may wait, and
  *    nothing else is waiting, the queue is kept: a thread woken for nothing takes the core
  *    of the handler, or of a client that spins for its answer, and then that of the handler
- *    again for each thing that the handler starts. A deputy, one of the idle threads, looks
- *    every few milliseconds and takes the queue from a handler that has had it for long, so
- *    that one that blocks for once does not hold up the others.
+ *    again for each thing that the handler starts. So it is where threads that were woken have
+ *    been taking long to come, for then every core is busy. A deputy, one of the idle threads,
+ * looks every few milliseconds and takes the queue from a handler that has had it for long, so that
+ * one that blocks for once does not hold up the others.
  *
  * There is one thread more than handlers may run at once: the queue is polled also when
  * all handlers are busy, and calls then wait in the list of ready ones.
@@ -29,6 +30,9 @@
 
 #define DRAIN_MAX 64 /* events dispatched before the first handler runs */
 #define ALONE_RUNS 8 /* handlers in a row of one call, after which it is taken to be alone */
+
+#define WAKE_SLOW_NS (100 * ATTN_NS_PER_US) /* for a thread to come: no core is free for it */
+#define WAKE_TRY 16                         /* while that is so, one handler in so many wakes one */
 
 #define DEPUTY_LOOK_NS (1 * ATTN_NS_PER_MS)     /* between its looks, and a handler's time */
 #define DEPUTY_LOOK_MAX_NS (4 * ATTN_NS_PER_MS) /* while it finds nothing to do */
@@ -51,6 +55,9 @@ struct rpc_crew {
     uint64_t n_keepers;
     const rpc_call_t *last; /* whose handler ran last; perhaps gone, so only compared */
     uint32_t n_last;        /* how often in a row before */
+    uint64_t woken_ns;      /* when an idle thread was woken that has not come yet; 0: none */
+    uint64_t wake_ns;       /* how long they take, on average */
+    uint32_t n_slow;        /* handlers that kept the queue for that */
 };
 
 void
@@ -185,12 +192,18 @@ is_to_keep(rpc_crew_t *crew, const rpc_call_t *call)
     bool alone   = is_alone(crew, call);
     crew->n_last = crew->last == call ? crew->n_last + 1 : 0;
     crew->last   = call;
+    if (crew->wake_ns > WAKE_SLOW_NS && rpc_call_is_bearable(call)) {
+        return ++crew->n_slow % WAKE_TRY != 0;
+    }
     return crew->ready_head == NULL && (rpc_call_is_short(call) || alone);
 }
 
 static void
 wake_another(rpc_crew_t *crew)
 {
+    if (crew->idle > 0 && crew->woken_ns == 0) {
+        crew->woken_ns = attn_now_ns();
+    }
     pthread_cond_signal(crew->idle > 0 ? &crew->idle_cond : &crew->deputy_cond);
     crew->deputy_sleeps = crew->deputy_sleeps && crew->idle > 0;
 }
@@ -244,6 +257,20 @@ be_deputy(rpc_crew_t *crew)
     crew->deputy = crew->deputy_sleeps = false;
 }
 
+/* Wait until there may be something to do. */
+static void
+be_idle(rpc_crew_t *crew)
+{
+    crew->idle++;
+    pthread_cond_wait(&crew->idle_cond, &crew->lock);
+    crew->idle--;
+    if (crew->woken_ns != 0) {
+        uint64_t took  = attn_min(attn_now_ns() - crew->woken_ns, 8 * WAKE_SLOW_NS);
+        crew->wake_ns  = (7 * crew->wake_ns + took) / 8;
+        crew->woken_ns = 0;
+    }
+}
+
 static void *
 serve(void *arg)
 {
@@ -261,9 +288,7 @@ serve(void *arg)
         } else if (!crew->deputy) {
             be_deputy(crew);
         } else {
-            crew->idle++;
-            pthread_cond_wait(&crew->idle_cond, &crew->lock);
-            crew->idle--;
+            be_idle(crew);
         }
     }
     pthread_mutex_unlock(&crew->lock);
