@@ -1,7 +1,9 @@
 /*
  * attnctl_bench_load.c: the load. A slot is a thread with sequences of its own that takes one
  * decode step after the other, so as many calls are outstanding as slots step. Slots belong to
- * clients in turn, so a drive of the first few spreads over all clients.
+ * clients in turn, so a drive of the first few spreads over all clients. In a sweep those that step
+ * take turns with the sequences of those that do not, so that each point reads as much memory: a
+ * few sequences alone would stay in the caches.
  */
 #include "client/attnctl_bench.h"
 
@@ -26,12 +28,17 @@ typedef struct bench_client {
     door_cache_t *door_cache;
 } bench_client_t;
 
-typedef struct slot {
-    bench_load_t *load;
-    bench_client_t *client;
+/* The sequences that one slot steps at a time. */
+typedef struct set {
     uint32_t number;
     attn_seq_t *seqs; /* [batch] */
     uint64_t length;  /* of all */
+} set_t;
+
+typedef struct slot {
+    bench_load_t *load;
+    bench_client_t *client;
+    set_t *set; /* of the same client */
     uint8_t *q, *k, *v;
     float *o;
     attn_step_t *step;
@@ -47,6 +54,8 @@ struct bench_load {
     bench_client_t clients[BENCH_CLIENTS_MAX];
     uint32_t n_slots;
     slot_t *slots;
+    set_t *sets;    /* [n_slots] */
+    uint32_t every; /* of the sets is one slot's */
     uint32_t ms;
     atomic_bool stop;
 };
@@ -137,7 +146,7 @@ step_abort(slot_t *s)
 static uint64_t
 sequence_of(const slot_t *s, uint32_t i)
 {
-    return (uint64_t)s->number * 4096 + i + 1;
+    return (uint64_t)s->set->number * 4096 + i + 1;
 }
 
 static void
@@ -151,11 +160,11 @@ write_rows(slot_t *s, uint32_t layer, uint32_t n_new, bool asks)
         uint64_t sequence = sequence_of(s, i);
         for (uint32_t t = 0; t < n_new; t++) {
             uint64_t at = ((uint64_t)i * n_new + t) * kv * size;
-            bench_row('k', sequence, s->length + t, layer, kv, b->dtype, s->k + at);
-            bench_row('v', sequence, s->length + t, layer, kv, b->dtype, s->v + at);
+            bench_row('k', sequence, s->set->length + t, layer, kv, b->dtype, s->k + at);
+            bench_row('v', sequence, s->set->length + t, layer, kv, b->dtype, s->v + at);
         }
         if (asks) {
-            bench_row('q', sequence, s->length, layer, all, b->dtype,
+            bench_row('q', sequence, s->set->length, layer, all, b->dtype,
                       s->q + (uint64_t)i * all * size);
         }
     }
@@ -166,11 +175,11 @@ static void
 verify(slot_t *s, uint32_t layer)
 {
     const bench_options_t *b = s->load->options;
-    uint64_t turn            = s->result.verified * 7919 + s->number;
+    uint64_t turn            = s->result.verified * 7919 + s->set->number;
     uint32_t i = (uint32_t)(turn % b->batch), head = (uint32_t)(turn / b->batch % b->heads);
 
     s->result.verified++;
-    if (!bench_check(b, sequence_of(s, i), s->length + 1, layer, head,
+    if (!bench_check(b, sequence_of(s, i), s->set->length + 1, layer, head,
                      s->o + ((uint64_t)i * b->heads + head) * b->head_dim)) {
         s->result.wrong++;
     }
@@ -196,7 +205,7 @@ step(slot_t *s, uint32_t n_new, bool asks)
     }
     for (uint32_t i = 0; i < b->batch; i++) {
         entries[i] = (attn_entry_t){
-            .seq = s->seqs[i], .base = s->length, .n_q = asks ? 1 : 0, .n_new = n_new};
+            .seq = s->set->seqs[i], .base = s->set->length, .n_q = asks ? 1 : 0, .n_new = n_new};
     }
     s->step              = NULL;
     s->door_step         = NULL;
@@ -223,7 +232,7 @@ step(slot_t *s, uint32_t n_new, bool asks)
         return status;
     }
     bench_sample(&s->result.commit, attn_now_ns() - at);
-    s->length += n_new;
+    s->set->length += n_new;
     s->result.steps++;
     s->result.tokens += (uint64_t)n_new * b->batch;
     return ATTN_OK;
@@ -238,10 +247,10 @@ cut_back(slot_t *s)
 
     for (uint32_t i = 0; i < b->batch && status == ATTN_OK; i++) {
         status = s->client->door != NULL
-                     ? door_seq_truncate(s->client->door_cache, s->seqs[i], b->context)
-                     : attn_seq_truncate(s->client->cache, s->seqs[i], b->context);
+                     ? door_seq_truncate(s->client->door_cache, s->set->seqs[i], b->context)
+                     : attn_seq_truncate(s->client->cache, s->set->seqs[i], b->context);
     }
-    s->length = b->context;
+    s->set->length = b->context;
     return status;
 }
 
@@ -249,18 +258,20 @@ static void *
 slot_thread(void *arg)
 {
     slot_t *s                = arg;
-    const bench_options_t *b = s->load->options;
+    bench_load_t *load       = s->load;
+    const bench_options_t *b = load->options;
 
-    while (s->status == ATTN_OK && !atomic_load(&s->load->stop) &&
-           (s->load->ms > 0 || s->result.steps < b->steps)) {
+    while (s->status == ATTN_OK && !atomic_load(&load->stop) &&
+           (load->ms > 0 || s->result.steps < b->steps)) {
         s->status = step(s, 1, true);
-        if (s->status == ATTN_OK && s->length >= b->context + GROW) {
+        if (s->status == ATTN_OK && s->set->length >= b->context + GROW) {
             s->status = cut_back(s);
         }
+        s->set = &load->sets[(s->set->number + load->every) % load->n_slots];
     }
     if (s->status != ATTN_OK) {
         snprintf(s->sentence, sizeof(s->sentence), "%s", attn_last_error());
-        atomic_store(&s->load->stop, true);
+        atomic_store(&load->stop, true);
     }
     return NULL;
 }
@@ -274,11 +285,12 @@ fill(slot_t *s)
     attn_status_t status     = ATTN_OK;
 
     for (uint32_t i = 0; i < b->batch && status == ATTN_OK; i++) {
-        status = s->client->door != NULL ? door_seq_create(s->client->door_cache, &s->seqs[i])
-                                         : attn_seq_create(s->client->cache, NULL, &s->seqs[i]);
+        status = s->client->door != NULL
+                     ? door_seq_create(s->client->door_cache, &s->set->seqs[i])
+                     : attn_seq_create(s->client->cache, NULL, &s->set->seqs[i]);
     }
-    while (s->length < b->context && status == ATTN_OK) {
-        uint64_t left = b->context - s->length;
+    while (s->set->length < b->context && status == ATTN_OK) {
+        uint64_t left = b->context - s->set->length;
         status        = step(s, left < PIECE ? (uint32_t)left : PIECE, false);
     }
     bench_result_free(&s->result);
@@ -304,15 +316,16 @@ slot_init(bench_load_t *load, uint32_t i)
     slot_t *s                = &load->slots[i];
     uint64_t size            = attn_dtype_size(b->dtype);
 
-    s->load   = load;
-    s->number = i;
-    s->client = &load->clients[i % b->clients];
-    s->seqs   = calloc(b->batch, sizeof(*s->seqs));
-    s->q      = malloc((uint64_t)b->batch * b->heads * b->head_dim * size);
-    s->k      = malloc((uint64_t)b->batch * PIECE * b->kv_heads * b->head_dim * size);
-    s->v      = malloc((uint64_t)b->batch * PIECE * b->kv_heads * b->head_dim * size);
-    s->o      = malloc((uint64_t)b->batch * b->heads * b->head_dim * sizeof(float));
-    return s->seqs && s->q && s->k && s->v && s->o
+    s->load        = load;
+    s->set         = &load->sets[i];
+    s->client      = &load->clients[i % b->clients];
+    s->set->number = i;
+    s->set->seqs   = calloc(b->batch, sizeof(*s->set->seqs));
+    s->q           = malloc((uint64_t)b->batch * b->heads * b->head_dim * size);
+    s->k           = malloc((uint64_t)b->batch * PIECE * b->kv_heads * b->head_dim * size);
+    s->v           = malloc((uint64_t)b->batch * PIECE * b->kv_heads * b->head_dim * size);
+    s->o           = malloc((uint64_t)b->batch * b->heads * b->head_dim * sizeof(float));
+    return s->set->seqs && s->q && s->k && s->v && s->o
                ? ATTN_OK
                : attn_fail(ATTN_ERR_NO_MEMORY, "no memory for the tensors of %u calls",
                            b->outstanding);
@@ -364,7 +377,8 @@ bench_load_open(const bench_options_t *b, const char *target, bench_load_t **loa
         load->options = b;
         load->n_slots = b->outstanding;
         load->slots   = calloc(b->outstanding, sizeof(slot_t));
-        status        = load->slots != NULL
+        load->sets    = calloc(b->outstanding, sizeof(set_t));
+        status        = load->slots != NULL && load->sets != NULL
                             ? ATTN_OK
                             : attn_fail(ATTN_ERR_NO_MEMORY, "no memory for %u calls", b->outstanding);
     }
@@ -398,7 +412,7 @@ bench_load_close(bench_load_t *load)
     for (uint32_t i = 0; load->slots != NULL && i < load->n_slots; i++) {
         slot_t *s = &load->slots[i];
         bench_result_free(&s->result);
-        free(s->seqs);
+        free(s->set != NULL ? s->set->seqs : NULL);
         free(s->q);
         free(s->k);
         free(s->v);
@@ -408,6 +422,7 @@ bench_load_close(bench_load_t *load)
         client_close(&load->clients[c]); /* and its sequences go */
     }
     free(load->slots);
+    free(load->sets);
     free(load);
 }
 
@@ -429,8 +444,11 @@ bench_load_drive(bench_load_t *load, uint32_t outstanding, uint32_t ms, bench_re
         return attn_fail(ATTN_ERR_NO_MEMORY, "no memory for %u calls", outstanding);
     }
     for (uint32_t i = 0; i < n; i++) {
-        slots[i] = &load->slots[i];
+        slots[i]      = &load->slots[i];
+        slots[i]->set = &load->sets[i];
     }
+    /* Where n does not divide them each keeps its own. */
+    load->every          = load->options->sweep && load->n_slots % n == 0 ? n : load->n_slots;
     load->ms             = ms;
     uint64_t began       = attn_now_ns();
     attn_status_t status = run_slots(load, slots, n, slot_thread);
