@@ -6,6 +6,7 @@
 
 #include <pthread.h>
 #include <stdatomic.h>
+#include <unistd.h>
 
 #define N 200u /* tokens of a chunk: 12 pages of 16, and a half */
 #define SEQ 7u
@@ -137,7 +138,8 @@ typedef struct reader {
     world_t *w;
     atomic_uint_fast64_t chunk; /* holds its own id as a number, in generation 1 */
     atomic_bool stop;
-    uint64_t read, gone, wrong;
+    atomic_uint_fast64_t read;
+    uint64_t gone, wrong;
 } reader_t;
 
 static void *
@@ -158,6 +160,15 @@ read_on(void *arg)
         first = (first + 37) % N;
     }
     return NULL;
+}
+
+/* On a busy machine all else may be over before a thread has begun. */
+static void
+wait_for_a_read(reader_t *x)
+{
+    for (int ms = 0; ms < 10000 && atomic_load(&x->read) == 0; ms++) {
+        usleep(1000);
+    }
 }
 
 /* A chunk's life while it is read: it grows, is forked, cut and released, and its pages are used
@@ -195,6 +206,8 @@ test_reads_amid_all_else(void **state)
         x[i] = (reader_t){.w = &w, .chunk = 10};
         assert_int_equal(pthread_create(&x[i].thread, NULL, read_on, &x[i]), 0);
     }
+    wait_for_a_read(&x[0]);
+    wait_for_a_read(&x[1]);
     for (uint64_t chunk = 10; chunk < 10 + ROUNDS; chunk++) {
         live(&w, chunk, chunk % 2 == 0);
         OK(store(&w, chunk + 1, 0, 0, N, (float)(chunk + 1)));
@@ -223,6 +236,7 @@ test_a_cache_is_closed_under_its_readers(void **state)
     x = (reader_t){.w = &w, .chunk = 5};
     OK(store(&w, 5, 0, 0, N, 5));
     assert_int_equal(pthread_create(&x.thread, NULL, read_on, &x), 0);
+    wait_for_a_read(&x);
     for (uint32_t round = 0; round < ROUNDS; round++) {
         OK(engine_cache_close(w.engine, w.cache));
         OK(engine_cache_open(w.engine, w.cache, &w.g, &region));
