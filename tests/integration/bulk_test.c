@@ -60,7 +60,7 @@ ingest(attn_cache_t *cache, attn_seq_t seq, uint16_t *const *k, uint16_t *const 
     attn_step_t *step;
 
     OK(attn_step_begin(cache, &batch, &step));
-    for (uint32_t l = 0; l < LAYERS; l++) {
+    for (uint32_t l = 0; l < attn_cache_geometry(cache)->layers; l++) {
         attn_tensor_t tk = {.data = k[l], .dtype = ATTN_F16};
         attn_tensor_t tv = {.data = v[l], .dtype = ATTN_F16};
         OK(attn_step_run(step, l, NULL, &tk, &tv, NULL, NULL));
@@ -325,6 +325,48 @@ test_an_export_is_of_one_moment(void **state)
     attn_client_close(client);
 }
 
+/* ---- layouts that no message holds ---- */
+
+#define MANY 1024u       /* sequences */
+#define MANY_CHUNKS 800u /* of each: 18 MiB of layouts, where a message has 16 */
+
+static void
+test_layouts_larger_than_a_message_come_in_halves(void **state)
+{
+    static attn_entry_t entries[MANY];
+    attn_batch_t batch = {
+        .size = sizeof(batch), .n = MANY, .entries = entries, .q_dtype = ATTN_F16};
+    test_cluster_t cluster;
+    attn_geometry_t g;
+    attn_cache_t *cache;
+    attn_seq_t seq;
+    attn_step_t *step;
+    prompt_t prompt = {.n = MANY_CHUNKS * 256};
+
+    (void)state;
+    cluster_up(&cluster, &(cluster_options_t){.workers = 2});
+    attn_client_t *client = open_client(cluster.coordinator.address, 20000);
+    geometry_of(&g, 128, ATTN_PLACE_SPREAD);
+    g.layers = g.q_heads = g.kv_heads = 1;
+    g.head_dim_k = g.head_dim_v = 32;
+    g.chunk_size                = 256;
+    g.region_bytes              = 28u << 20;
+    OK(attn_cache_open(client, "many", &g, &cache));
+    OK(attn_seq_create(cache, NULL, &seq));
+    prompt.k[0] = prompt.v[0] = rows_of(3, prompt.n); /* more than it needs */
+    ingest(cache, seq, prompt.k, prompt.v, prompt.n);
+    for (uint32_t i = 0; i < MANY; i++) {
+        entries[i] = (attn_entry_t){.base = prompt.n, .n_q = 1};
+        OK(attn_seq_fork(cache, seq, prompt.n, &entries[i].seq));
+    }
+    OK(attn_step_begin(cache, &batch, &step));
+    attn_step_abort(step);
+    free(prompt.k[0]);
+    attn_cache_close(cache);
+    attn_client_close(client);
+    cluster_down(&cluster);
+}
+
 int
 main(void)
 {
@@ -332,6 +374,7 @@ main(void)
         cmocka_unit_test(test_a_layer_larger_than_any_queue),
         cmocka_unit_test(test_a_sequence_moves_between_clusters),
         cmocka_unit_test(test_an_export_is_of_one_moment),
+        cmocka_unit_test(test_layouts_larger_than_a_message_come_in_halves),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -223,6 +223,78 @@ test_a_hole_may_be_left_half_full(void **state)
     fixture_down(&f);
 }
 
+/* ---- a hole refilled by a draft ---- */
+
+#define DRAFT 8u
+
+/* Of the draft's tokens these are the lost ones; the others are strangers. */
+static const uint32_t path[]        = {0, 2, 3, 6};
+static const uint32_t parent[DRAFT] = {0, 0, 0, 2, 1, 3, 3, 6}; /* of 0: itself */
+
+/* Begin a draft of 8 at `first`, store all its layers, and ask a query at each token. */
+static attn_status_t
+draft_begin(fixture_t *f, uint64_t first, attn_step_t **step)
+{
+    static float q[DRAFT * MODEL_Q_HEADS * MODEL_D_K], o[DRAFT * MODEL_Q_HEADS * MODEL_D_V];
+    static float k[DRAFT * MODEL_KV_HEADS * MODEL_D_K], v[DRAFT * MODEL_KV_HEADS * MODEL_D_V];
+    const uint64_t k_row = MODEL_KV_HEADS * MODEL_D_K, v_row = MODEL_KV_HEADS * MODEL_D_V;
+    const model_seq_t *seq = &f->model.seqs[LONG];
+    attn_tensor_t tq = {.data = q, .dtype = ATTN_F32}, to = {.data = o, .dtype = ATTN_F32};
+    attn_tensor_t tk = {.data = k, .dtype = ATTN_F32}, tv = {.data = v, .dtype = ATTN_F32};
+    uint8_t mask[DRAFT] = {0};
+    attn_entry_t e = {.seq = seq->seq, .base = first, .n_q = DRAFT, .n_new = DRAFT, .mask = mask};
+    attn_batch_t batch = {.size = sizeof(batch), .n = 1, .entries = &e, .q_dtype = ATTN_F32};
+
+    for (uint32_t t = 0; t < DRAFT; t++) {
+        mask[t] = (uint8_t)(1u << t | (t > 0 ? mask[parent[t]] : 0));
+    }
+    attn_status_t status = attn_step_begin(f->cache, &batch, step);
+    for (uint32_t l = 0; status == ATTN_OK && l < MODEL_LAYERS; l++) {
+        for (uint32_t t = 0, r = 0; t < DRAFT; t++) {
+            bool lost     = r < 4 && path[r] == t;
+            uint64_t from = lost ? first + r++ : t; /* a stranger: some other token's rows */
+            memcpy(k + t * k_row, seq->k[l] + from * k_row, k_row * sizeof(float));
+            memcpy(v + t * v_row, seq->v[l] + from * v_row, v_row * sizeof(float));
+        }
+        status = attn_step_run(*step, l, &tq, &tk, &tv, &to, NULL);
+    }
+    return status;
+}
+
+/* The path that is kept of a draft fills a hole as a plain step does. */
+static void
+test_a_hole_is_filled_by_a_draft(void **state)
+{
+    fixture_t f;
+    model_t *m          = &f.model;
+    uint32_t accepted[] = {4};
+    attn_step_t *step;
+
+    (void)state;
+    fixture_up(&f, 4);
+    uint64_t bits = ask(&f, LONG);
+    kill_owner(&f, LONG, 1);
+    OK(draft_begin(&f, 256, &step));
+    attn_step_abort(step);
+    expect_hole(&f, LONG, 0, C, 2 * C, false, false); /* its chunk has a place by now */
+    OK(draft_begin(&f, 256, &step));
+    OK(attn_step_commit_with(
+        step, &(attn_commit_t){
+                  .size = sizeof(attn_commit_t), .accepted = accepted, .path = path, .n_path = 4}));
+    expect_hole(&f, LONG, 0, C + 4, 2 * C, false, false);
+    OK(model_refill(m, LONG, 260, 248, 0));
+    REFUSED(draft_begin(&f, 508, &step), ATTN_ERR_INVALID, "beyond the hole");
+    OK(model_refill(m, LONG, 508, 4, 4));
+    OK(model_refill(m, LONG, 1280, 216, 0));
+    OK(draft_begin(&f, 1496, &step)); /* at the end, it may go beyond what was there */
+    OK(attn_step_commit_with(
+        step, &(attn_commit_t){
+                  .size = sizeof(attn_commit_t), .accepted = accepted, .path = path, .n_path = 4}));
+    expect_length(&f, LONG, TOKENS, 0);
+    assert_int_equal(ask(&f, LONG), bits);
+    fixture_down(&f);
+}
+
 /* Of two holes the later one may be filled first, if nothing is asked. */
 static void
 test_holes_in_any_order_and_lost_again(void **state)
@@ -308,6 +380,7 @@ main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_a_killed_worker_is_refilled),
         cmocka_unit_test(test_a_hole_may_be_left_half_full),
+        cmocka_unit_test(test_a_hole_is_filled_by_a_draft),
         cmocka_unit_test(test_holes_in_any_order_and_lost_again),
         cmocka_unit_test(test_chunks_without_a_token_are_placed_anew),
     };

@@ -38,6 +38,7 @@ class Direct:
     def layout(self, cache, entries):
         return unary(self.coordinator.Layout, pb.LayoutRequest(
             cache_id=cache.id, seqs=[entry.seq for entry in entries],
+            bases=[entry.base for entry in entries],
             tokens=[entry.base + entry.n_new for entry in entries]))
 
     def begin(self, cache, entries, **options):
@@ -89,8 +90,10 @@ def chunk_refs(layout, entry, chunk_size):
 
 def holder(layout, entry, chunk_size):
     """The worker that must know of the step in any case, so that a second one is refused: the
-    owner of the chunk where the next token goes."""
-    return layout.chunks[min(entry.base // chunk_size, len(layout.chunks) - 1)].worker
+    owner of the chunk where the next token goes, or, if it is lost, of the last before it that is
+    not."""
+    at = min(entry.base // chunk_size, len(layout.chunks) - 1)
+    return next(chunk.worker for chunk in layout.chunks[at::-1] if not chunk.lost)
 
 
 class DirectStep:

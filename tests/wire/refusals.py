@@ -21,7 +21,7 @@ ATTND = None  # set by test_wire.py
 
 INVALID, UNSUPPORTED, TOO_LARGE, EXHAUSTED, DEADLINE = -1, -2, -3, -4, -5
 STALE, ABORTED, CONFLICT, INCOMPLETE, BUSY, NUMERIC = -20, -21, -22, -23, -24, -25
-NOT_FOUND, EXISTS, DENIED = -40, -41, -61
+NOT_FOUND, EXISTS, LOST, DENIED = -40, -41, -42, -61
 
 # The gRPC code that goes with a status, on unary calls.
 CODES = {INVALID: grpc.StatusCode.INVALID_ARGUMENT, UNSUPPORTED: grpc.StatusCode.UNIMPLEMENTED,

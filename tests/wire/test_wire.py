@@ -29,6 +29,7 @@ import direct_refusals
 import document
 import oracle
 import raw_messages
+import refill
 import refusals
 import scenario
 import states
@@ -367,10 +368,10 @@ def main():
     if len(sys.argv) < 2:
         sys.exit("usage: test_wire.py PATH_OF_ATTND [unittest arguments]")
     ATTND = os.path.abspath(sys.argv.pop(1))
-    refusals.ATTND = ATTND
+    refusals.ATTND = refill.ATTND = ATTND
     globals().update(Admission=admission.Admission, Refusals=refusals.Refusals,
                      DirectRefusals=direct_refusals.DirectRefusals,
-                     RawMessages=raw_messages.RawMessages,
+                     RawMessages=raw_messages.RawMessages, Refill=refill.Refill,
                      Transport=transport.Transport, Document=document.Document)
     unittest.main()
 
