@@ -277,7 +277,7 @@ static void
 test_a_large_answer(void **state)
 {
     fixture_t *f = *state;
-    set_sizes(&f->service, (steps_sizes_t){.q = 5000001, .k = 300000, .v = 7, .answer = 72000003});
+    set_sizes(&f->service, (steps_sizes_t){.q = 5000001, .k = 300000, .v = 7, .answer = 20000003});
     talk_t *talk   = talk_open(f->rpc, f->channel);
     uint64_t id    = talk_begin(talk);
     uint64_t total = 5300008;
