@@ -146,41 +146,30 @@ admit_unary(void *service, const rpc_call_t *call)
 }
 
 static attn_status_t
-serve_begin(void *service, const ProtobufCMessage *request, wire_block_t *block,
-            ProtobufCMessage **reply_p)
+serve_begin(const unary_call_t *u)
 {
-    steps_begun_t *begun = wire_alloc(block, 1, sizeof(*begun));
+    const ProtobufCMessage *reply = u->reply;
+    steps_begun_t begun;
+    attn_status_t status = steps_begin(u->service, u->request, &begun);
 
-    if (begun == NULL) {
-        return ATTN_ERR_NO_MEMORY;
+    if (status == ATTN_OK) {
+        memcpy(u->reply, &begun.reply, reply->descriptor->sizeof_message);
     }
-    *reply_p = &begun->reply.base;
-    return steps_begin(service, request, begun);
+    return status;
 }
 
 static attn_status_t
-serve_commit(void *service, const ProtobufCMessage *request, wire_block_t *block,
-             ProtobufCMessage **reply_p)
+serve_commit(const unary_call_t *u)
 {
-    const Attn__V1__CommitRequest *r = (const Attn__V1__CommitRequest *)request;
-    steps_t *steps                   = service;
-
-    if (unary_reply(block, &attn__v1__empty__descriptor, reply_p) == NULL) {
-        return ATTN_ERR_NO_MEMORY;
-    }
-    return steps_commit(steps, r);
+    return steps_commit(u->service, u->request);
 }
 
 static attn_status_t
-serve_abort(void *service, const ProtobufCMessage *request, wire_block_t *block,
-            ProtobufCMessage **reply_p)
+serve_abort(const unary_call_t *u)
 {
-    const Attn__V1__AbortRequest *r = (const Attn__V1__AbortRequest *)request;
-    steps_t *steps                  = service;
+    const Attn__V1__AbortRequest *r = u->request;
+    const steps_t *steps            = u->service;
 
-    if (unary_reply(block, &attn__v1__empty__descriptor, reply_p) == NULL) {
-        return ATTN_ERR_NO_MEMORY;
-    }
     return steps->ops->abort(steps->service, r->step_id, ENGINE_BY_CLIENT);
 }
 
@@ -313,15 +302,19 @@ add_methods(steps_t *steps, rpc_server_t *server, const char *prefix)
          .admit   = admit_unary,
          .blocks  = true,
          .request = steps->ops->worker ? &attn__v1__worker_begin_request__descriptor
-                                       : &attn__v1__begin_step_request__descriptor},
+                                       : &attn__v1__begin_step_request__descriptor,
+         .reply   = steps->ops->worker ? &attn__v1__worker_begin_reply__descriptor
+                                       : &attn__v1__begin_step_reply__descriptor},
         {.path    = paths[1],
          .request = &attn__v1__commit_request__descriptor,
          .serve   = serve_commit,
+         .reply   = &attn__v1__empty__descriptor,
          .admit   = admit_unary,
          .blocks  = true},
         {.path    = paths[2],
          .request = &attn__v1__abort_request__descriptor,
          .serve   = serve_abort,
+         .reply   = &attn__v1__empty__descriptor,
          .admit   = admit_unary,
          .blocks  = true},
     };

@@ -25,18 +25,6 @@ typedef struct errand {
     rpc_message_t *message;
 } errand_t;
 
-void *
-unary_reply(wire_block_t *block, const ProtobufCMessageDescriptor *type, ProtobufCMessage **reply_p)
-{
-    ProtobufCMessage *reply = wire_alloc(block, 1, type->sizeof_message);
-
-    if (reply != NULL) {
-        type->message_init(reply);
-        *reply_p = reply;
-    }
-    return reply;
-}
-
 void
 unary_fail(rpc_call_t *call, attn_status_t status)
 {
@@ -49,13 +37,23 @@ serve_admitted(const row_t *row, const rpc_call_t *call, rpc_message_t *message,
                wire_block_t *block, ProtobufCMessage **reply_p)
 {
     const unary_method_t *method = &row->method;
-    ProtobufCMessage *request;
+    ProtobufCMessage *request, *reply;
     attn_status_t status = rpc_message_unpack(message, method->request, &request);
 
     if (status == ATTN_OK && method->admit_request != NULL) {
         status = method->admit_request(row->service, call, request);
     }
-    return status == ATTN_OK ? method->serve(row->service, request, block, reply_p) : status;
+    if (status != ATTN_OK) {
+        return status;
+    }
+    reply = wire_alloc(block, 1, method->reply->sizeof_message);
+    if (reply == NULL) {
+        return ATTN_ERR_NO_MEMORY;
+    }
+    method->reply->message_init(reply);
+    *reply_p = reply;
+    return method->serve(&(unary_call_t){
+        .service = row->service, .request = request, .reply = reply, .block = block});
 }
 
 static void

@@ -9,15 +9,19 @@
 #include "daemon/jobs.h"
 #include "rpc/rpc.h"
 
+/** A call as a method's function sees it. */
+typedef struct unary_call {
+    void *service;
+    const void *request; /**< unpacked, of the method's type */
+    void *reply;         /**< initialised, of the method's type; lies in block */
+    wire_block_t *block; /**< for what the reply points to: lives until it was packed */
+} unary_call_t;
+
 typedef struct unary_method {
     const char *path; /**< "/attn.v1.Worker/Status" */
-    const ProtobufCMessageDescriptor *request;
-    /**
-     * Serve it. The reply is made with unary_reply() in block, which lives until it was packed.
-     * A failure ends the call with its status and attn_last_error().
-     */
-    attn_status_t (*serve)(void *service, const ProtobufCMessage *request, wire_block_t *block,
-                           ProtobufCMessage **reply_p);
+    const ProtobufCMessageDescriptor *request, *reply;
+    /** Serve it. A failure ends the call with its status and attn_last_error(). */
+    attn_status_t (*serve)(const unary_call_t *call);
     /** May this caller call it, by what its metadata show (daemon/ticket.h)? Asked before the
      * request is looked at, on the thread that serves. NULL: everybody. @return ATTN_ERR_DENIED if
      * not */
@@ -35,10 +39,6 @@ typedef struct unary unary_t; /* the methods as added to one server */
 attn_status_t unary_add(rpc_server_t *server, jobs_t *jobs, const unary_method_t *methods,
                         uint32_t n, void *service, unary_t **unary_p);
 void unary_destroy(unary_t *unary); /* NULL is allowed */
-
-/** An initialised message of that type in block, also set as the reply; NULL when out of memory. */
-void *unary_reply(wire_block_t *block, const ProtobufCMessageDescriptor *type,
-                  ProtobufCMessage **reply_p);
 
 /** End a call, of either kind, with a failure of this thread. */
 void unary_fail(rpc_call_t *call, attn_status_t status);

@@ -49,53 +49,38 @@ reply_ticket(coordinator_t *c, wire_block_t *block, uint32_t client, char **text
 }
 
 static attn_status_t
-serve_open_client(void *service, const ProtobufCMessage *request, wire_block_t *block,
-                  ProtobufCMessage **reply_p)
+serve_open_client(const unary_call_t *u)
 {
-    const Attn__V1__OpenClientRequest *r = (const Attn__V1__OpenClientRequest *)request;
-    coordinator_t *c                     = service;
+    const Attn__V1__OpenClientRequest *r = u->request;
+    coordinator_t *c                     = u->service;
+    Attn__V1__OpenClientReply *reply     = u->reply;
     char name[64];
-    Attn__V1__OpenClientReply *reply =
-        unary_reply(block, &attn__v1__open_client_reply__descriptor, reply_p);
 
-    if (reply == NULL) {
-        return ATTN_ERR_NO_MEMORY;
-    }
     attn_status_t status = coordinator_take_text("name", r->name, name, sizeof(name));
     if (status == ATTN_OK) {
         status = cluster_client_open(c->cluster, name, &reply->client_id);
     }
     reply->lease_ms = (uint32_t)c->options.lease_ms;
-    return status == ATTN_OK ? reply_ticket(c, block, reply->client_id, &reply->ticket) : status;
+    return status == ATTN_OK ? reply_ticket(c, u->block, reply->client_id, &reply->ticket) : status;
 }
 
 static attn_status_t
-serve_keep_alive(void *service, const ProtobufCMessage *request, wire_block_t *block,
-                 ProtobufCMessage **reply_p)
+serve_keep_alive(const unary_call_t *u)
 {
-    const Attn__V1__ClientRequest *r = (const Attn__V1__ClientRequest *)request;
-    coordinator_t *c                 = service;
+    const Attn__V1__ClientRequest *r = u->request;
+    coordinator_t *c                 = u->service;
+    Attn__V1__KeepAliveReply *reply  = u->reply;
 
-    Attn__V1__KeepAliveReply *reply =
-        unary_reply(block, &attn__v1__keep_alive_reply__descriptor, reply_p);
-
-    if (reply == NULL) {
-        return ATTN_ERR_NO_MEMORY;
-    }
     attn_status_t status = cluster_client_renew(c->cluster, r->client_id);
-    return status == ATTN_OK ? reply_ticket(c, block, r->client_id, &reply->ticket) : status;
+    return status == ATTN_OK ? reply_ticket(c, u->block, r->client_id, &reply->ticket) : status;
 }
 
 static attn_status_t
-serve_close_client(void *service, const ProtobufCMessage *request, wire_block_t *block,
-                   ProtobufCMessage **reply_p)
+serve_close_client(const unary_call_t *u)
 {
-    const Attn__V1__ClientRequest *r = (const Attn__V1__ClientRequest *)request;
-    coordinator_t *c                 = service;
+    const Attn__V1__ClientRequest *r = u->request;
+    coordinator_t *c                 = u->service;
 
-    if (unary_reply(block, &attn__v1__empty__descriptor, reply_p) == NULL) {
-        return ATTN_ERR_NO_MEMORY;
-    }
     cluster_client_close(c->cluster, r->client_id);
     return ATTN_OK;
 }
@@ -137,24 +122,22 @@ encode_geometry(wire_block_t *block, const attn_geometry_t *geometry,
 }
 
 static attn_status_t
-serve_open_cache(void *service, const ProtobufCMessage *request, wire_block_t *block,
-                 ProtobufCMessage **reply_p)
+serve_open_cache(const unary_call_t *u)
 {
-    const Attn__V1__OpenCacheRequest *r = (const Attn__V1__OpenCacheRequest *)request;
-    coordinator_t *c                    = service;
+    const Attn__V1__OpenCacheRequest *r = u->request;
+    coordinator_t *c                    = u->service;
+    Attn__V1__OpenCacheReply *reply     = u->reply;
     attn_geometry_t geometry, complete;
     void *table;
     uint64_t cache;
-    Attn__V1__OpenCacheReply *reply =
-        unary_reply(block, &attn__v1__open_cache_reply__descriptor, reply_p);
-    char *kind = wire_alloc(block, 64, 1);
+    char *kind = wire_alloc(u->block, 64, 1);
 
-    if (reply == NULL || kind == NULL) {
+    if (kind == NULL) {
         return ATTN_ERR_NO_MEMORY;
     }
     attn_status_t status = ATTN_OK;
     if (r->geometry != NULL) {
-        status = wire_geometry_decode(block, r->geometry, &geometry);
+        status = wire_geometry_decode(u->block, r->geometry, &geometry);
     }
     if (status == ATTN_OK) {
         status = cluster_cache_open(c->cluster, r->client_id, r->name,
@@ -165,7 +148,7 @@ serve_open_cache(void *service, const ProtobufCMessage *request, wire_block_t *b
     }
     status = cluster_cache_geometry(c->cluster, cache, &complete, &table);
     if (status == ATTN_OK) {
-        status = encode_geometry(block, &complete, &reply->geometry);
+        status = encode_geometry(u->block, &complete, &reply->geometry);
         free(table);
     }
     reply->cache_id = cache;
@@ -175,15 +158,11 @@ serve_open_cache(void *service, const ProtobufCMessage *request, wire_block_t *b
 }
 
 static attn_status_t
-serve_close_cache(void *service, const ProtobufCMessage *request, wire_block_t *block,
-                  ProtobufCMessage **reply_p)
+serve_close_cache(const unary_call_t *u)
 {
-    const Attn__V1__CloseCacheRequest *r = (const Attn__V1__CloseCacheRequest *)request;
-    coordinator_t *c                     = service;
+    const Attn__V1__CloseCacheRequest *r = u->request;
+    coordinator_t *c                     = u->service;
 
-    if (unary_reply(block, &attn__v1__empty__descriptor, reply_p) == NULL) {
-        return ATTN_ERR_NO_MEMORY;
-    }
     thin_forget_cache(c->thin, r->cache_id);
     return cluster_cache_close(c->cluster, r->client_id, r->cache_id);
 }
@@ -191,18 +170,13 @@ serve_close_cache(void *service, const ProtobufCMessage *request, wire_block_t *
 /* ---- sequences ---- */
 
 static attn_status_t
-serve_create(void *service, const ProtobufCMessage *request, wire_block_t *block,
-             ProtobufCMessage **reply_p)
+serve_create(const unary_call_t *u)
 {
-    const Attn__V1__CreateSequenceRequest *r = (const Attn__V1__CreateSequenceRequest *)request;
-    coordinator_t *c                         = service;
+    const Attn__V1__CreateSequenceRequest *r = u->request;
+    coordinator_t *c                         = u->service;
+    Attn__V1__SequenceReply *reply           = u->reply;
     attn_seq_t seq;
-    Attn__V1__SequenceReply *reply =
-        unary_reply(block, &attn__v1__sequence_reply__descriptor, reply_p);
 
-    if (reply == NULL) {
-        return ATTN_ERR_NO_MEMORY;
-    }
     attn_status_t status =
         cluster_seq_create(c->cluster, r->cache_id, r->client_id, r->expected_tokens, &seq);
     reply->seq = status == ATTN_OK ? seq.id : 0;
@@ -210,18 +184,13 @@ serve_create(void *service, const ProtobufCMessage *request, wire_block_t *block
 }
 
 static attn_status_t
-serve_fork(void *service, const ProtobufCMessage *request, wire_block_t *block,
-           ProtobufCMessage **reply_p)
+serve_fork(const unary_call_t *u)
 {
-    const Attn__V1__ForkSequenceRequest *r = (const Attn__V1__ForkSequenceRequest *)request;
-    coordinator_t *c                       = service;
+    const Attn__V1__ForkSequenceRequest *r = u->request;
+    coordinator_t *c                       = u->service;
+    Attn__V1__SequenceReply *reply         = u->reply;
     attn_seq_t fork;
-    Attn__V1__SequenceReply *reply =
-        unary_reply(block, &attn__v1__sequence_reply__descriptor, reply_p);
 
-    if (reply == NULL) {
-        return ATTN_ERR_NO_MEMORY;
-    }
     attn_status_t status = cluster_seq_fork(c->cluster, r->cache_id, r->client_id,
                                             (attn_seq_t){r->seq}, r->length, &fork);
     reply->seq           = status == ATTN_OK ? fork.id : 0;
@@ -229,44 +198,33 @@ serve_fork(void *service, const ProtobufCMessage *request, wire_block_t *block,
 }
 
 static attn_status_t
-serve_truncate(void *service, const ProtobufCMessage *request, wire_block_t *block,
-               ProtobufCMessage **reply_p)
+serve_truncate(const unary_call_t *u)
 {
-    const Attn__V1__TruncateSequenceRequest *r = (const Attn__V1__TruncateSequenceRequest *)request;
-    coordinator_t *c                           = service;
+    const Attn__V1__TruncateSequenceRequest *r = u->request;
+    coordinator_t *c                           = u->service;
 
-    return unary_reply(block, &attn__v1__empty__descriptor, reply_p) != NULL
-               ? thin_seq_truncate(c->thin, r->cache_id, (attn_seq_t){r->seq}, r->length)
-               : ATTN_ERR_NO_MEMORY;
+    return thin_seq_truncate(c->thin, r->cache_id, (attn_seq_t){r->seq}, r->length);
 }
 
 static attn_status_t
-serve_free(void *service, const ProtobufCMessage *request, wire_block_t *block,
-           ProtobufCMessage **reply_p)
+serve_free(const unary_call_t *u)
 {
-    const Attn__V1__SequenceRequest *r = (const Attn__V1__SequenceRequest *)request;
-    coordinator_t *c                   = service;
+    const Attn__V1__SequenceRequest *r = u->request;
+    coordinator_t *c                   = u->service;
 
-    return unary_reply(block, &attn__v1__empty__descriptor, reply_p) != NULL
-               ? thin_seq_free(c->thin, r->cache_id, (attn_seq_t){r->seq})
-               : ATTN_ERR_NO_MEMORY;
+    return thin_seq_free(c->thin, r->cache_id, (attn_seq_t){r->seq});
 }
 
 static attn_status_t
-serve_describe(void *service, const ProtobufCMessage *request, wire_block_t *block,
-               ProtobufCMessage **reply_p)
+serve_describe(const unary_call_t *u)
 {
-    const Attn__V1__SequenceRequest *r = (const Attn__V1__SequenceRequest *)request;
-    coordinator_t *c                   = service;
-    attn_seq_t seq                     = {r->seq};
+    const Attn__V1__SequenceRequest *r     = u->request;
+    coordinator_t *c                       = u->service;
+    Attn__V1__DescribeSequenceReply *reply = u->reply;
+    attn_seq_t seq                         = {r->seq};
     attn_seq_info_t info;
     uint64_t epoch;
-    Attn__V1__DescribeSequenceReply *reply =
-        unary_reply(block, &attn__v1__describe_sequence_reply__descriptor, reply_p);
 
-    if (reply == NULL) {
-        return ATTN_ERR_NO_MEMORY;
-    }
     attn_status_t status =
         cluster_layout(c->cluster, r->cache_id, &seq, NULL, NULL, 1, &info, &epoch);
     if (status != ATTN_OK) {
@@ -275,33 +233,29 @@ serve_describe(void *service, const ProtobufCMessage *request, wire_block_t *blo
     reply->length   = info.length;
     reply->n_chunks = info.n_chunks;
     reply->n_holes  = info.n_holes;
-    status          = wire_chunks_encode(block, &info, &reply->chunks);
+    status          = wire_chunks_encode(u->block, &info, &reply->chunks);
     if (status == ATTN_OK) {
-        status = wire_holes_encode(block, &info, &reply->holes);
+        status = wire_holes_encode(u->block, &info, &reply->holes);
     }
     attn_seq_info_free(&info);
     return status;
 }
 
 static attn_status_t
-serve_export(void *service, const ProtobufCMessage *request, wire_block_t *block,
-             ProtobufCMessage **reply_p)
+serve_export(const unary_call_t *u)
 {
-    const Attn__V1__ExportRequest *r = (const Attn__V1__ExportRequest *)request;
-    coordinator_t *c                 = service;
+    const Attn__V1__ExportRequest *r = u->request;
+    coordinator_t *c                 = u->service;
+    Attn__V1__ExportReply *reply     = u->reply;
     cluster_export_t part            = {
                    .layer = r->layer, .first = r->first, .end = r->end, .version = r->version};
-    Attn__V1__ExportReply *reply = unary_reply(block, &attn__v1__export_reply__descriptor, reply_p);
 
-    if (reply == NULL) {
-        return ATTN_ERR_NO_MEMORY;
-    }
     attn_status_t status = cluster_export(c->cluster, r->cache_id, (attn_seq_t){r->seq}, &part);
     if (status == ATTN_OK) {
         reply->version   = part.version;
         reply->n         = part.n;
         reply->data.len  = part.bytes;
-        reply->data.data = part.bytes > 0 ? keep(block, part.data, part.bytes, 1) : NULL;
+        reply->data.data = part.bytes > 0 ? keep(u->block, part.data, part.bytes, 1) : NULL;
         status = part.bytes == 0 || reply->data.data != NULL ? ATTN_OK : ATTN_ERR_NO_MEMORY;
     }
     free(part.data);
@@ -342,18 +296,12 @@ encode_workers(wire_block_t *block, const attn_cluster_info_t *info,
 }
 
 static attn_status_t
-serve_status(void *service, const ProtobufCMessage *request, wire_block_t *block,
-             ProtobufCMessage **reply_p)
+serve_status(const unary_call_t *u)
 {
-    coordinator_t *c = service;
+    coordinator_t *c                    = u->service;
+    Attn__V1__ClusterStatusReply *reply = u->reply;
     attn_cluster_info_t info;
-    Attn__V1__ClusterStatusReply *reply =
-        unary_reply(block, &attn__v1__cluster_status_reply__descriptor, reply_p);
 
-    (void)request;
-    if (reply == NULL) {
-        return ATTN_ERR_NO_MEMORY;
-    }
     attn_status_t status = cluster_describe(c->cluster, &info);
     if (status != ATTN_OK) {
         return status;
@@ -363,7 +311,7 @@ serve_status(void *service, const ProtobufCMessage *request, wire_block_t *block
     reply->clients   = info.clients;
     reply->caches    = info.caches;
     reply->uptime_ms = info.uptime_ms;
-    status           = encode_workers(block, &info, reply);
+    status           = encode_workers(u->block, &info, reply);
     attn_cluster_info_free(&info);
     return status;
 }
@@ -374,53 +322,65 @@ serve_status(void *service, const ProtobufCMessage *request, wire_block_t *block
 static const unary_method_t methods[] = {
     {.path    = "/attn.v1.Attention/OpenClient",
      .serve   = serve_open_client,
+     .reply   = &attn__v1__open_client_reply__descriptor,
      .request = &attn__v1__open_client_request__descriptor},
     {.path          = "/attn.v1.Attention/KeepAlive",
      .serve         = serve_keep_alive,
+     .reply         = &attn__v1__keep_alive_reply__descriptor,
      .admit_request = admit_client,
      .request       = &attn__v1__client_request__descriptor},
     {.path          = "/attn.v1.Attention/CloseClient",
      .serve         = serve_close_client,
+     .reply         = &attn__v1__empty__descriptor,
      .admit_request = admit_client,
      .blocks        = true,
      .request       = &attn__v1__client_request__descriptor},
     {.path          = "/attn.v1.Attention/OpenCache",
      .serve         = serve_open_cache,
+     .reply         = &attn__v1__open_cache_reply__descriptor,
      .admit_request = admit_client,
      .blocks        = true,
      .request       = &attn__v1__open_cache_request__descriptor},
     {.path          = "/attn.v1.Attention/CloseCache",
      .serve         = serve_close_cache,
+     .reply         = &attn__v1__empty__descriptor,
      .admit_request = admit_client,
      .blocks        = true,
      .request       = &attn__v1__close_cache_request__descriptor},
     {.path          = "/attn.v1.Attention/CreateSequence",
      .serve         = serve_create,
+     .reply         = &attn__v1__sequence_reply__descriptor,
      .admit_request = admit_client,
      .request       = &attn__v1__create_sequence_request__descriptor},
     {.path          = "/attn.v1.Attention/ForkSequence",
      .serve         = serve_fork,
+     .reply         = &attn__v1__sequence_reply__descriptor,
      .admit_request = admit_client,
      .blocks        = true,
      .request       = &attn__v1__fork_sequence_request__descriptor},
     {.path    = "/attn.v1.Attention/TruncateSequence",
      .serve   = serve_truncate,
+     .reply   = &attn__v1__empty__descriptor,
      .blocks  = true,
      .request = &attn__v1__truncate_sequence_request__descriptor},
     {.path    = "/attn.v1.Attention/FreeSequence",
      .serve   = serve_free,
+     .reply   = &attn__v1__empty__descriptor,
      .blocks  = true,
      .request = &attn__v1__sequence_request__descriptor},
     {.path    = "/attn.v1.Attention/DescribeSequence",
      .serve   = serve_describe,
+     .reply   = &attn__v1__describe_sequence_reply__descriptor,
      .blocks  = true,
      .request = &attn__v1__sequence_request__descriptor},
     {.path    = "/attn.v1.Attention/Export",
      .serve   = serve_export,
+     .reply   = &attn__v1__export_reply__descriptor,
      .blocks  = true,
      .request = &attn__v1__export_request__descriptor},
     {.path    = "/attn.v1.Attention/ClusterStatus",
      .serve   = serve_status,
+     .reply   = &attn__v1__cluster_status_reply__descriptor,
      .request = &attn__v1__empty__descriptor},
 };
 

@@ -99,12 +99,11 @@ encode_layouts(wire_block_t *block, const Attn__V1__LayoutRequest *r, const attn
 }
 
 static attn_status_t
-serve_layout(void *service, const ProtobufCMessage *request, wire_block_t *block,
-             ProtobufCMessage **reply_p)
+serve_layout(const unary_call_t *u)
 {
-    const Attn__V1__LayoutRequest *r = (const Attn__V1__LayoutRequest *)request;
-    coordinator_t *c                 = service;
-    Attn__V1__LayoutReply *reply = unary_reply(block, &attn__v1__layout_reply__descriptor, reply_p);
+    const Attn__V1__LayoutRequest *r = u->request;
+    coordinator_t *c                 = u->service;
+    Attn__V1__LayoutReply *reply     = u->reply;
 
     if (r->n_seqs < 1 || r->n_seqs > WIRE_SEQS_MAX) {
         return attn_fail(ATTN_ERR_INVALID, "seqs has %zu elements: 1 to %u", r->n_seqs,
@@ -120,9 +119,9 @@ serve_layout(void *service, const ProtobufCMessage *request, wire_block_t *block
                          r->n_tokens);
     }
     uint32_t n             = (uint32_t)r->n_seqs;
-    attn_seq_t *seqs       = wire_alloc(block, n, sizeof(*seqs));
-    attn_seq_info_t *infos = wire_alloc(block, n, sizeof(*infos));
-    if (reply == NULL || seqs == NULL || infos == NULL) {
+    attn_seq_t *seqs       = wire_alloc(u->block, n, sizeof(*seqs));
+    attn_seq_info_t *infos = wire_alloc(u->block, n, sizeof(*infos));
+    if (seqs == NULL || infos == NULL) {
         return ATTN_ERR_NO_MEMORY;
     }
     for (uint32_t i = 0; i < n; i++) {
@@ -134,9 +133,9 @@ serve_layout(void *service, const ProtobufCMessage *request, wire_block_t *block
     if (status != ATTN_OK) {
         return status;
     }
-    status = encode_layouts(block, r, infos, reply);
+    status = encode_layouts(u->block, r, infos, reply);
     if (status == ATTN_OK) {
-        status = encode_owners(c, block, infos, n, reply);
+        status = encode_owners(c, u->block, infos, n, reply);
     }
     for (uint32_t i = 0; i < n; i++) {
         attn_seq_info_free(&infos[i]);
@@ -187,17 +186,13 @@ admit_worker(void *service, const rpc_call_t *call)
 }
 
 static attn_status_t
-serve_join(void *service, const ProtobufCMessage *request, wire_block_t *block,
-           ProtobufCMessage **reply_p)
+serve_join(const unary_call_t *u)
 {
-    const Attn__V1__JoinRequest *r = (const Attn__V1__JoinRequest *)request;
-    coordinator_t *c               = service;
+    const Attn__V1__JoinRequest *r = u->request;
+    coordinator_t *c               = u->service;
+    Attn__V1__JoinReply *reply     = u->reply;
     dir_worker_t hello;
-    Attn__V1__JoinReply *reply = unary_reply(block, &attn__v1__join_reply__descriptor, reply_p);
 
-    if (reply == NULL) {
-        return ATTN_ERR_NO_MEMORY;
-    }
     attn_status_t status = take_worker(r->worker, &hello);
     if (status == ATTN_OK && !(isfinite(r->read_bandwidth) && r->read_bandwidth >= 0)) {
         status = attn_fail(ATTN_ERR_INVALID, "read_bandwidth is %g: finite, at least 0",
@@ -221,18 +216,13 @@ serve_join(void *service, const ProtobufCMessage *request, wire_block_t *block,
 }
 
 static attn_status_t
-serve_heartbeat(void *service, const ProtobufCMessage *request, wire_block_t *block,
-                ProtobufCMessage **reply_p)
+serve_heartbeat(const unary_call_t *u)
 {
-    const Attn__V1__HeartbeatRequest *r = (const Attn__V1__HeartbeatRequest *)request;
-    coordinator_t *c                    = service;
+    const Attn__V1__HeartbeatRequest *r = u->request;
+    coordinator_t *c                    = u->service;
+    Attn__V1__HeartbeatReply *reply     = u->reply;
     dir_worker_t figures;
-    Attn__V1__HeartbeatReply *reply =
-        unary_reply(block, &attn__v1__heartbeat_reply__descriptor, reply_p);
 
-    if (reply == NULL) {
-        return ATTN_ERR_NO_MEMORY;
-    }
     attn_status_t status = take_worker(r->worker, &figures);
     if (status == ATTN_OK) {
         status = cluster_worker_heartbeat(c->cluster, &figures);
@@ -248,14 +238,17 @@ serve_heartbeat(void *service, const ProtobufCMessage *request, wire_block_t *bl
 static const unary_method_t methods[] = {
     {.path    = "/attn.v1.Coordinator/Layout",
      .serve   = serve_layout,
+     .reply   = &attn__v1__layout_reply__descriptor,
      .blocks  = true,
      .request = &attn__v1__layout_request__descriptor},
     {.path    = "/attn.v1.Coordinator/Join",
      .serve   = serve_join,
+     .reply   = &attn__v1__join_reply__descriptor,
      .admit   = admit_worker,
      .request = &attn__v1__join_request__descriptor},
     {.path    = "/attn.v1.Coordinator/Heartbeat",
      .serve   = serve_heartbeat,
+     .reply   = &attn__v1__heartbeat_reply__descriptor,
      .admit   = admit_worker,
      .request = &attn__v1__heartbeat_request__descriptor},
 };

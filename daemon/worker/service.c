@@ -118,26 +118,21 @@ static const steps_ops_t step_ops = {
 /* ---- caches ---- */
 
 static attn_status_t
-serve_open_cache(void *service, const ProtobufCMessage *request, wire_block_t *block,
-                 ProtobufCMessage **reply_p)
+serve_open_cache(const unary_call_t *u)
 {
-    const Attn__V1__WorkerOpenCacheRequest *r = (const Attn__V1__WorkerOpenCacheRequest *)request;
-    worker_t *worker                          = service;
+    const Attn__V1__WorkerOpenCacheRequest *r = u->request;
+    worker_t *worker                          = u->service;
+    Attn__V1__WorkerOpenCacheReply *reply     = u->reply;
     attn_geometry_t geometry;
     kv_region_info_t region;
 
-    Attn__V1__WorkerOpenCacheReply *reply =
-        unary_reply(block, &attn__v1__worker_open_cache_reply__descriptor, reply_p);
-    if (reply == NULL) {
-        return ATTN_ERR_NO_MEMORY;
-    }
     if (r->cache_id == 0 || r->geometry == NULL) {
         return attn_fail(ATTN_ERR_INVALID, "%s is missing",
                          r->cache_id == 0 ? "cache_id" : "geometry");
     }
     attn_status_t status = engine_check_epoch(worker->engine, r->epoch);
     if (status == ATTN_OK) {
-        status = wire_geometry_decode(block, r->geometry, &geometry);
+        status = wire_geometry_decode(u->block, r->geometry, &geometry);
     }
     if (status == ATTN_OK) {
         status = directory_geometry_check(&geometry);
@@ -153,15 +148,11 @@ serve_open_cache(void *service, const ProtobufCMessage *request, wire_block_t *b
 }
 
 static attn_status_t
-serve_close_cache(void *service, const ProtobufCMessage *request, wire_block_t *block,
-                  ProtobufCMessage **reply_p)
+serve_close_cache(const unary_call_t *u)
 {
-    const Attn__V1__WorkerCloseCacheRequest *r = (const Attn__V1__WorkerCloseCacheRequest *)request;
-    worker_t *worker                           = service;
+    const Attn__V1__WorkerCloseCacheRequest *r = u->request;
+    worker_t *worker                           = u->service;
 
-    if (unary_reply(block, &attn__v1__empty__descriptor, reply_p) == NULL) {
-        return ATTN_ERR_NO_MEMORY;
-    }
     attn_status_t status = engine_check_epoch(worker->engine, r->epoch);
     return status == ATTN_OK ? engine_cache_close(worker->engine, r->cache_id) : status;
 }
@@ -186,16 +177,12 @@ reply_chunk(worker_t *worker, uint64_t cache, uint64_t chunk, Attn__V1__WorkerCh
 }
 
 static attn_status_t
-serve_fork_chunk(void *service, const ProtobufCMessage *request, wire_block_t *block,
-                 ProtobufCMessage **reply_p)
+serve_fork_chunk(const unary_call_t *u)
 {
-    const Attn__V1__ForkChunkRequest *r = (const Attn__V1__ForkChunkRequest *)request;
-    worker_t *worker                    = service;
-    Attn__V1__WorkerChunk *reply = unary_reply(block, &attn__v1__worker_chunk__descriptor, reply_p);
+    const Attn__V1__ForkChunkRequest *r = u->request;
+    worker_t *worker                    = u->service;
+    Attn__V1__WorkerChunk *reply        = u->reply;
 
-    if (reply == NULL) {
-        return ATTN_ERR_NO_MEMORY;
-    }
     attn_status_t status = engine_check_epoch(worker->engine, r->epoch);
     if (status == ATTN_OK) {
         status = engine_chunk_fork(worker->engine, r->cache_id, r->from, r->length, r->to);
@@ -204,17 +191,13 @@ serve_fork_chunk(void *service, const ProtobufCMessage *request, wire_block_t *b
 }
 
 static attn_status_t
-serve_truncate_chunk(void *service, const ProtobufCMessage *request, wire_block_t *block,
-                     ProtobufCMessage **reply_p)
+serve_truncate_chunk(const unary_call_t *u)
 {
-    const Attn__V1__TruncateChunkRequest *r = (const Attn__V1__TruncateChunkRequest *)request;
-    worker_t *worker                        = service;
+    const Attn__V1__TruncateChunkRequest *r = u->request;
+    worker_t *worker                        = u->service;
+    Attn__V1__WorkerChunk *reply            = u->reply;
     uint32_t generation;
-    Attn__V1__WorkerChunk *reply = unary_reply(block, &attn__v1__worker_chunk__descriptor, reply_p);
 
-    if (reply == NULL) {
-        return ATTN_ERR_NO_MEMORY;
-    }
     attn_status_t status = engine_check_epoch(worker->engine, r->epoch);
     if (status == ATTN_OK) {
         status = engine_chunk_truncate(worker->engine, r->cache_id, r->chunk, r->generation,
@@ -237,15 +220,11 @@ check_count(const char *field, size_t n, uint32_t most)
 }
 
 static attn_status_t
-serve_release_chunks(void *service, const ProtobufCMessage *request, wire_block_t *block,
-                     ProtobufCMessage **reply_p)
+serve_release_chunks(const unary_call_t *u)
 {
-    const Attn__V1__ReleaseChunksRequest *r = (const Attn__V1__ReleaseChunksRequest *)request;
-    worker_t *worker                        = service;
+    const Attn__V1__ReleaseChunksRequest *r = u->request;
+    worker_t *worker                        = u->service;
 
-    if (unary_reply(block, &attn__v1__empty__descriptor, reply_p) == NULL) {
-        return ATTN_ERR_NO_MEMORY;
-    }
     attn_status_t status = check_count("chunks", r->n_chunks, WIRE_CHUNKS_MAX);
     if (status == ATTN_OK) {
         status = engine_check_epoch(worker->engine, r->epoch);
@@ -287,13 +266,11 @@ encode_chunks(wire_block_t *block, const Attn__V1__DescribeChunksRequest *r,
 }
 
 static attn_status_t
-serve_describe_chunks(void *service, const ProtobufCMessage *request, wire_block_t *block,
-                      ProtobufCMessage **reply_p)
+serve_describe_chunks(const unary_call_t *u)
 {
-    const Attn__V1__DescribeChunksRequest *r = (const Attn__V1__DescribeChunksRequest *)request;
-    worker_t *worker                         = service;
-    Attn__V1__DescribeChunksReply *reply =
-        unary_reply(block, &attn__v1__describe_chunks_reply__descriptor, reply_p);
+    const Attn__V1__DescribeChunksRequest *r = u->request;
+    worker_t *worker                         = u->service;
+    Attn__V1__DescribeChunksReply *reply     = u->reply;
 
     attn_status_t status = check_count("chunks", r->n_chunks, WIRE_CHUNKS_MAX);
     if (status == ATTN_OK) {
@@ -302,22 +279,22 @@ serve_describe_chunks(void *service, const ProtobufCMessage *request, wire_block
     if (status != ATTN_OK) {
         return status;
     }
-    kv_chunk_info_t *infos = wire_alloc(block, r->n_chunks + 1, sizeof(*infos));
-    bool *in_step          = wire_alloc(block, r->n_seqs + 1, sizeof(*in_step));
-    if (reply == NULL || infos == NULL || in_step == NULL) {
+    kv_chunk_info_t *infos = wire_alloc(u->block, r->n_chunks + 1, sizeof(*infos));
+    bool *in_step          = wire_alloc(u->block, r->n_seqs + 1, sizeof(*in_step));
+    if (infos == NULL || in_step == NULL) {
         return ATTN_ERR_NO_MEMORY;
     }
     status = engine_chunks_describe(worker->engine, r->cache_id, r->chunks, (uint32_t)r->n_chunks,
                                     infos, r->seqs, (uint32_t)r->n_seqs, in_step);
-    return status == ATTN_OK ? encode_chunks(block, r, infos, in_step, reply) : status;
+    return status == ATTN_OK ? encode_chunks(u->block, r, infos, in_step, reply) : status;
 }
 
 static attn_status_t
-serve_export_chunk(void *service, const ProtobufCMessage *request, wire_block_t *block,
-                   ProtobufCMessage **reply_p)
+serve_export_chunk(const unary_call_t *u)
 {
-    const Attn__V1__ExportChunkRequest *r = (const Attn__V1__ExportChunkRequest *)request;
-    worker_t *worker                      = service;
+    const Attn__V1__ExportChunkRequest *r = u->request;
+    worker_t *worker                      = u->service;
+    Attn__V1__ExportChunkReply *reply     = u->reply;
     engine_export_t what                  = {.cache      = r->cache_id,
                                              .chunk      = r->chunk,
                                              .generation = r->generation,
@@ -325,17 +302,12 @@ serve_export_chunk(void *service, const ProtobufCMessage *request, wire_block_t 
                                              .first      = r->first,
                                              .n          = r->n};
     uint64_t k, v;
-    Attn__V1__ExportChunkReply *reply =
-        unary_reply(block, &attn__v1__export_chunk_reply__descriptor, reply_p);
 
-    if (reply == NULL) {
-        return ATTN_ERR_NO_MEMORY;
-    }
     attn_status_t status = engine_export_bytes(worker->engine, &what, &k, &v);
     if (status != ATTN_OK) {
         return status;
     }
-    reply->data.data = wire_alloc(block, k + v + 1, 1);
+    reply->data.data = wire_alloc(u->block, k + v + 1, 1);
     reply->data.len  = k + v;
     return reply->data.data != NULL ? engine_chunk_export(worker->engine, &what, reply->data.data,
                                                           reply->data.data + k, k, v)
@@ -366,16 +338,11 @@ worker_describe(worker_t *worker, Attn__V1__WorkerInfo *info)
 }
 
 static attn_status_t
-serve_status(void *service, const ProtobufCMessage *request, wire_block_t *block,
-             ProtobufCMessage **reply_p)
+serve_status(const unary_call_t *u)
 {
-    Attn__V1__WorkerInfo *reply = unary_reply(block, &attn__v1__worker_info__descriptor, reply_p);
+    Attn__V1__WorkerInfo *reply = u->reply;
 
-    (void)request;
-    if (reply == NULL) {
-        return ATTN_ERR_NO_MEMORY;
-    }
-    worker_describe(service, reply);
+    worker_describe(u->service, reply);
     return ATTN_OK;
 }
 
@@ -384,34 +351,42 @@ serve_status(void *service, const ProtobufCMessage *request, wire_block_t *block
 static const unary_method_t methods[] = {
     {.path    = "/attn.v1.Worker/OpenCache",
      .serve   = serve_open_cache,
+     .reply   = &attn__v1__worker_open_cache_reply__descriptor,
      .admit   = admit_coordinator,
      .request = &attn__v1__worker_open_cache_request__descriptor},
     {.path    = "/attn.v1.Worker/CloseCache",
      .serve   = serve_close_cache,
+     .reply   = &attn__v1__empty__descriptor,
      .admit   = admit_coordinator,
      .request = &attn__v1__worker_close_cache_request__descriptor},
     {.path    = "/attn.v1.Worker/ForkChunk",
      .serve   = serve_fork_chunk,
+     .reply   = &attn__v1__worker_chunk__descriptor,
      .admit   = admit_coordinator,
      .request = &attn__v1__fork_chunk_request__descriptor},
     {.path    = "/attn.v1.Worker/TruncateChunk",
      .serve   = serve_truncate_chunk,
+     .reply   = &attn__v1__worker_chunk__descriptor,
      .admit   = admit_coordinator,
      .request = &attn__v1__truncate_chunk_request__descriptor},
     {.path    = "/attn.v1.Worker/ReleaseChunks",
      .serve   = serve_release_chunks,
+     .reply   = &attn__v1__empty__descriptor,
      .admit   = admit_coordinator,
      .request = &attn__v1__release_chunks_request__descriptor},
     {.path    = "/attn.v1.Worker/DescribeChunks",
      .serve   = serve_describe_chunks,
+     .reply   = &attn__v1__describe_chunks_reply__descriptor,
      .admit   = admit_coordinator,
      .request = &attn__v1__describe_chunks_request__descriptor},
     {.path    = "/attn.v1.Worker/ExportChunk",
      .serve   = serve_export_chunk,
+     .reply   = &attn__v1__export_chunk_reply__descriptor,
      .admit   = admit_introduced,
      .request = &attn__v1__export_chunk_request__descriptor},
     {.path    = "/attn.v1.Worker/Status",
      .serve   = serve_status,
+     .reply   = &attn__v1__worker_info__descriptor,
      .admit   = admit_introduced,
      .request = &attn__v1__empty__descriptor},
 };
