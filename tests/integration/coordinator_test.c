@@ -3,8 +3,7 @@
  * without a coordinator; workers come back to its successor; what a dead client made is freed
  * when its lease runs out.
  */
-#include "tests/integration/cluster.h"
-#include "tests/integration/model.h"
+#include "tests/integration/fixture.h"
 
 #include <setjmp.h>
 #include <signal.h>
@@ -16,34 +15,13 @@
 
 #include <cmocka.h>
 
-typedef struct fixture {
-    test_cluster_t cluster;
-    attn_client_t *client;
-    attn_cache_t *cache;
-    model_t model;
-} fixture_t;
-
 static void
 fixture_up(fixture_t *f, const cluster_options_t *options)
 {
-    attn_geometry_t geometry;
-
-    cluster_up(&f->cluster, options);
-    f->client = open_client(f->cluster.coordinator.address, 2000);
-    model_geometry(&geometry);
-    OK(attn_cache_open(f->client, "cache", &geometry, &f->cache));
-    model_init(&f->model, f->cache, 21);
+    fixture_open(f, options, 2000, 21);
     model_create(&f->model, 0);
     OK(model_append(&f->model, 0, 600));
     OK(model_append(&f->model, 0, 1));
-}
-
-static void
-fixture_close(fixture_t *f)
-{
-    model_free(&f->model);
-    attn_cache_close(f->cache);
-    attn_client_close(f->client);
 }
 
 static uint32_t
@@ -87,8 +65,7 @@ test_steps_go_on_while_the_coordinator_is_stopped(void **state)
     model_create(&f.model, 1);
     OK(model_append(&f.model, 1, 700));
     OK(model_append(&f.model, 0, 700));
-    fixture_close(&f);
-    cluster_down(&f.cluster);
+    fixture_down(&f);
 }
 
 static void
@@ -135,8 +112,7 @@ test_a_successor_finds_the_workers_again(void **state)
     model_free(&model);
     attn_cache_close(cache);
     attn_client_close(client);
-    fixture_close(&f);
-    cluster_down(&f.cluster);
+    fixture_down(&f);
 }
 
 /* ---- clients ---- */

@@ -2,8 +2,7 @@
  * Workers that die or stop. What was theirs answers with a typed error, in time, and naming
  * the tokens; what was not goes on rightly; and there is room for what comes new.
  */
-#include "tests/integration/cluster.h"
-#include "tests/integration/model.h"
+#include "tests/integration/fixture.h"
 
 #include <pthread.h>
 #include <setjmp.h>
@@ -20,68 +19,24 @@ enum { LONG = 0, SHORT = 1, NEW = 2 }; /* sequences of the model: over all worke
 #define LONG_TOKENS 1500u
 #define SHORT_TOKENS 40u
 
-typedef struct fixture {
-    test_cluster_t cluster;
-    attn_client_t *client;
-    attn_cache_t *cache;
-    model_t model;
-} fixture_t;
-
 static void
 fixture_up(fixture_t *f, uint32_t workers)
 {
-    attn_geometry_t geometry;
-
-    cluster_up(&f->cluster, &(cluster_options_t){.workers = workers});
-    f->client = open_client(f->cluster.coordinator.address, 2000);
-    model_geometry(&geometry);
-    OK(attn_cache_open(f->client, "faults", &geometry, &f->cache));
-    model_init(&f->model, f->cache, 7);
+    fixture_open(f, &(cluster_options_t){.workers = workers}, 2000, 7);
     model_create(&f->model, LONG);
     model_create(&f->model, SHORT);
     OK(model_append(&f->model, LONG, LONG_TOKENS));
     OK(model_append(&f->model, SHORT, SHORT_TOKENS));
 }
 
-static void
-fixture_down(fixture_t *f)
-{
-    model_free(&f->model);
-    attn_cache_close(f->cache);
-    attn_client_close(f->client);
-    cluster_down(&f->cluster);
-}
-
-/* The process that owns chunk number i of a sequence. */
-static process_t *
-owner(fixture_t *f, uint32_t s, uint32_t i)
-{
-    attn_seq_info_t info;
-    attn_cluster_info_t cluster;
-    process_t *found = NULL;
-
-    OK(attn_seq_describe(f->cache, f->model.seqs[s].seq, &info));
-    OK(attn_cluster_describe(f->client, &cluster));
-    assert_true(i < info.n_chunks);
-    for (uint32_t w = 0; w < cluster.n_workers; w++) {
-        if (cluster.workers[w].id == info.chunks[i].worker) {
-            found = cluster_worker_at(&f->cluster, cluster.workers[w].address);
-        }
-    }
-    attn_cluster_info_free(&cluster);
-    attn_seq_info_free(&info);
-    assert_non_null(found);
-    return found;
-}
-
 /* An owner of the long sequence that holds none of the short one's tokens. */
 static process_t *
 victim(fixture_t *f)
 {
-    process_t *keep = owner(f, SHORT, 0);
+    process_t *keep = fixture_owner(f, SHORT, 0);
 
     for (uint32_t i = 0; i * MODEL_CHUNK < LONG_TOKENS; i++) {
-        process_t *candidate = owner(f, LONG, i);
+        process_t *candidate = fixture_owner(f, LONG, i);
         if (candidate != keep) {
             return candidate;
         }
@@ -160,25 +115,6 @@ stepper_thread(void *arg)
     return NULL;
 }
 
-static void
-wait_until_lost(fixture_t *f, const char *address)
-{
-    uint64_t end = now_ms() + 3000;
-    bool lost    = false;
-
-    while (!lost && now_ms() < end) {
-        attn_cluster_info_t info;
-        OK(attn_cluster_describe(f->client, &info));
-        for (uint32_t w = 0; w < info.n_workers; w++) {
-            lost =
-                lost || (strcmp(info.workers[w].address, address) == 0 && !info.workers[w].alive);
-        }
-        attn_cluster_info_free(&info);
-        sleep_ms(20);
-    }
-    assert_true(lost);
-}
-
 /* Begin on the long sequence is refused, with the ranges that were on the dead one. */
 static void
 check_long_is_lost(fixture_t *f, const attn_seq_info_t *before, uint32_t worker)
@@ -200,20 +136,6 @@ check_long_is_lost(fixture_t *f, const attn_seq_info_t *before, uint32_t worker)
     attn_seq_info_free(&info);
 }
 
-static uint32_t
-worker_id(fixture_t *f, const char *address)
-{
-    attn_cluster_info_t info;
-    uint32_t id = 0;
-
-    OK(attn_cluster_describe(f->client, &info));
-    for (uint32_t w = 0; w < info.n_workers; w++) {
-        id = strcmp(info.workers[w].address, address) == 0 ? info.workers[w].id : id;
-    }
-    attn_cluster_info_free(&info);
-    return id;
-}
-
 /* A killed worker's successor joins, and new chunks are placed on it. */
 static void
 check_a_successor(fixture_t *f, process_t *dead)
@@ -230,7 +152,7 @@ check_a_successor(fixture_t *f, process_t *dead)
         model_create(&f->model, s);
         OK(model_append(&f->model, s, 1100));
         for (uint32_t i = 0; i * MODEL_CHUNK < 1100; i++) {
-            used = used || owner(f, s, i) == dead;
+            used = used || fixture_owner(f, s, i) == dead;
         }
     }
     assert_true(used);
@@ -250,7 +172,7 @@ test_kill_a_worker_amid_steps(void **state)
     fixture_up(&f, 3);
     OK(attn_seq_describe(f.cache, f.model.seqs[LONG].seq, &before));
     process_t *dead = victim(&f);
-    uint32_t id     = worker_id(&f, dead->address);
+    uint32_t id     = fixture_worker_id(&f, dead->address);
 
     stepper.cache = f.cache;
     stepper.seq   = f.model.seqs[LONG].seq;
@@ -270,7 +192,7 @@ test_kill_a_worker_amid_steps(void **state)
     }
     assert_true(stepper.ended_ms - killed_ms < 2000);
 
-    wait_until_lost(&f, dead->address);
+    fixture_await_lost(&f, dead->address);
     f.model.seqs[LONG].length = stepper.base;
     check_long_is_lost(&f, &before, id);
     for (int i = 0; i < 10; i++) {

@@ -2,8 +2,7 @@
  * Holes: a worker is killed, and what it had is given to the service again. Afterwards every answer
  * has the bits that it had before; until then what needs a lost token says so, and names it.
  */
-#include "tests/integration/cluster.h"
-#include "tests/integration/model.h"
+#include "tests/integration/fixture.h"
 
 #include <setjmp.h>
 #include <stdarg.h>
@@ -17,34 +16,12 @@ enum { LONG = 0, FORK = 1, EMPTY = 2, FULL = 3, NEW = 4 }; /* sequences of the m
 #define TOKENS 1500u /* six chunks of 256, the last of 220 */
 #define C MODEL_CHUNK
 
-typedef struct fixture {
-    test_cluster_t cluster;
-    attn_client_t *client;
-    attn_cache_t *cache;
-    model_t model;
-} fixture_t;
-
 static void
 fixture_up(fixture_t *f, uint32_t workers)
 {
-    attn_geometry_t geometry;
-
-    cluster_up(&f->cluster, &(cluster_options_t){.workers = workers});
-    f->client = open_client(f->cluster.coordinator.address, 4000);
-    model_geometry(&geometry);
-    OK(attn_cache_open(f->client, "refill", &geometry, &f->cache));
-    model_init(&f->model, f->cache, 11);
+    fixture_open(f, &(cluster_options_t){.workers = workers}, 4000, 11);
     model_create(&f->model, LONG);
     OK(model_append(&f->model, LONG, TOKENS));
-}
-
-static void
-fixture_down(fixture_t *f)
-{
-    model_free(&f->model);
-    attn_cache_close(f->cache);
-    attn_client_close(f->client);
-    cluster_down(&f->cluster);
 }
 
 static attn_seq_info_t
@@ -69,29 +46,10 @@ ask(fixture_t *f, uint32_t s)
 static void
 kill_owner(fixture_t *f, uint32_t s, uint32_t i)
 {
-    attn_cluster_info_t cluster;
-    attn_seq_info_t info = describe(f, s);
-    uint32_t id          = info.chunks[i].worker;
-    uint64_t end         = now_ms() + 5000;
-    bool lost            = false;
+    process_t *owner = fixture_owner(f, s, i);
 
-    attn_seq_info_free(&info);
-    OK(attn_cluster_describe(f->client, &cluster));
-    for (uint32_t w = 0; w < cluster.n_workers; w++) {
-        if (cluster.workers[w].id == id) {
-            process_kill(cluster_worker_at(&f->cluster, cluster.workers[w].address));
-        }
-    }
-    attn_cluster_info_free(&cluster);
-    while (!lost && now_ms() < end) {
-        sleep_ms(20);
-        OK(attn_cluster_describe(f->client, &cluster));
-        for (uint32_t w = 0; w < cluster.n_workers; w++) {
-            lost = lost || (cluster.workers[w].id == id && !cluster.workers[w].alive);
-        }
-        attn_cluster_info_free(&cluster);
-    }
-    assert_true(lost);
+    process_kill(owner);
+    fixture_await_lost(f, owner->address);
 }
 
 static void
