@@ -6,7 +6,7 @@
 
 #include <cmocka.h>
 
-#define LOST_MS 5000u
+#define NOTICED_MS 8000u /* that a worker is lost */
 
 void
 fixture_open(fixture_t *f, const cluster_options_t *options, uint32_t timeout_ms, uint64_t seed)
@@ -76,7 +76,7 @@ fixture_worker_id(fixture_t *f, const char *address)
 void
 fixture_await_lost(fixture_t *f, const char *address)
 {
-    uint64_t end = now_ms() + LOST_MS;
+    uint64_t end = now_ms() + NOTICED_MS;
 
     while (worker_of(f->client, address, 0).alive) {
         assert_true(now_ms() < end);
