@@ -345,7 +345,7 @@ test_layouts_larger_than_a_message_come_in_halves(void **state)
 
     (void)state;
     cluster_up(&cluster, &(cluster_options_t){.workers = 2});
-    attn_client_t *client = open_client(cluster.coordinator.address, 20000);
+    attn_client_t *client = open_client(cluster.coordinator.address, 60000);
     geometry_of(&g, 128, ATTN_PLACE_SPREAD);
     g.layers = g.q_heads = g.kv_heads = 1;
     g.head_dim_k = g.head_dim_v = 32;
