@@ -148,9 +148,7 @@ read_on(void *arg)
     reader_t *x    = arg;
     uint32_t first = 0;
 
-    /* On a machine with more to do it may be that all is over before a thread has read: once is
-     * asked for, and the last chunk stays. */
-    while (!atomic_load(&x->stop) || x->read + x->wrong == 0) {
+    while (!atomic_load(&x->stop)) {
         uint64_t chunk       = atomic_load(&x->chunk);
         attn_status_t status = read_back(x->w, chunk, 1, first, (float)chunk);
         bool gone            = status == ATTN_ERR_NOT_FOUND || status == ATTN_ERR_STALE;
