@@ -1,7 +1,7 @@
 /* New k and v into pages: scatter, compare, read back, copy. */
 #include "kernels/cpu/attend.h"
 
-#include "base/status.h"
+#include "kernels/rows.h"
 
 #include <string.h>
 
@@ -17,57 +17,6 @@ typedef struct store_job {
     bool compare;
     atomic_bool differ;
 } store_job_t;
-
-/* Is any of n elements a NaN or infinite: its exponent all ones? */
-static bool
-any_not_finite(const void *data, attn_dtype_t dtype, uint64_t n)
-{
-    uint32_t bad = 0;
-
-    if (dtype == ATTN_F32) {
-        const uint32_t *x = data;
-        for (uint64_t i = 0; i < n; i++) {
-            bad |= (x[i] & 0x7f800000u) == 0x7f800000u;
-        }
-    } else {
-        const uint16_t *x       = data;
-        const uint16_t exponent = dtype == ATTN_F16 ? 0x7c00u : 0x7f80u;
-        for (uint64_t i = 0; i < n; i++) {
-            bad |= (x[i] & exponent) == exponent;
-        }
-    }
-    return bad != 0;
-}
-
-static attn_status_t
-check_finite(const attn_kv_t *kv, const char *name, const void *data, uint64_t n, uint32_t d)
-{
-    uint64_t row = (uint64_t)kv->kv_heads * d;
-    size_t bytes = row * attn_dtype_size(kv->dtype);
-
-    for (uint64_t i = 0; i < n; i++) {
-        if (any_not_finite((const uint8_t *)data + i * bytes, kv->dtype, row)) {
-            return attn_fail(ATTN_ERR_NUMERIC, "%s of new token %llu holds a NaN or an infinity",
-                             name, (unsigned long long)i);
-        }
-    }
-    return ATTN_OK;
-}
-
-static attn_status_t
-check_places(const attn_kv_t *kv, const uint32_t *pages, const uint32_t *offsets, uint64_t n)
-{
-    for (uint64_t i = 0; i < n; i++) {
-        if (pages[i] >= kv->n_pages || offsets[i] >= kv->page_size) {
-            return attn_fail(
-                ATTN_ERR_INVALID,
-                "new token %llu goes to page %u, offset %u: the cache has %llu pages of %u",
-                (unsigned long long)i, pages[i], offsets[i], (unsigned long long)kv->n_pages,
-                kv->page_size);
-        }
-    }
-    return ATTN_OK;
-}
 
 /* One row of K or V: to or against its place, head by head. False if compared and different. */
 static bool
@@ -132,9 +81,8 @@ cpu_append(attn_backend_t *backend, const attn_kv_t *kv, const uint32_t *pages,
     attn_status_t status;
 
     /* All is looked at before anything is stored. */
-    if ((status = check_places(kv, pages, offsets, n)) != ATTN_OK ||
-        (status = check_finite(kv, "k", k, n, kv->head_dim_k)) != ATTN_OK ||
-        (status = check_finite(kv, "v", v, n, kv->head_dim_v)) != ATTN_OK) {
+    if ((status = attn_rows_check_places(kv, pages, offsets, n)) != ATTN_OK ||
+        (status = attn_rows_check_finite(kv, k, v, n)) != ATTN_OK) {
         return status;
     }
     run_store(backend, &job);
@@ -158,7 +106,7 @@ cpu_read(attn_backend_t *backend, const attn_kv_t *kv, const uint32_t *pages,
          const uint32_t *offsets, uint64_t n, void *k, void *v)
 {
     uint64_t size        = attn_dtype_size(kv->dtype);
-    attn_status_t status = check_places(kv, pages, offsets, n);
+    attn_status_t status = attn_rows_check_places(kv, pages, offsets, n);
 
     (void)backend;
     for (uint64_t i = 0; status == ATTN_OK && i < n; i++) {
@@ -176,7 +124,7 @@ cpu_compare(attn_backend_t *backend, const attn_kv_t *kv, const uint32_t *pages,
 {
     store_job_t job = {
         .kv = kv, .pages = pages, .offsets = offsets, .k = k, .v = v, .n = n, .compare = true};
-    attn_status_t status = check_places(kv, pages, offsets, n);
+    attn_status_t status = attn_rows_check_places(kv, pages, offsets, n);
 
     if (status == ATTN_OK) {
         run_store(backend, &job);
@@ -217,38 +165,26 @@ copy_row(const attn_kv_t *kv, void *store, uint64_t page_stride, uint32_t d,
 attn_status_t
 cpu_move(attn_backend_t *backend, const attn_kv_t *kv, const attn_move_t *moves, uint64_t n)
 {
+    attn_status_t status = attn_rows_check_moves(kv, moves, n);
+
     (void)backend;
-    for (uint64_t i = 0; i < n; i++) {
-        const attn_move_t *m = &moves[i];
-        if (m->from_page >= kv->n_pages || m->to_page >= kv->n_pages ||
-            m->from_offset >= kv->page_size || m->to_offset >= kv->page_size) {
-            return attn_fail(ATTN_ERR_INVALID,
-                             "move %llu from page %u, offset %u to page %u, offset %u: the cache "
-                             "has %llu pages of %u",
-                             (unsigned long long)i, m->from_page, m->from_offset, m->to_page,
-                             m->to_offset, (unsigned long long)kv->n_pages, kv->page_size);
-        }
-    }
-    for (uint64_t i = 0; i < n; i++) {
+    for (uint64_t i = 0; status == ATTN_OK && i < n; i++) {
         copy_row(kv, kv->k, kv->k_page_stride, kv->head_dim_k, &moves[i]);
         copy_row(kv, kv->v, kv->v_page_stride, kv->head_dim_v, &moves[i]);
     }
-    return ATTN_OK;
+    return status;
 }
 
 attn_status_t
 cpu_copy_page(attn_backend_t *backend, const attn_kv_t *kv, uint32_t from, uint32_t to,
               uint32_t tokens)
 {
+    attn_status_t status = attn_rows_check_page(kv, from, to, tokens);
+
     (void)backend;
-    if (from >= kv->n_pages || to >= kv->n_pages || tokens > kv->page_size) {
-        return attn_fail(ATTN_ERR_INVALID,
-                         "%u tokens of page %u to page %u: the cache has %llu pages of %u", tokens,
-                         from, to, (unsigned long long)kv->n_pages, kv->page_size);
-    }
-    if (from != to) {
+    if (status == ATTN_OK && from != to) {
         copy_tokens(kv, kv->k, kv->k_page_stride, kv->head_dim_k, from, to, tokens);
         copy_tokens(kv, kv->v, kv->v_page_stride, kv->head_dim_v, from, to, tokens);
     }
-    return ATTN_OK;
+    return status;
 }
