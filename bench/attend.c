@@ -102,7 +102,8 @@ typedef struct point {
     attn_problem_entry_t entry;
     attn_problem_t problem;
     attn_plan_t *plan;
-    void *q, *o, *space;
+    void *q, *o;
+    attn_workspace_t *space;
 } point_t;
 
 /* n random elements of about N(0, 1) / 2: a million, over and over. */
@@ -131,7 +132,7 @@ store_open(store_t *s, size_t type, uint32_t threads)
 
     *s = (store_t){.dtype = types[type].dtype, .dtype_name = types[type].name, .threads = threads};
     s->bytes = n * attn_dtype_size(s->dtype);
-    must(attn_backend_find("cpu")->open(threads, &s->backend));
+    must(attn_backend_find("cpu")->open(threads, 0, &s->backend));
     must(s->backend->ops->slab_alloc(s->backend, s->bytes, &s->k));
     must(s->backend->ops->slab_alloc(s->backend, s->bytes, &s->v));
     fill(s->k, s->dtype, n);
@@ -206,7 +207,7 @@ point_open(point_t *p, const store_t *s, uint32_t kv_heads, uint32_t group, uint
     fill(p->q, s->dtype, n);
     ops->leaf_sizes(s->backend, &few, &many);
     must(attn_plan_build(&p->problem, ops->parallelism(s->backend), few, many, &p->plan));
-    p->space = must_alloc(ops->workspace_bytes(s->backend, p->plan));
+    must(ops->workspace_create(s->backend, p->plan, s->dtype, s->dtype, &p->space));
 }
 
 static void
@@ -217,7 +218,7 @@ point_close(point_t *p)
     free(p->runs);
     free(p->q);
     free(p->o);
-    free(p->space);
+    p->store->backend->ops->workspace_destroy(p->store->backend, p->space);
 }
 
 static double

@@ -414,6 +414,7 @@ carve(engine_step_t *step, const engine_batch_t *batch, bump_t *bump)
     step->slot_first   = bump_take(bump, batch->n * sizeof(uint64_t));
     step->stored       = bump_take(bump, step->cache->geometry.layers);
     step->plans        = bump_take(bump, step->cache->n_variants * sizeof(*step->plans));
+    step->workspaces   = bump_take(bump, step->cache->n_variants * sizeof(*step->workspaces));
 }
 
 attn_status_t

@@ -28,11 +28,12 @@
 attn_status_t
 engine_create(const engine_options_t *options, engine_t **engine_p)
 {
-    const attn_backend_ops_t *ops = attn_backend_find(options->backend);
-    attn_status_t status;
+    const attn_backend_ops_t *ops;
+    uint32_t ordinal;
+    attn_status_t status = attn_backend_parse(options->backend, &ops, &ordinal);
 
-    if (ops == NULL) {
-        return attn_fail(ATTN_ERR_UNSUPPORTED, "no backend \"%s\" in this build", options->backend);
+    if (status != ATTN_OK) {
+        return status;
     }
     if (options->slab_bytes < 4096) {
         return attn_fail(ATTN_ERR_INVALID, "slab_bytes is %llu: at least 4096",
@@ -47,7 +48,7 @@ engine_create(const engine_options_t *options, engine_t **engine_p)
     engine->slab_bytes = options->slab_bytes / 4096 * 4096;
     pthread_mutex_init(&engine->lock, NULL);
 
-    status = ops->open(options->threads, &engine->backend);
+    status = ops->open(options->threads, ordinal, &engine->backend);
     if (status != ATTN_OK) {
         goto err_free;
     }

@@ -56,7 +56,7 @@ typedef struct engine_step {
     attn_problem_entry_t *problem; /* [n] */
     attn_kv_run_t *runs;
     attn_plan_t **plans; /* [cache->n_variants] */
-    void *workspace;
+    attn_workspace_t **workspaces; /* [cache->n_variants] */
 
     attn_dtype_t q_dtype, o_dtype;
     engine_sizes_t sizes;

@@ -50,7 +50,6 @@ ended_add(engine_t *engine, uint64_t id, step_state_t state, const char *reason)
 static void
 step_destroy(engine_step_t *step)
 {
-    free(step->workspace);
     free(step->copies);
     pthread_mutex_destroy(&step->lock);
     free(step);
@@ -101,9 +100,12 @@ step_end(engine_t *engine, engine_step_t *step, step_state_t state, const char *
 }
 
 static void
-plans_free(engine_step_t *step)
+plans_free(const engine_t *engine, engine_step_t *step)
 {
     for (uint32_t v = 0; v < step->cache->n_variants; v++) {
+        if (step->workspaces[v] != NULL) {
+            engine->backend->ops->workspace_destroy(engine->backend, step->workspaces[v]);
+        }
         attn_plan_free(step->plans[v]);
     }
     step->plans = NULL;
@@ -112,7 +114,7 @@ plans_free(engine_step_t *step)
 static void
 step_abort_locked(engine_t *engine, engine_step_t *step, const char *reason)
 {
-    plans_free(step);
+    plans_free(engine, step);
     pthread_mutex_lock(&engine->lock);
     kv_step_abort(engine->store, step->kv);
     pthread_mutex_unlock(&engine->lock);
@@ -273,7 +275,6 @@ make_plans(engine_t *engine, engine_step_t *step)
 {
     const attn_backend_ops_t *ops = engine->backend->ops;
     const attn_geometry_t *g      = &step->cache->geometry;
-    uint64_t workspace            = 0;
     attn_problem_t problem        = {
                .n          = step->n,
                .entries    = step->problem,
@@ -291,15 +292,13 @@ make_plans(engine_t *engine, engine_step_t *step)
         attn_status_t status =
             attn_plan_build(&problem, ops->parallelism(engine->backend), engine->leaf_few,
                             engine->leaf_many, &step->plans[v]);
+        if (status == ATTN_OK) {
+            status = ops->workspace_create(engine->backend, step->plans[v], step->q_dtype,
+                                           step->o_dtype, &step->workspaces[v]);
+        }
         if (status != ATTN_OK) {
             return status;
         }
-        workspace = attn_max(workspace, ops->workspace_bytes(engine->backend, step->plans[v]));
-    }
-    step->workspace = aligned_alloc(64, attn_div_up(workspace + 1, 64) * 64);
-    if (step->workspace == NULL) {
-        return attn_fail(ATTN_ERR_NO_MEMORY, "no memory for a workspace of %llu bytes",
-                         (unsigned long long)workspace);
     }
     return ATTN_OK;
 }
@@ -328,7 +327,7 @@ begin_again(engine_t *engine, const engine_batch_t *batch, engine_sizes_t *sizes
 static void
 begin_undo(engine_t *engine, engine_step_t *step)
 {
-    plans_free(step);
+    plans_free(engine, step);
     pthread_mutex_lock(&engine->lock);
     kv_step_abort(engine->store, step->kv);
     HASH_DEL(engine->steps, step);
@@ -440,10 +439,10 @@ run_attend(engine_t *engine, engine_step_t *step, uint32_t layer, const attn_kv_
     at += s->states * sizeof(float);
     to.a = (float *)(void *)at;
 
-    const attn_plan_t *plan = step->plans[step->cache->variant_of[layer]];
-    attn_status_t status    = engine->backend->ops->attend(engine->backend, plan, kv,
-                                                           &step->cache->geometry.layer_table[layer],
-                                                           q, step->q_dtype, step->workspace, &to);
+    uint32_t variant     = step->cache->variant_of[layer];
+    attn_status_t status = engine->backend->ops->attend(
+        engine->backend, step->plans[variant], kv, &step->cache->geometry.layer_table[layer], q,
+        step->q_dtype, step->workspaces[variant], &to);
     if (status != ATTN_OK) {
         return attn_fail_in(status, "step %016llx, layer %u on %s: ", (unsigned long long)step->id,
                             layer, engine->name);
@@ -575,7 +574,7 @@ engine_step_commit_paths(engine_t *engine, uint64_t step_id, const engine_commit
         /* Its new tokens may be torn: nobody may commit them any more. */
         step_abort_locked(engine, step, "its commit failed");
     } else if (status == ATTN_OK) {
-        plans_free(step);
+        plans_free(engine, step);
         pthread_mutex_lock(&engine->lock);
         status = kv_step_commit(engine->store, step->kv, here);
         pthread_mutex_unlock(&engine->lock);

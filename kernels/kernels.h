@@ -208,6 +208,13 @@ typedef struct attn_move {
 } attn_move_t;
 
 typedef struct attn_backend attn_backend_t;
+typedef struct attn_workspace attn_workspace_t; /* the backend's own */
+
+/** The device behind a backend. */
+typedef struct attn_device {
+    char name[96]; /**< as its maker calls it; empty if it has none */
+    uint64_t total_bytes, free_bytes;
+} attn_device_t;
 
 /** A backend: a row of the table. cpu now; cuda and fault take their place beside it. */
 typedef struct attn_backend_ops {
@@ -215,10 +222,11 @@ typedef struct attn_backend_ops {
 
     /**
      * Open the device.
-     * @param threads  worker threads, 0: one per core
+     * @param threads  of the cpu backend, 0: one per core
+     * @param ordinal  which device of that name: 0 is the first
      * @return ATTN_ERR_UNSUPPORTED  no such device here
      */
-    attn_status_t (*open)(uint32_t threads, attn_backend_t **backend_p);
+    attn_status_t (*open)(uint32_t threads, uint32_t ordinal, attn_backend_t **backend_p);
     void (*close)(attn_backend_t *backend);
 
     /** The kind of arithmetic: name, instruction set, kernel version, leaf sizes
@@ -238,9 +246,15 @@ typedef struct attn_backend_ops {
     /** Can the shape be served? @return ATTN_ERR_UNSUPPORTED with the list of what exists */
     attn_status_t (*supports)(const attn_backend_t *backend, const attn_geometry_t *geometry);
 
+    /** Name and memory of the device. @return ATTN_ERR_INTERNAL  the device failed */
+    attn_status_t (*device)(attn_backend_t *backend, attn_device_t *device);
+
     /** Memory of the device for KV, zeroed, 4,096-byte aligned. @return ATTN_ERR_NO_MEMORY */
     attn_status_t (*slab_alloc)(attn_backend_t *backend, uint64_t bytes, void **slab_p);
     void (*slab_free)(attn_backend_t *backend, void *slab, uint64_t bytes);
+
+    /** Set every byte: the memory may not be the caller's to write. */
+    attn_status_t (*slab_fill)(attn_backend_t *backend, void *slab, uint8_t byte, uint64_t bytes);
 
     /**
      * Store n rows: k, v row i goes to token offsets[i] of page pages[i].
@@ -274,8 +288,18 @@ typedef struct attn_backend_ops {
     attn_status_t (*copy_page)(attn_backend_t *backend, const attn_kv_t *kv, uint32_t from,
                                uint32_t to, uint32_t tokens);
 
-    /** Bytes that attend needs for this plan. */
-    uint64_t (*workspace_bytes)(const attn_backend_t *backend, const attn_plan_t *plan);
+    /**
+     * Memory that attends of this plan work in, of the device's kind, and what else they need of
+     * it there. One attend at a time uses a workspace.
+     *
+     * @param q_dtype, o_dtype  of all its attends
+     * @return ATTN_ERR_NO_MEMORY
+     * @return ATTN_ERR_TOO_LARGE  the plan is beyond what the device can number
+     */
+    attn_status_t (*workspace_create)(attn_backend_t *backend, const attn_plan_t *plan,
+                                      attn_dtype_t q_dtype, attn_dtype_t o_dtype,
+                                      attn_workspace_t **workspace_p);
+    void (*workspace_destroy)(attn_backend_t *backend, attn_workspace_t *workspace);
 
     /**
      * Attend: one layer of one step, as the plan has it. Allocates nothing.
@@ -284,19 +308,27 @@ typedef struct attn_backend_ops {
      *
      * @param layer      scale (0: default), softcap, slopes, sinks; window and causal as planned
      * @param q          [rows][q_heads][head_dim_k] of q_dtype, packed
-     * @param workspace  workspace_bytes, 64-byte aligned
+     * @param workspace  made for this plan and q_dtype, and for the answer's o_dtype
      * @return ATTN_ERR_NUMERIC  NaN in q, |logit * log2 e| above 2^30, or a non-finite sum: names
      *                           entry, query and head; answers are undefined
      * @return ATTN_ERR_INVALID  a scale, softcap, slope or sink that is out of range
      */
     attn_status_t (*attend)(attn_backend_t *backend, const attn_plan_t *plan, const attn_kv_t *kv,
                             const attn_layer_t *layer, const void *q, attn_dtype_t q_dtype,
-                            void *workspace, const attn_answer_t *answer);
+                            attn_workspace_t *workspace, const attn_answer_t *answer);
 } attn_backend_ops_t;
 
 struct attn_backend {
     const attn_backend_ops_t *ops; /* first member of every backend's own struct */
 };
+
+/**
+ * The row of a device and its number: "cpu", "cuda", "cuda:1".
+ * @return ATTN_ERR_UNSUPPORTED  no such name, with the list of what exists
+ * @return ATTN_ERR_INVALID      what follows the colon is no number
+ */
+attn_status_t attn_backend_parse(const char *device, const attn_backend_ops_t **ops_p,
+                                 uint32_t *ordinal_p);
 
 /** The row of that name, or NULL. Names: attn_backend_name(0), (1), ... until NULL. */
 const attn_backend_ops_t *attn_backend_find(const char *name);

@@ -282,8 +282,8 @@ check_layer(const cpu_attend_t *x)
 
 attn_status_t
 cpu_attend(attn_backend_t *backend, const attn_plan_t *plan, const attn_kv_t *kv,
-           const attn_layer_t *layer, const void *q, attn_dtype_t q_dtype, void *workspace,
-           const attn_answer_t *answer)
+           const attn_layer_t *layer, const void *q, attn_dtype_t q_dtype,
+           attn_workspace_t *workspace, const attn_answer_t *answer)
 {
     const attn_problem_t *problem = &plan->problem;
     cpu_attend_t x                = {.backend   = (cpu_backend_t *)backend,
@@ -293,7 +293,7 @@ cpu_attend(attn_backend_t *backend, const attn_plan_t *plan, const attn_kv_t *kv
                                      .answer    = answer,
                                      .q         = q,
                                      .q_dtype   = q_dtype,
-                                     .workspace = workspace};
+                                     .workspace = (uint8_t *)workspace};
 
     assert(kv->kv_heads == problem->kv_heads && kv->head_dim_k == problem->head_dim_k &&
            kv->head_dim_v == problem->head_dim_v && kv->page_size == problem->page_size &&

@@ -117,10 +117,13 @@ void cpu_finish_row(cpu_attend_t *x, cpu_row_t row, uint32_t node, const float *
 void cpu_bring_parts(cpu_attend_t *x, const attn_work_t *work, uint32_t kv_head,
                      const cpu_scratch_t *scratch, uint32_t n_states);
 
-uint64_t cpu_workspace_bytes(const attn_backend_t *backend, const attn_plan_t *plan);
+attn_status_t cpu_workspace_create(attn_backend_t *backend, const attn_plan_t *plan,
+                                   attn_dtype_t q_dtype, attn_dtype_t o_dtype,
+                                   attn_workspace_t **workspace_p);
+void cpu_workspace_destroy(attn_backend_t *backend, attn_workspace_t *workspace);
 attn_status_t cpu_attend(attn_backend_t *backend, const attn_plan_t *plan, const attn_kv_t *kv,
                          const attn_layer_t *layer, const void *q, attn_dtype_t q_dtype,
-                         void *workspace, const attn_answer_t *answer);
+                         attn_workspace_t *workspace, const attn_answer_t *answer);
 
 /* store.c */
 attn_status_t cpu_append(attn_backend_t *backend, const attn_kv_t *kv, const uint32_t *pages,

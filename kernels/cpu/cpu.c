@@ -34,8 +34,11 @@
 #define HUGE_PAGE (UINT64_C(2) << 20)
 
 static attn_status_t
-cpu_open(uint32_t threads, attn_backend_t **backend_p)
+cpu_open(uint32_t threads, uint32_t ordinal, attn_backend_t **backend_p)
 {
+    if (ordinal != 0) {
+        return attn_fail(ATTN_ERR_UNSUPPORTED, "no device cpu:%u: there is one cpu", ordinal);
+    }
     long cores             = sysconf(_SC_NPROCESSORS_ONLN);
     cpu_backend_t *backend = calloc(1, sizeof(*backend));
 
@@ -154,6 +157,26 @@ cpu_slab_free(attn_backend_t *backend, void *slab, uint64_t bytes)
     }
 }
 
+static attn_status_t
+cpu_slab_fill(attn_backend_t *backend, void *slab, uint8_t byte, uint64_t bytes)
+{
+    (void)backend;
+    memset(slab, byte, bytes);
+    return ATTN_OK;
+}
+
+static attn_status_t
+cpu_device(attn_backend_t *backend, attn_device_t *device)
+{
+    long pages = sysconf(_SC_PHYS_PAGES), free_pages = sysconf(_SC_AVPHYS_PAGES);
+    long size = sysconf(_SC_PAGESIZE);
+
+    (void)backend;
+    *device = (attn_device_t){.total_bytes = (uint64_t)pages * (uint64_t)size,
+                              .free_bytes  = (uint64_t)free_pages * (uint64_t)size};
+    return ATTN_OK;
+}
+
 /* ---- bandwidth ---- */
 
 #define PROBE_BYTES (UINT64_C(32) << 20)
@@ -230,21 +253,24 @@ cpu_read_bandwidth(const attn_backend_t *base)
 }
 
 const attn_backend_ops_t attn_cpu_backend_ops = {
-    .name            = "cpu",
-    .open            = cpu_open,
-    .close           = cpu_close,
-    .kind            = cpu_kind,
-    .leaf_sizes      = cpu_leaf_sizes,
-    .parallelism     = cpu_parallelism,
-    .read_bandwidth  = cpu_read_bandwidth,
-    .supports        = cpu_supports,
-    .slab_alloc      = cpu_slab_alloc,
-    .slab_free       = cpu_slab_free,
-    .append          = cpu_append,
-    .compare         = cpu_compare,
-    .read            = cpu_read,
-    .move            = cpu_move,
-    .copy_page       = cpu_copy_page,
-    .workspace_bytes = cpu_workspace_bytes,
-    .attend          = cpu_attend,
+    .name              = "cpu",
+    .open              = cpu_open,
+    .close             = cpu_close,
+    .kind              = cpu_kind,
+    .leaf_sizes        = cpu_leaf_sizes,
+    .parallelism       = cpu_parallelism,
+    .read_bandwidth    = cpu_read_bandwidth,
+    .supports          = cpu_supports,
+    .device            = cpu_device,
+    .slab_alloc        = cpu_slab_alloc,
+    .slab_free         = cpu_slab_free,
+    .slab_fill         = cpu_slab_fill,
+    .append            = cpu_append,
+    .compare           = cpu_compare,
+    .read              = cpu_read,
+    .move              = cpu_move,
+    .copy_page         = cpu_copy_page,
+    .workspace_create  = cpu_workspace_create,
+    .workspace_destroy = cpu_workspace_destroy,
+    .attend            = cpu_attend,
 };

@@ -2,9 +2,11 @@
 #include "kernels/cpu/attend.h"
 
 #include "base/checked.h"
+#include "base/status.h"
 
 #include <assert.h>
 #include <math.h>
+#include <stdlib.h>
 #include <string.h>
 
 #define ALIGN 64u
@@ -82,12 +84,28 @@ cpu_scratch_of(const cpu_attend_t *x, uint32_t participant, cpu_scratch_t *scrat
     scratch->present        = (uint32_t *)(scratch->tokens.v_ahead + CPU_AHEAD_MAX);
 }
 
-uint64_t
-cpu_workspace_bytes(const attn_backend_t *backend, const attn_plan_t *plan)
+/* A workspace is bare memory: an attend lays it out. */
+attn_status_t
+cpu_workspace_create(attn_backend_t *backend, const attn_plan_t *plan, attn_dtype_t q_dtype,
+                     attn_dtype_t o_dtype, attn_workspace_t **workspace_p)
 {
     cpu_layout_t layout;
+
+    (void)q_dtype;
+    (void)o_dtype;
     cpu_layout_of(plan, cpu_pool_threads(((const cpu_backend_t *)backend)->pool), &layout);
-    return layout.bytes;
+    *workspace_p = aligned_alloc(ALIGN, attn_div_up(layout.bytes + 1, ALIGN) * ALIGN);
+    return *workspace_p != NULL
+               ? ATTN_OK
+               : attn_fail(ATTN_ERR_NO_MEMORY, "no memory for a workspace of %llu bytes",
+                           (unsigned long long)layout.bytes);
+}
+
+void
+cpu_workspace_destroy(attn_backend_t *backend, attn_workspace_t *workspace)
+{
+    (void)backend;
+    free(workspace);
 }
 
 void

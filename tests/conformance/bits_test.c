@@ -2,6 +2,7 @@
  * Reproducible by construction: a row's bits depend on its own q and KV, and on nothing
  * that scheduling, batching or placement decide. Every comparison here is of bytes.
  */
+#include "kernels/cuda/cuda.h"
 #include "tests/conformance/harness.h"
 
 #include <math.h>
@@ -20,22 +21,6 @@ assert_same_rows(const world_t *world, const result_t *x, uint64_t x_row, const 
     assert_memory_equal(x->o + x_row * heads * d, y->o + y_row * heads * d,
                         n * heads * d * sizeof(float));
     assert_memory_equal(x->lse + x_row * heads, y->lse + y_row * heads, n * heads * sizeof(float));
-}
-
-static shape_t
-random_shape(void)
-{
-    static const attn_dtype_t types[] = {ATTN_F32, ATTN_F16, ATTN_BF16};
-    uint32_t kv_heads                 = chance_in(1, 3);
-    return (shape_t){.q_heads    = kv_heads * chance_in(1, 8),
-                     .kv_heads   = kv_heads,
-                     .d_k        = 8 * chance_in(4, 17),
-                     .d_v        = 8 * chance_in(4, 17),
-                     .page_size  = CHANCE_OF(((uint32_t[]){1, 5, 16, 24, 128})),
-                     .chunk_size = CHANCE_OF(((uint32_t[]){256, 512, 2048})),
-                     .kv_dtype   = CHANCE_OF(types),
-                     .q_dtype    = CHANCE_OF(types),
-                     .o_dtype    = ATTN_F32};
 }
 
 /* ---- batches and threads ---- */
@@ -242,7 +227,7 @@ test_a_zero_has_no_sign(void **state)
                       .kv_dtype   = ATTN_F32,
                       .q_dtype    = ATTN_F32,
                       .o_dtype    = ATTN_F32};
-    float k[3][32] = {{2}, {0}, {0}}, v[3][32], q[3 * 32] = {0};
+    float k[3][64] = {{2}, {0}, {0}}, v[3][64], q[3 * 64] = {0};
     attn_kv_run_t runs[1];
     seq_t seq = {0};
     world_t world;
@@ -250,20 +235,22 @@ test_a_zero_has_no_sign(void **state)
     (void)state;
 
     world_open(&world, shape, 64, 1);
-    for (int i = 0; i < 32; i++) {
+    bool f32   = world.shape.kv_dtype == ATTN_F32; /* or bf16: its least number is larger */
+    uint32_t d = world.shape.d_k;
+    for (int i = 0; i < 64; i++) {
         v[0][i] = 0;
-        v[1][i] = -0x1p-149f;
+        v[1][i] = f32 ? -0x1p-149f : -0x1p-133f;
         v[2][i] = 1;
     }
     for (int t = 0; t < 3; t++) {
-        q[t * 32] = 5;
+        q[(uint32_t)t * d] = f32 ? 5 : 80;
         seq_put(&world, &seq, k[t], v[t]);
     }
     attn_problem_entry_t entry = seq_entry(&seq, 3);
     attn_problem_t problem     = world_problem(&world, &entry, 1);
     run(&world, &problem, &plain, q, 1, &prefill);
     entry = earlier(&seq, shape.chunk_size, 2, 1, runs);
-    run(&world, &problem, &plain, q + 32, 1, &decode);
+    run(&world, &problem, &plain, q + d, 1, &decode);
     assert_same_rows(&world, &prefill, 1, &decode, 0, 1);
     assert_false(signbit(decode.o[0]));
     result_free(&prefill);
@@ -422,7 +409,7 @@ test_concurrent_attends_have_the_same_bits(void **state)
 /* Partials of one row from all owners, ascending in key. */
 typedef struct partial {
     attn_node_t node;
-    float a[32];
+    float a[256];
     float l;
     int32_t e;
 } partial_t;
@@ -435,9 +422,10 @@ by_key(const void *x, const void *y)
     return i < j ? -1 : i > j;
 }
 
-/* Merge partials below a node along the tree, from its root: both halves, then the two. */
+/* Merge partials of d columns below a node along the tree, from its root: both halves, then the
+ * two. */
 static partial_t
-merge_below(partial_t *p, uint32_t n, uint32_t level)
+merge_below(partial_t *p, uint32_t n, uint32_t level, uint32_t d)
 {
     uint32_t split = 0;
 
@@ -449,11 +437,11 @@ merge_below(partial_t *p, uint32_t n, uint32_t level)
         split++;
     }
     if (split == 0 || split == n) {
-        return merge_below(p, n, level - 1);
+        return merge_below(p, n, level - 1, d);
     }
-    partial_t left  = merge_below(p, split, level - 1);
-    partial_t right = merge_below(p + split, n - split, level - 1);
-    attn_state_merge_row(left.a, &left.l, &left.e, right.a, right.l, right.e, 32);
+    partial_t left  = merge_below(p, split, level - 1, d);
+    partial_t right = merge_below(p + split, n - split, level - 1, d);
+    attn_state_merge_row(left.a, &left.l, &left.e, right.a, right.l, right.e, d);
     return left;
 }
 
@@ -511,6 +499,7 @@ static uint32_t
 ask_owner(const cut_t *cut, const uint8_t *owners, uint32_t owner, partial_t *p)
 {
     uint32_t mine[CHUNKS_MAX], others[CHUNKS_MAX], n_mine = 0, n_others = 0;
+    uint32_t d = cut->world.shape.d_v;
     attn_kv_run_t runs[CHUNKS_MAX];
     attn_node_t nodes[CHUNKS_MAX];
     result_t result;
@@ -537,7 +526,7 @@ ask_owner(const cut_t *cut, const uint8_t *owners, uint32_t owner, partial_t *p)
     assert_int_equal(result.states, n);
     for (uint32_t i = 0; i < n; i++) {
         p[i] = (partial_t){.node = nodes[i], .l = result.l[i], .e = result.e[i]};
-        memcpy(p[i].a, result.a + i * 32, sizeof(p[i].a));
+        memcpy(p[i].a, result.a + i * d, d * sizeof(float));
     }
     result_free(&result);
     return n;
@@ -554,7 +543,8 @@ test_random_cuts_have_the_same_bits(void **state)
             uint8_t owners[CHUNKS_MAX];
             partial_t partials[CHUNKS_MAX];
             uint32_t k = chance_in(2, OWNERS_MAX), way = chance_below(4), n = 0;
-            float o[32], lse;
+            uint32_t d = cut.world.shape.d_v;
+            float o[256], lse;
 
             for (uint32_t i = 0; i < cut.n_runs; i++) {
                 uint32_t c = cut.runs[i].chunk, lane = attn_tree_key(c % 64) >> 26;
@@ -567,9 +557,9 @@ test_random_cuts_have_the_same_bits(void **state)
                 n += ask_owner(&cut, owners, owner, partials + n);
             }
             qsort(partials, n, sizeof(*partials), by_key);
-            partial_t root = merge_below(partials, n, 32);
-            attn_state_finish_row(root.a, root.l, root.e, 32, NULL, o, &lse);
-            assert_memory_equal(o, cut.whole.o, sizeof(o));
+            partial_t root = merge_below(partials, n, 32, d);
+            attn_state_finish_row(root.a, root.l, root.e, d, NULL, o, &lse);
+            assert_memory_equal(o, cut.whole.o, d * sizeof(float));
             assert_memory_equal(&lse, cut.whole.lse, sizeof(lse));
         }
         cut_close(&cut);
@@ -604,18 +594,19 @@ assert_partials_merge_to(const batch_t *b, const attn_problem_entry_t *entry, co
                          uint64_t first, const result_t *whole, uint64_t row)
 {
     uint64_t heads = b->world.shape.q_heads, rows = entry->n_q * heads;
+    uint32_t d = b->world.shape.d_v;
 
     for (uint64_t r = 0; r < rows; r++) {
         partial_t partials[SEQ_CHUNKS_MAX];
-        float o[32], lse;
+        float o[256], lse;
         for (uint32_t j = 0; j < entry->n_nodes; j++) {
             uint64_t s  = first + j * rows + r;
             partials[j] = (partial_t){.node = entry->nodes[j], .l = cut->l[s], .e = cut->e[s]};
-            memcpy(partials[j].a, cut->a + s * 32, sizeof(partials[j].a));
+            memcpy(partials[j].a, cut->a + s * d, d * sizeof(float));
         }
-        partial_t root = merge_below(partials, entry->n_nodes, 32);
-        attn_state_finish_row(root.a, root.l, root.e, 32, NULL, o, &lse);
-        assert_memory_equal(o, whole->o + (row * heads + r) * 32, sizeof(o));
+        partial_t root = merge_below(partials, entry->n_nodes, 32, d);
+        attn_state_finish_row(root.a, root.l, root.e, d, NULL, o, &lse);
+        assert_memory_equal(o, whole->o + (row * heads + r) * d, d * sizeof(float));
         assert_memory_equal(&lse, whole->lse + row * heads + r, sizeof(lse));
     }
 }
@@ -632,7 +623,6 @@ test_partials_of_batches_have_the_same_bits(void **state)
         attn_node_t nodes[BATCH][SEQ_CHUNKS_MAX];
         uint64_t row = 0, o_row = 0, states = 0;
 
-        shape.d_v        = 32;
         shape.chunk_size = 256;
         batch_open(&b, shape, 2);
         run(&b.world, &b.problem, &plain, b.q, 2, &whole);
@@ -704,7 +694,8 @@ test_shared_chunks_between_others_have_the_same_bits(void **state)
         for (uint32_t i = 0; i < N; i++) {
             attn_problem_entry_t entry = seq_entry(&b.seqs[i], 1);
             attn_problem_t problem     = world_problem(&b.world, &entry, 1);
-            run(&b.world, &problem, &plain, (float *)b.q + i * 64, 1, &alone);
+            run(&b.world, &problem, &plain, (float *)b.q + (uint64_t)i * 2 * b.world.shape.d_k, 1,
+                &alone);
             if (b.entries[i].n_nodes == 0) {
                 assert_same_rows(&b.world, &together, o_row++, &alone, 0, 1);
             } else {
@@ -723,6 +714,125 @@ test_shared_chunks_between_others_have_the_same_bits(void **state)
     }
 }
 
+/* ---- the device's merge and finish against the host's ---- */
+
+static float
+random_bits(void)
+{
+    uint32_t bits = (uint32_t)chance();
+    float x;
+
+    switch (chance_below(6)) {
+    case 0:
+        bits &= 0x807fffffu; /* subnormals, and both zeros */
+        break;
+    case 1:
+        bits = bits & 0x80000000u;
+        break;
+    case 2:
+        bits = (bits & 0x807fffffu) | 0x7f000000u; /* large: sums of two are finite, or are not */
+        break;
+    default:
+        bits = (bits & 0x807fffffu) | (0x3f800000u + (bits >> 16 & 0xf) * 0x800000u);
+    }
+    memcpy(&x, &bits, sizeof(x));
+    return x;
+}
+
+/* States whose exponents differ by 0, a little, around 126, and by all that there is. */
+static int32_t
+exponent_beside(int32_t e)
+{
+    static const int64_t apart[] = {0, 1, 23, 24, 125, 126, 127, 128, 150, INT32_MAX, UINT32_MAX};
+    int64_t other                = e + (chance_below(2) ? 1 : -1) * CHANCE_OF(apart);
+
+    return (int32_t)(other < INT32_MIN ? INT32_MIN : other > INT32_MAX ? INT32_MAX : other);
+}
+
+static void
+test_the_merge_is_the_hosts(void **state)
+{
+    enum { N = 4096, D = 128 };
+    float *a = malloc(4 * N * D * sizeof(float)), *l = malloc(4 * N * sizeof(float));
+    int32_t *e = malloc(4 * N * sizeof(int32_t));
+    (void)state;
+
+    if (!conformance_on("cuda")) {
+        free(a);
+        free(l);
+        free(e);
+        skip();
+    }
+    for (uint32_t i = 0; i < 2 * N; i++) { /* [0, N) into, [N, 2 N) from */
+        for (uint32_t j = 0; j < D; j++) {
+            a[i * D + j] = random_bits();
+        }
+        l[i] = chance_below(8) == 0 ? 0.0f : fabsf(random_bits());
+        e[i] = l[i] == 0               ? INT32_MIN
+               : i < N                 ? (int32_t)chance_in(0, 400) - 200
+               : e[i - N] == INT32_MIN ? (int32_t)chance()
+                                       : exponent_beside(e[i - N]);
+    }
+    memcpy(a + 2 * N * D, a, N * D * sizeof(float));
+    memcpy(l + 2 * N, l, N * sizeof(float));
+    memcpy(e + 2 * N, e, N * sizeof(int32_t));
+    for (uint32_t i = 0; i < N; i++) {
+        attn_state_merge_row(a + (2 * N + i) * D, l + 2 * N + i, e + 2 * N + i, a + (N + i) * D,
+                             l[N + i], e[N + i], D);
+    }
+    world_t world;
+    world_open(&world, random_shape(), 64, 1);
+    assert_int_equal(attn_cuda_merge_rows(world.backend, N, D, a, l, e, a + N * D, l + N, e + N),
+                     ATTN_OK);
+    assert_memory_equal(l, l + 2 * N, N * sizeof(float));
+    assert_memory_equal(e, e + 2 * N, N * sizeof(int32_t));
+    for (uint32_t i = 0; i < N; i++) {
+        if (l[i] != 0) { /* of an empty state, A is ignored */
+            assert_memory_equal(a + i * D, a + (2 * N + i) * D, D * sizeof(float));
+        }
+    }
+    world_close(&world);
+    free(a);
+    free(l);
+    free(e);
+}
+
+/* O and LSE are what the host makes of the partials of the root, with and without sinks. */
+static void
+test_the_finish_is_the_hosts(void **state)
+{
+    (void)state;
+    for (int round = 0; round < 12; round++) {
+        batch_t b;
+        result_t whole, parts;
+        attn_node_t root = {32, 0};
+        float sinks[64], o[256], lse;
+        attn_layer_t layer = {.causal = true, .sinks = round % 3 ? sinks : NULL};
+
+        for (uint32_t h = 0; h < 64; h++) {
+            sinks[h] = chance_below(8) == 0 ? -INFINITY : chance_normal() * (round > 6 ? 90 : 3);
+        }
+        batch_open(&b, random_shape(), 2);
+        uint32_t d = b.world.shape.d_v, heads = b.world.shape.q_heads;
+        run(&b.world, &b.problem, &layer, b.q, chance_in(1, 16), &whole);
+        for (uint32_t i = 0; i < BATCH; i++) {
+            b.entries[i].nodes   = &root;
+            b.entries[i].n_nodes = 1;
+        }
+        run(&b.world, &b.problem, &layer, b.q, chance_in(1, 16), &parts);
+        assert_int_equal(parts.states, b.queries * heads);
+        for (uint64_t s = 0; s < parts.states; s++) {
+            attn_state_finish_row(parts.a + s * d, parts.l[s], parts.e[s], d,
+                                  layer.sinks != NULL ? &sinks[s % heads] : NULL, o, &lse);
+            assert_memory_equal(o, whole.o + s * d, d * sizeof(float));
+            assert_memory_equal(&lse, whole.lse + s, sizeof(lse));
+        }
+        result_free(&whole);
+        result_free(&parts);
+        batch_close(&b);
+    }
+}
+
 int
 main(void)
 {
@@ -738,9 +848,12 @@ main(void)
         cmocka_unit_test(test_random_cuts_have_the_same_bits),
         cmocka_unit_test(test_partials_of_batches_have_the_same_bits),
         cmocka_unit_test(test_shared_chunks_between_others_have_the_same_bits),
+        cmocka_unit_test(test_the_merge_is_the_hosts),
+        cmocka_unit_test(test_the_finish_is_the_hosts),
     };
     int failed = 0;
 
     ATTN_BACKEND_TESTS(cpu, "bits", tests);
-    return failed;
+    ATTN_BACKEND_TESTS(cuda, "bits", tests);
+    return conformance_end(failed);
 }

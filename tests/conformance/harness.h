@@ -2,6 +2,10 @@
  * harness.h: a small world for conformance tests: pages in random order with NaN in every
  * byte that nobody wrote, sequences, forks, problems, runs of a backend, and the oracle's
  * judgement. Every test takes any backend of the table; ATTN_BACKEND_TESTS stamps them out.
+ *
+ * A device's slab is not the host's to read: whatever is stored in it is also stored in a mirror,
+ * pages of a cpu backend with the same numbers. Oracle and tests read that. The cpu backend's own
+ * slab is its mirror.
  */
 #ifndef ATTN_TESTS_CONFORMANCE_HARNESS_H
 #define ATTN_TESTS_CONFORMANCE_HARNESS_H
@@ -17,12 +21,17 @@
 #include <cmocka.h>
 
 /** Run the tests of this file against a backend: one CMocka group, named by both. Adds the
- * number of failures to `failed`. A backend that this machine has no device for is skipped. */
+ * number of failures to `failed`. A backend that this machine has no device for is skipped, and
+ * so are all but the one that the environment names in ATTN_BACKEND; ATTN_TEST is a pattern that
+ * the names of tests must match. */
 #define ATTN_BACKEND_TESTS(backend, suite, tests)                                                  \
     failed += conformance_run(#backend, suite "." #backend, tests, sizeof(tests) / sizeof(tests[0]))
 
 int conformance_run(const char *backend, const char *name, const struct CMUnitTest *tests,
                     size_t n);
+
+/** The exit status: of failure, of success, or 77 if no group ran. */
+int conformance_end(int failed);
 
 /* ---- chance: environment ATTN_SEED=N repeats a run ---- */
 
@@ -40,10 +49,22 @@ typedef struct shape {
     attn_dtype_t kv_dtype, q_dtype, o_dtype;
 } shape_t;
 
+/** Is the backend under test the one of that name? */
+bool conformance_on(const char *backend);
+
+/** The nearest shape that the backend under test has: the same, for the cpu. */
+shape_t conformance_fit(shape_t shape);
+
+/** Heads, dims and types by chance, answers of f32: fitted. */
+shape_t random_shape(void);
+
 typedef struct world {
-    shape_t shape;
+    shape_t shape; /**< fitted: may not be what world_open() was given */
     attn_backend_t *backend;
     attn_kv_t kv;
+    attn_backend_t *host; /**< of the mirror: the cpu's, which may be the same as backend */
+    attn_kv_t mirror;     /**< what kv holds, in memory that the host reads */
+    bool shared;          /**< the backends are the group's, not the world's */
     uint64_t k_bytes, v_bytes;
     uint32_t *free_pages; /* in random order */
     uint32_t n_free;
@@ -52,7 +73,19 @@ typedef struct world {
 
 /** A world with room for `tokens` tokens in whole pages, on a backend with `threads` threads. */
 void world_open(world_t *world, shape_t shape, uint64_t tokens, uint32_t threads);
+
+/** The same; pages of the backend are at least `stride` elements apart. */
+void world_open_wide(world_t *world, shape_t shape, uint64_t tokens, uint32_t threads,
+                     uint64_t stride);
 void world_close(world_t *world);
+
+/** Append to backend and mirror. The status is the backend's; the mirror agrees, or has nothing. */
+attn_status_t world_append(world_t *world, const uint32_t *pages, const uint32_t *offsets,
+                           uint64_t n, const void *k, const void *v);
+attn_status_t world_copy_page(world_t *world, uint32_t from, uint32_t to, uint32_t tokens);
+
+/** All rows of all pages, as the backend reads them: [n_pages * page_size][kv_heads][d]. */
+void world_read_all(const world_t *world, uint8_t **k_p, uint8_t **v_p);
 
 #define SEQ_CHUNKS_MAX 256u
 

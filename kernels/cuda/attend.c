@@ -1,0 +1,486 @@
+/*
+ * One layer of a step on the device: q up, a launch for each class of works, the merge of what was
+ * cut, and the answer down, on the workspace's stream.
+ */
+#include "base/checked.h"
+#include "kernels/cuda/cuda_int.h"
+#include "kernels/cuda/store.h"
+
+#include <assert.h>
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define LOG2_E 1.44269504088896340736f
+#define ALIGN 256u
+
+/* Sinks beyond this overflow the range of exponents. */
+#define SINK_MAX 5e8f
+
+/* Values that a query of another type than the cache's is the sum of. */
+#define QUERY_PARTS 3u
+
+/* States of a segment of the merge kernel, and segments at most. */
+#define MERGE_SEGMENT 16u
+#define MERGE_WARPS 16u
+
+#define STATIC_SHARED 1536u /* of attend.cu, and some room */
+
+static uint64_t
+take(uint64_t *end, uint64_t bytes)
+{
+    uint64_t at = *end;
+    *end        = attn_div_up(at + bytes, ALIGN) * ALIGN;
+    return at;
+}
+
+/* Floats of a state on a consumer warp's stack (stack::WORDS of stack.cuh). */
+static uint64_t
+stack_words(uint32_t columns, uint32_t d_v)
+{
+    uint64_t n = columns / 8;
+    return (d_v / 16 * n * 4 + n * 4) * 32;
+}
+
+/* Levels of a stack that shared memory has room for beside the ring. */
+static uint32_t
+shared_levels(const cuda_backend_t *backend, uint32_t columns, uint32_t d_v)
+{
+    uint64_t room  = (uint64_t)backend->shared_bytes - CUDA_STAGES * CUDA_STAGE - STATIC_SHARED;
+    uint64_t level = stack_words(columns, d_v) * sizeof(float) * CUDA_WARPS;
+    return (uint32_t)(room / level);
+}
+
+/* Offsets of everything in the block: the image first. */
+static void
+lay_out(attn_workspace_t *w)
+{
+    const attn_problem_t *p = &w->plan->problem;
+    uint64_t d_v = p->head_dim_v, q_rows = w->plan->n_queries * p->q_heads;
+    uint64_t o_rows = w->plan->o_rows * p->q_heads, deep = 0;
+    uint64_t end = 0;
+
+    take(&end, w->image.bytes);
+    w->params = take(&end, 3 * (uint64_t)p->q_heads * sizeof(float));
+    w->q      = take(&end, q_rows * p->head_dim_k * attn_dtype_size(w->q_dtype));
+    w->answer = take(&end, o_rows * d_v * attn_dtype_size(w->o_dtype));
+    w->lse    = take(&end, o_rows * sizeof(float));
+    w->a      = take(&end, w->plan->states * d_v * sizeof(float));
+    w->l      = take(&end, w->plan->states * sizeof(float));
+    w->e      = take(&end, w->plan->states * sizeof(int32_t));
+    w->error  = take(&end, sizeof(uint64_t));
+
+    w->answer_end = end;
+    w->parts      = take(&end, w->q_parts > 1 ? q_rows * p->head_dim_k * 2 * w->q_parts : 0);
+    w->q_scale    = take(&end, w->q_parts > 1 ? q_rows * sizeof(float) : 0);
+    w->slot_a     = take(&end, w->image.slots * d_v * sizeof(float));
+    w->slot_l     = take(&end, w->image.slots * sizeof(float));
+    w->slot_e     = take(&end, w->image.slots * sizeof(int32_t));
+    for (uint32_t c = 0; c < CUDA_CLASSES; c++) {
+        const cuda_class_t *class = &w->image.classes[c];
+        deep = attn_max(deep, (uint64_t) class->grid * CUDA_WARPS * w->image.depth *
+                                  stack_words(class->columns, p->head_dim_v) * sizeof(float));
+    }
+    w->deep = take(&end, deep);
+    w->end  = end;
+}
+
+/* The tables of the plan as it is now, and a block that holds them and the rest. */
+static attn_status_t
+make_image(attn_workspace_t *w)
+{
+    cuda_image_free(&w->image);
+    attn_status_t status = cuda_image_build(w->plan, (uint32_t)w->backend->cut_for, &w->image);
+    if (status != ATTN_OK) {
+        return status;
+    }
+    lay_out(w);
+    w->uploaded = false;
+    if (w->block != NULL && w->block->bytes < w->end) {
+        cuda_block_give(w->backend, w->block);
+        w->block = NULL;
+    }
+    return w->block != NULL ? ATTN_OK : cuda_block_take(w->backend, w->end, &w->block);
+}
+
+attn_status_t
+cuda_workspace_create(attn_backend_t *backend, const attn_plan_t *plan, attn_dtype_t q_dtype,
+                      attn_dtype_t o_dtype, attn_workspace_t **workspace_p)
+{
+    attn_workspace_t *w = calloc(1, sizeof(*w));
+
+    if (w == NULL) {
+        return attn_fail(ATTN_ERR_NO_MEMORY, "no memory for a workspace");
+    }
+    *w                   = (attn_workspace_t){.backend = (cuda_backend_t *)backend,
+                                              .plan    = plan,
+                                              .q_dtype = q_dtype,
+                                              .o_dtype = o_dtype,
+                                              .q_parts = QUERY_PARTS};
+    attn_status_t status = plan->n_works > 0 ? cuda_enter(w->backend) : ATTN_OK;
+    if (status == ATTN_OK && plan->n_works > 0) {
+        status = make_image(w);
+    }
+    if (status != ATTN_OK) {
+        cuda_workspace_destroy(backend, w);
+        return status;
+    }
+    *workspace_p = w;
+    return ATTN_OK;
+}
+
+void
+cuda_workspace_destroy(attn_backend_t *backend, attn_workspace_t *w)
+{
+    (void)backend;
+    if (w != NULL) {
+        if (w->block != NULL) {
+            cuda_block_give(w->backend, w->block);
+        }
+        cuda_image_free(&w->image);
+        free(w);
+    }
+}
+
+/* ---- copies ---- */
+
+/* Bytes of the caller to the block: through pinned memory where it reaches. */
+static attn_status_t
+upload(const attn_workspace_t *w, uint64_t at, const void *from, uint64_t bytes)
+{
+    const void *source = from;
+
+    if (bytes == 0) {
+        return ATTN_OK;
+    }
+    if (at + bytes <= w->block->host_bytes) {
+        memcpy(w->block->host + at, from, bytes);
+        source = w->block->host + at;
+    }
+    return CUDA_CALL(cuMemcpyHtoDAsync(w->block->device + at, source, bytes, w->block->stream));
+}
+
+/* One piece of the answer, from the block or its pinned copy. */
+static attn_status_t
+fetch(const attn_workspace_t *w, uint64_t at, void *to, uint64_t bytes)
+{
+    if (bytes == 0 || to == NULL) {
+        return ATTN_OK;
+    }
+    if (w->answer_end <= w->block->host_bytes) {
+        memcpy(to, w->block->host + at, bytes);
+        return ATTN_OK;
+    }
+    return CUDA_CALL(cuMemcpyDtoH(to, w->block->device + at, bytes));
+}
+
+static attn_status_t
+fetch_answer(const attn_workspace_t *w, const attn_answer_t *answer)
+{
+    const attn_problem_t *p = &w->plan->problem;
+    uint64_t o_rows = w->plan->o_rows * p->q_heads, states = w->plan->states;
+    attn_status_t status;
+
+    if ((status = fetch(w, w->answer, answer->o,
+                        o_rows * p->head_dim_v * attn_dtype_size(w->o_dtype))) != ATTN_OK ||
+        (status = fetch(w, w->lse, answer->lse, o_rows * sizeof(float))) != ATTN_OK ||
+        (status = fetch(w, w->a, answer->a, states * p->head_dim_v * sizeof(float))) != ATTN_OK ||
+        (status = fetch(w, w->l, answer->l, states * sizeof(float))) != ATTN_OK) {
+        return status;
+    }
+    return fetch(w, w->e, answer->e, states * sizeof(int32_t));
+}
+
+/* ---- the layer ---- */
+
+static attn_status_t
+check_layer(const attn_problem_t *problem, const attn_layer_t *layer, float scale)
+{
+    if (!isfinite(scale) || !isfinite(layer->softcap) || layer->softcap < 0) {
+        return attn_fail(ATTN_ERR_INVALID,
+                         "scale is %g and softcap %g: both must be finite, softcap not negative",
+                         (double)layer->scale, (double)layer->softcap);
+    }
+    for (uint32_t h = 0; h < problem->q_heads; h++) {
+        if (layer->slopes != NULL && !isfinite(layer->slopes[h])) {
+            return attn_fail(ATTN_ERR_INVALID, "slopes[%u] is not finite", h);
+        }
+        if (layer->sinks != NULL && !(layer->sinks[h] <= SINK_MAX)) {
+            return attn_fail(ATTN_ERR_INVALID, "sinks[%u] is %g: at most %g", h,
+                             (double)layer->sinks[h], (double)SINK_MAX);
+        }
+    }
+    return ATTN_OK;
+}
+
+/* Slopes, and sinks as states, of the layer. */
+static attn_status_t
+upload_params(const attn_workspace_t *w, const attn_layer_t *layer, cuda_args_t *x)
+{
+    uint32_t heads       = w->plan->problem.q_heads;
+    const uint8_t *base  = (const uint8_t *)(uintptr_t)w->block->device + w->params;
+    attn_status_t status = ATTN_OK;
+    float l[CUDA_HEADS_MAX];
+    int32_t e[CUDA_HEADS_MAX];
+
+    if (layer->slopes != NULL) {
+        x->slopes = (const float *)(const void *)base;
+        status    = upload(w, w->params, layer->slopes, heads * sizeof(float));
+    }
+    if (layer->sinks != NULL && status == ATTN_OK) {
+        for (uint32_t h = 0; h < heads; h++) {
+            attn_state_of_sink(layer->sinks[h], &l[h], &e[h]);
+        }
+        x->sink_l = (const float *)(const void *)(base + heads * sizeof(float));
+        x->sink_e = (const int32_t *)(const void *)(base + 2 * heads * sizeof(float));
+        status    = upload(w, w->params + heads * sizeof(float), l, heads * sizeof(float));
+        if (status == ATTN_OK) {
+            status = upload(w, w->params + 2 * heads * sizeof(float), e, heads * sizeof(float));
+        }
+    }
+    return status;
+}
+
+static void
+fill_args(const attn_workspace_t *w, const attn_kv_t *kv, const attn_layer_t *layer,
+          const attn_answer_t *answer, cuda_args_t *x)
+{
+    const attn_problem_t *p = &w->plan->problem;
+    const cuda_image_t *i   = &w->image;
+    uint8_t *base           = (uint8_t *)(uintptr_t)w->block->device;
+    uint64_t size           = attn_dtype_size(kv->dtype);
+    uint32_t page           = kv->page_size;
+
+#define AT(offset) ((void *)(base + (offset)))
+    *x = (cuda_args_t){
+        .leaves        = AT(i->leaves),
+        .queries       = AT(i->queries),
+        .items         = AT(i->items),
+        .refs          = AT(i->refs),
+        .pages         = AT(i->pages),
+        .present       = AT(i->present),
+        .masks         = AT(i->masks),
+        .k             = kv->k,
+        .v             = kv->v,
+        .k_page_stride = kv->k_page_stride * size,
+        .v_page_stride = kv->v_page_stride * size,
+        .page_size     = page,
+        .page_shift    = (page & (page - 1)) == 0 ? (uint32_t)__builtin_ctz(page) : CUDA_NONE,
+        .kv_heads      = p->kv_heads,
+        .q_heads       = p->q_heads,
+        .group         = w->plan->group,
+        .head_dim_v    = p->head_dim_v,
+        .q             = AT(w->q),
+        .q_parts       = 1,
+        .softcap       = layer->softcap,
+        .window        = (int32_t)attn_min(p->window, INT32_MAX),
+        .causal        = p->causal,
+        .o             = answer->o != NULL ? AT(w->answer) : NULL,
+        .o_type        = (uint32_t)w->o_dtype,
+        .lse           = answer->lse != NULL ? AT(w->lse) : NULL,
+        .a             = AT(w->a),
+        .l             = AT(w->l),
+        .e             = AT(w->e),
+        .slot_a        = AT(w->slot_a),
+        .slot_l        = AT(w->slot_l),
+        .slot_e        = AT(w->slot_e),
+        .deep          = AT(w->deep),
+        .bulk          = w->backend->major >= 9 && page % 8 == 0,
+        .error         = AT(w->error),
+    };
+    if (w->q_dtype != kv->dtype) {
+        x->q             = AT(w->parts);
+        x->q_parts       = w->q_parts;
+        x->q_part_stride = w->plan->n_queries * p->q_heads * p->head_dim_k * 2;
+        x->q_scale       = AT(w->q_scale);
+    }
+#undef AT
+}
+
+/* Queries of another type than the cache's: as sums of values of that. */
+static attn_status_t
+launch_split(const attn_workspace_t *w, const attn_kv_t *kv, const cuda_args_t *x, CUstream stream)
+{
+    const attn_problem_t *p = &w->plan->problem;
+    uint64_t rows           = w->plan->n_queries * p->q_heads;
+    cuda_split_t split      = {
+             .from        = (const uint8_t *)(uintptr_t)w->block->device + w->q,
+             .to          = (void *)(uintptr_t)x->q,
+             .from_type   = (uint32_t)w->q_dtype,
+             .to_type     = (uint32_t)kv->dtype,
+             .d           = p->head_dim_k,
+             .parts       = w->q_parts,
+             .part_stride = rows * p->head_dim_k,
+             .scale       = (float *)(uintptr_t)x->q_scale,
+    };
+    return cuda_launch(w->backend->split_queries, (uint32_t)rows, 1, 64, 0, false, stream,
+                       (void *[]){&split});
+}
+
+static attn_status_t
+launch_class(const attn_workspace_t *w, const cuda_class_t *class, bool general, cuda_args_t *x,
+             CUstream stream)
+{
+    uint8_t *base  = (uint8_t *)(uintptr_t)w->block->device;
+    uint32_t teams = CUDA_WARPS / class->row_blocks;
+
+    x->pieces       = (const cuda_piece_t *)(const void *)(base + class->pieces);
+    x->row_blocks   = class->row_blocks;
+    x->stages       = CUDA_STAGES / teams;
+    x->levels       = shared_levels(w->backend, class->columns, x->head_dim_v);
+    x->deep_levels  = w->image.depth;
+    uint64_t shared = CUDA_STAGES * CUDA_STAGE + (uint64_t)CUDA_WARPS * x->levels *
+                                                     stack_words(class->columns, x->head_dim_v) *
+                                                     sizeof(float);
+    return cuda_launch(w->shape->attend[class->columns / 16][general], class->grid, 1, CUDA_THREADS,
+                       (uint32_t)shared, false, stream, (void *[]){x});
+}
+
+/* What the device says of the first row that went wrong. */
+static attn_status_t
+check_error(const attn_workspace_t *w)
+{
+    uint64_t error = UINT64_MAX;
+    attn_status_t status;
+
+    if ((status = fetch(w, w->error, &error, sizeof(error))) != ATTN_OK || error == UINT64_MAX) {
+        return status;
+    }
+    return attn_fail(
+        ATTN_ERR_NUMERIC,
+        "entry %llu, query %llu, head %llu: a NaN, a logit beyond 2^30 or a sum that is not finite",
+        (unsigned long long)(error >> 40), (unsigned long long)(error >> 12 & 0xfffffff),
+        (unsigned long long)(error & 0xfff));
+}
+
+/* The tables of the plan and the queries, on their way to the device. */
+static attn_status_t
+upload_all(attn_workspace_t *w, const attn_layer_t *layer, const void *q, cuda_args_t *x)
+{
+    const attn_problem_t *p    = &w->plan->problem;
+    static const uint64_t none = UINT64_MAX;
+    attn_status_t status;
+
+    if (w->image.changes && w->uploaded && (status = make_image(w)) != ATTN_OK) {
+        return status;
+    }
+    if (!w->uploaded) {
+        if ((status = upload(w, 0, w->image.block, w->image.bytes)) != ATTN_OK ||
+            (status = upload(w, w->error, &none, sizeof(none))) != ATTN_OK) {
+            return status;
+        }
+        w->uploaded = true;
+    }
+    status = upload(w, w->q, q,
+                    w->plan->n_queries * p->q_heads * p->head_dim_k * attn_dtype_size(w->q_dtype));
+    return status == ATTN_OK ? upload_params(w, layer, x) : status;
+}
+
+attn_status_t
+cuda_attend_prepare(attn_workspace_t *w, const attn_kv_t *kv, const attn_layer_t *layer,
+                    const void *q, const attn_answer_t *answer, cuda_args_t *x)
+{
+    const attn_problem_t *p = &w->plan->problem;
+    float scale = layer->scale != 0.0f ? layer->scale : 1.0f / sqrtf((float)p->head_dim_k);
+    attn_status_t status;
+
+    if ((status = check_layer(p, layer, scale)) != ATTN_OK ||
+        (status = cuda_enter(w->backend)) != ATTN_OK) {
+        return status;
+    }
+    if (w->shape == NULL && (status = cuda_shape_find(w->backend, kv->dtype, p->head_dim_k,
+                                                      p->head_dim_v, &w->shape)) != ATTN_OK) {
+        return status;
+    }
+    fill_args(w, kv, layer, answer, x);
+    x->scale = x->softcap > 0 || layer->slopes != NULL ? scale : scale * LOG2_E;
+    return upload_all(w, layer, q, x);
+}
+
+/* The states of the largest item are cut into segments of some batches, as shared memory allows. */
+static attn_status_t
+launch_merge(const attn_workspace_t *w, cuda_args_t *x, CUstream stream)
+{
+    uint32_t d = x->head_dim_v, size;
+
+    x->segments = (uint32_t)attn_min(attn_div_up(w->image.item_refs, MERGE_SEGMENT), MERGE_WARPS);
+    do {
+        uint32_t per = (uint32_t)attn_div_up(w->image.item_refs, x->segments) + 1;
+        x->depth     = (uint32_t)attn_max(attn_min(per, 2 * w->image.depth), w->image.depth + 2);
+        size         = x->segments * x->depth * (d + 3) * (uint32_t)sizeof(float);
+    } while (size > (uint32_t)w->backend->shared_bytes && --x->segments > 0);
+    assert(x->segments > 0);
+    return cuda_launch(w->backend->merge[d / 128], w->image.n_items, w->image.item_rows,
+                       32 * x->segments, size, w->backend->major >= 9, stream, (void *[]){x});
+}
+
+attn_status_t
+cuda_attend_enqueue(const attn_workspace_t *w, const attn_kv_t *kv, cuda_args_t *x, CUstream stream)
+{
+    bool general =
+        w->image.general || x->q_parts > 1 || x->softcap > 0 || x->window > 0 || x->slopes != NULL;
+    attn_status_t status = ATTN_OK;
+
+    if (x->q_parts > 1) {
+        status = launch_split(w, kv, x, stream);
+    }
+    for (uint32_t c = 0; c < CUDA_CLASSES && status == ATTN_OK; c++) {
+        if (w->image.classes[c].grid > 0) {
+            status = launch_class(w, &w->image.classes[c], general, x, stream);
+        }
+    }
+    if (status == ATTN_OK && w->image.n_items > 0) {
+        status = launch_merge(w, x, stream);
+    }
+    return status;
+}
+
+/* Queue all of it, and wait. */
+static attn_status_t
+attend(attn_workspace_t *w, const attn_kv_t *kv, const attn_layer_t *layer, const void *q,
+       const attn_answer_t *answer)
+{
+    CUstream stream = w->block->stream;
+    cuda_args_t x;
+    attn_status_t status;
+
+    if ((status = cuda_attend_prepare(w, kv, layer, q, answer, &x)) != ATTN_OK ||
+        (status = cuda_attend_enqueue(w, kv, &x, stream)) != ATTN_OK) {
+        return status;
+    }
+    if (w->answer_end <= w->block->host_bytes) {
+        status =
+            CUDA_CALL(cuMemcpyDtoHAsync(w->block->host + w->answer, w->block->device + w->answer,
+                                        w->answer_end - w->answer, stream));
+    }
+    if (status == ATTN_OK) {
+        status = CUDA_CALL(cuStreamSynchronize(stream));
+    }
+    return status == ATTN_OK ? check_error(w) : status;
+}
+
+attn_status_t
+cuda_attend(attn_backend_t *base, const attn_plan_t *plan, const attn_kv_t *kv,
+            const attn_layer_t *layer, const void *q, attn_dtype_t q_dtype, attn_workspace_t *w,
+            const attn_answer_t *answer)
+{
+    const attn_problem_t *p = &plan->problem;
+
+    (void)base;
+    assert(w->plan == plan && w->q_dtype == q_dtype &&
+           (answer->o == NULL || w->o_dtype == answer->o_dtype) && kv->kv_heads == p->kv_heads &&
+           kv->page_size == p->page_size && kv->chunk_size == p->chunk_size);
+    if (plan->n_works == 0) {
+        return ATTN_OK;
+    }
+    attn_status_t status = attend(w, kv, layer, q, answer);
+    if (status == ATTN_OK) {
+        return fetch_answer(w, answer);
+    }
+    /* Nothing of it may still run when its memory goes to another, and the next begins anew. */
+    if (w->block != NULL) {
+        w->backend->cu->cuStreamSynchronize(w->block->stream);
+    }
+    w->uploaded = false;
+    return status;
+}

@@ -1,0 +1,128 @@
+/*
+ * image.h: a plan as the GPU reads it. Host code (image.c) writes these records into one block,
+ * uploaded in one copy; kernels (attend.cu, merge.cu) only read them. Shared by C and CUDA.
+ *
+ *     leaf    64 positions of a work: where its first page is listed, how far it is filled
+ *     query   a query of a work: its row of q, where it stands, where its answer goes
+ *     piece   a contiguous range of leaves of a work, for one KV head: what one team computes
+ *     item    a row tile of one reduction and KV head whose states are folded by the merge kernel
+ */
+#ifndef ATTN_KERNELS_CUDA_IMAGE_H
+#define ATTN_KERNELS_CUDA_IMAGE_H
+
+#include <stdint.h>
+
+/** Tokens of a leaf, of requests of any size. */
+#define CUDA_LEAF 64
+#define CUDA_NONE 0xffffffffu
+
+/** Consumer warps of a CTA; each has a producer warp of its own, or shares one with its team. */
+#define CUDA_WARPS 4
+#define CUDA_THREADS (2 * CUDA_WARPS * 32)
+
+/** Bytes of a stage of the ring that leaves come through. */
+#define CUDA_STAGE 8192
+
+typedef struct cuda_leaf {
+    uint32_t page;    /**< index into the page table, of the leaf's first page */
+    int32_t position; /**< of its first token */
+    uint16_t tokens;  /**< 1 to CUDA_LEAF: those that exist */
+    uint16_t offset;  /**< of its first token in that page */
+    uint32_t level;   /**< of the lowest node with this leaf and the one before it in its work */
+} cuda_leaf_t;
+
+typedef struct cuda_query {
+    uint32_t q_row;  /**< among all queries of the batch */
+    uint32_t answer; /**< row of O, or of the partials, in units of q_heads */
+    int32_t position;
+    uint32_t mask;     /**< byte offset of its row of the mask, or CUDA_NONE */
+    int32_t mask_base; /**< position of the first token that the mask is about */
+    uint32_t mask_tokens;
+    uint32_t entry, query; /**< for errors */
+} cuda_query_t;
+
+/**
+ * 64 bytes, so that whoever gets a piece needs one round trip to memory to begin. The first piece
+ * of team t of the grid is number t; `next` leads on.
+ */
+typedef struct cuda_piece {
+    uint32_t next;    /**< the team's next piece, or CUDA_NONE */
+    uint32_t kv_head; /**< CUDA_NONE: there is nothing to do */
+    uint32_t leaf_first, n_leaves;
+    uint32_t page, tokens; /**< as in the first leaf ... */
+    uint32_t offset;       /**< ... and its offset */
+    uint32_t levels;       /**< left level | right level << 8 */
+    uint32_t slot;         /**< its first state: [states][rows]; CUDA_NONE: it answers itself */
+    uint32_t states;       /**< it answers with partials */
+    uint32_t query_first;
+    uint32_t rows;       /**< queries x n_heads */
+    uint32_t head_first; /**< in the group */
+    uint32_t n_heads;
+    uint32_t present_at; /**< of its first leaf in the token sets; or CUDA_NONE */
+    uint32_t n_lists;    /**< token sets of a leaf */
+} cuda_piece_t;
+
+/** A state of an item, in ascending key. */
+typedef struct cuda_ref {
+    uint32_t slot;  /**< of the item's row 0 */
+    uint32_t level; /**< of the lowest node with it and the state before it */
+} cuda_ref_t;
+
+typedef struct cuda_item {
+    uint32_t ref_first, n_refs;
+    uint32_t rows, n_heads;
+    uint32_t head;   /**< query head of row 0 */
+    uint32_t answer; /**< of its first query */
+    uint32_t states;
+    uint32_t entry, query;
+} cuda_item_t;
+
+/** What a launch gets, by value. Pointers are the device's. */
+typedef struct cuda_args {
+    const cuda_leaf_t *leaves;
+    const cuda_query_t *queries;
+    const cuda_piece_t *pieces;
+    const cuda_item_t *items;
+    const cuda_ref_t *refs;
+    const uint32_t *pages;
+    const uint64_t *present;
+    const uint8_t *masks;
+
+    const uint8_t *k, *v;
+    uint64_t k_page_stride, v_page_stride; /**< bytes */
+    uint32_t page_size;
+    uint32_t page_shift; /**< log2, or CUDA_NONE */
+    uint32_t kv_heads, q_heads, group, head_dim_v;
+
+    const uint8_t *q;       /**< [q_parts][rows][q_heads][head_dim_k] of the KV's type */
+    uint64_t q_part_stride; /**< bytes */
+    uint32_t q_parts;
+    const float *q_scale; /**< [rows][q_heads] powers of two, or NULL */
+    float scale;          /**< times log2 e, but with a soft cap or slopes */
+    float softcap;
+    int32_t window; /**< in positions, or 0 */
+    uint32_t causal;
+    const float *slopes, *sink_l; /**< [q_heads], or NULL */
+    const int32_t *sink_e;
+
+    void *o;
+    uint32_t o_type; /**< attn_dtype_t */
+    float *lse;
+    float *a, *l; /**< partials of the answer */
+    int32_t *e;
+
+    float *slot_a, *slot_l; /**< states between the kernels: [slots][head_dim_v] */
+    int32_t *slot_e;
+    float *deep; /**< [consumer warps of the grid][deep_levels]: stacks beyond shared memory */
+    uint32_t deep_levels; /**< of it: states that a warp has room for there */
+
+    uint32_t row_blocks;       /**< consumer warps of a team */
+    uint32_t stages;           /**< of a team's ring */
+    uint32_t levels;           /**< of a warp's stack in shared memory */
+    uint32_t bulk;             /**< pages are copied whole; otherwise in pieces of 16 bytes */
+    uint32_t depth;            /**< of the merge kernel's stacks */
+    uint32_t segments;         /**< that it folds side by side */
+    unsigned long long *error; /**< the first row that failed, or all ones */
+} cuda_args_t;
+
+#endif

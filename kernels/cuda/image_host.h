@@ -1,0 +1,40 @@
+/* image_host.h: from a plan to what the GPU reads of it. Host code; no driver calls. */
+#ifndef ATTN_KERNELS_CUDA_IMAGE_HOST_H
+#define ATTN_KERNELS_CUDA_IMAGE_HOST_H
+
+#include "kernels/cuda/image.h"
+#include "kernels/plan_types.h"
+
+/** Works by their rows: each class is a launch. */
+#define CUDA_CLASSES 4
+
+typedef struct cuda_class {
+    uint32_t columns;    /**< of a consumer warp: 8 or 16 */
+    uint32_t row_blocks; /**< consumer warps of a team */
+    uint32_t grid;       /**< CTAs; 0: no work of this class */
+    uint64_t pieces;     /**< offset in the block */
+} cuda_class_t;
+
+/** Offsets in the block, and sizes. */
+typedef struct cuda_image {
+    uint8_t *block; /**< host memory, free()d by cuda_image_free() */
+    uint64_t bytes;
+    uint64_t leaves, queries, items, refs, pages, present, masks;
+    cuda_class_t classes[CUDA_CLASSES];
+    uint32_t n_items, item_rows; /**< rows of the largest item */
+    uint32_t item_refs;          /**< states of the largest */
+    uint64_t slots;              /**< states between the kernels */
+    uint32_t depth;              /**< of a stack */
+    bool general;                /**< has masks or lists */
+    bool changes; /**< lists may be put in place of others: made anew for each attend */
+} cuda_image_t;
+
+/**
+ * @param plan  made for a parallelism of 1: this cuts it anew, for `ctas` CTAs
+ * @return ATTN_ERR_NO_MEMORY
+ * @return ATTN_ERR_TOO_LARGE  more leaves, states or rows than 32 bits number
+ */
+attn_status_t cuda_image_build(const attn_plan_t *plan, uint32_t ctas, cuda_image_t *image);
+void cuda_image_free(cuda_image_t *image);
+
+#endif
