@@ -84,9 +84,13 @@ typedef struct dir_worker {
     char kind[64];
     uint64_t slab_bytes;
     double read_bandwidth;
+    char device[96];
+    uint64_t device_bytes;
     uint64_t seen_ns;
     /* As last told by heartbeat: */
     uint64_t region_bytes, used_bytes, chunks, open_steps, runs, kv_bytes;
+    uint64_t device_free;
+    double kv_rate; /**< KV bytes per second */
 } dir_worker_t;
 
 /**

@@ -109,6 +109,8 @@ test_heartbeats_keep_a_worker_alive(void **state)
                             .open_steps   = 4,
                             .runs         = 5,
                             .kv_bytes     = 6,
+                            .device_free  = 7,
+                            .kv_rate      = 8,
                             .slab_bytes   = 7};
     (void)state;
     fixture_open(&f, 0);
@@ -123,6 +125,8 @@ test_heartbeats_keep_a_worker_alive(void **state)
     assert_int_equal(worker->open_steps, 4);
     assert_int_equal(worker->runs, 5);
     assert_int_equal(worker->kv_bytes, 6);
+    assert_int_equal(worker->device_free, 7);
+    assert_true(worker->kv_rate == 8);
     assert_int_equal(worker->slab_bytes, 1 << 20); /* told by hello alone */
 
     directory_tick(f.directory, f.now_ns + 2 * SECOND - 1);

@@ -149,6 +149,8 @@ directory_worker_heartbeat(directory_t *directory, uint32_t id, uint64_t incarna
     worker->open_steps   = figures->open_steps;
     worker->runs         = figures->runs;
     worker->kv_bytes     = figures->kv_bytes;
+    worker->device_free  = figures->device_free;
+    worker->kv_rate      = figures->kv_rate;
     worker->seen_ns      = now_ns;
     return ATTN_OK;
 }

@@ -161,7 +161,7 @@ static void
 world_open(world_t *w)
 {
     engine_options_t options = {
-        .backend = "cpu", .threads = 2, .slab_bytes = UINT64_C(2) << 30, .name = "bench"};
+        .device = "cpu", .threads = 2, .slab_bytes = UINT64_C(2) << 30, .name = "bench"};
     attn_layer_t layer       = {.scale = 1, .causal = true};
     attn_geometry_t geometry = {.size         = sizeof(geometry),
                                 .layers       = 1,

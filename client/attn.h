@@ -77,10 +77,9 @@ ATTN_API void attn_client_options_init(attn_client_options_t *options);
 /**
  * Open a client.
  *
- * @param target   "HOST:PORT" of a coordinator, or "inproc://cpu", the engine
- *                 inside this process with no daemon ("local attention").
- *                 inproc takes options: "inproc://cpu?workers=4&threads=2&slab=1GiB"
- *                 (engines, threads of each, KV bytes of each).
+ * @param target   "HOST:PORT" of a coordinator, or "inproc://cpu" (or "inproc://cuda:0", a GPU),
+ * the engine inside this process with no daemon ("local attention"). inproc takes options:
+ * "inproc://cpu?workers=4&threads=2&slab=1GiB" (engines, threads of each, KV bytes of each).
  * @param options  NULL for the defaults.
  *
  * @return ATTN_ERR_INVALID      target or options are malformed, or a TLS file is not what it
@@ -104,6 +103,10 @@ typedef struct attn_worker_info {
     uint64_t chunks, open_steps;
     uint64_t runs;     /**< layers answered since start */
     uint64_t kv_bytes; /**< KV bytes read by attention since start */
+    char device[96];   /**< what its maker calls the device; empty: it has no name */
+    uint64_t device_bytes, device_free_bytes; /**< memory of the device; 0: not known */
+    double kv_bytes_per_s;                    /**< read by attention in the last ten seconds */
+    double read_bandwidth; /**< bytes/s that the device reads, as measured at its start */
 } attn_worker_info_t;
 
 /** The cluster as the coordinator sees it. */

@@ -24,6 +24,28 @@ print_time(uint64_t ms)
     }
 }
 
+/* What the workers run on, and how near attention is to what that reads. */
+static void
+print_devices(const attn_cluster_info_t *info)
+{
+    printf("\n%6s  %-32s %10s %10s %14s %12s %9s\n", "worker", "device", "memory", "free",
+           "KV read/s, 10s", "limit/s", "of limit");
+    for (uint32_t i = 0; i < info->n_workers; i++) {
+        const attn_worker_info_t *w = &info->workers[i];
+        if (!w->alive) {
+            continue;
+        }
+        printf("%6u  %-32s %10s %10s %14s %12s ", w->id, w->device[0] != '\0' ? w->device : "-",
+               BYTES(w->device_bytes), BYTES(w->device_free_bytes),
+               BYTES((uint64_t)w->kv_bytes_per_s), BYTES((uint64_t)w->read_bandwidth));
+        if (w->read_bandwidth > 0) {
+            printf("%7.1f %%\n", 100 * w->kv_bytes_per_s / w->read_bandwidth);
+        } else {
+            printf("%9s\n", "-");
+        }
+    }
+}
+
 static void
 print_table(const attnctl_t *ctl, const sample_t *first, const sample_t *last)
 {
@@ -49,6 +71,7 @@ print_table(const attnctl_t *ctl, const sample_t *first, const sample_t *last)
                BYTES(w->used_bytes), w->chunks, w->open_steps, rates.runs,
                BYTES((uint64_t)rates.kv_bytes));
     }
+    print_devices(info);
     fflush(stdout);
 }
 
@@ -68,6 +91,11 @@ worker_json(const attn_worker_info_t *w, rates_t rates)
     attnctl_json_u64(object, "open_steps", w->open_steps);
     attnctl_json_u64(object, "runs", w->runs);
     attnctl_json_u64(object, "kv_bytes", w->kv_bytes);
+    cJSON_AddStringToObject(object, "device", w->device);
+    attnctl_json_u64(object, "device_bytes", w->device_bytes);
+    attnctl_json_u64(object, "device_free_bytes", w->device_free_bytes);
+    cJSON_AddNumberToObject(object, "kv_bytes_per_s_10s", w->alive ? w->kv_bytes_per_s : 0);
+    cJSON_AddNumberToObject(object, "read_bandwidth", w->read_bandwidth);
     cJSON_AddNumberToObject(object, "runs_per_s", w->alive ? rates.runs : 0);
     cJSON_AddNumberToObject(object, "kv_bytes_per_s", w->alive ? rates.kv_bytes : 0);
     return object;

@@ -91,7 +91,9 @@ tick_engines(attn_client_t *client, uint64_t now_ns, bool figures)
                              .chunks       = info.chunks,
                              .open_steps   = info.open_steps,
                              .runs         = info.runs,
-                             .kv_bytes     = info.kv_bytes};
+                             .kv_bytes     = info.kv_bytes,
+                             .kv_rate      = info.kv_rate,
+                             .device_free  = info.device.free_bytes};
         cluster_worker_heartbeat(client->cluster, &told);
     }
 }
@@ -303,10 +305,11 @@ static attn_status_t
 add_engine(attn_client_t *client, const target_t *target, uint32_t i)
 {
     char name[32];
-    engine_options_t options = {.backend    = target->backend,
-                                .threads    = target->threads,
-                                .slab_bytes = target->slab_bytes,
-                                .name       = name};
+    engine_options_t options = {.device        = target->device,
+                                .threads       = target->threads,
+                                .slab_bytes    = target->slab_bytes,
+                                .reserve_bytes = ENGINE_RESERVE_BYTES,
+                                .name          = name};
     engine_t *engine;
     engine_info_t info;
 
@@ -318,9 +321,12 @@ add_engine(attn_client_t *client, const target_t *target, uint32_t i)
     engine_describe(engine, &info);
     dir_worker_t hello = {.incarnation    = i + 1, /* and its id: directory ids count from 1 */
                           .slab_bytes     = info.slab_bytes,
-                          .read_bandwidth = info.read_bandwidth};
+                          .read_bandwidth = info.read_bandwidth,
+                          .device_bytes   = info.device.total_bytes,
+                          .device_free    = info.device.free_bytes};
     snprintf(hello.address, sizeof(hello.address), "inproc:%u", i);
     snprintf(hello.kind, sizeof(hello.kind), "%s", info.kind);
+    snprintf(hello.device, sizeof(hello.device), "%s", info.device.name);
     status = cluster_worker_join(client->cluster, &hello, &client->worker_of[i]);
     if (status == ATTN_OK) {
         status = links_add_engine(client->links, hello.address, engine);

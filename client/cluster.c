@@ -543,17 +543,22 @@ cluster_describe(cluster_t *cluster, attn_cluster_info_t *info)
         const dir_worker_t *w    = &workers[i];
         attn_worker_info_t *into = &info->workers[i];
 
-        *into = (attn_worker_info_t){.id           = w->id,
-                                     .alive        = w->alive,
-                                     .slab_bytes   = w->slab_bytes,
-                                     .region_bytes = w->region_bytes,
-                                     .used_bytes   = w->used_bytes,
-                                     .chunks       = w->chunks,
-                                     .open_steps   = w->open_steps,
-                                     .runs         = w->runs,
-                                     .kv_bytes     = w->kv_bytes};
+        *into = (attn_worker_info_t){.id                = w->id,
+                                     .alive             = w->alive,
+                                     .slab_bytes        = w->slab_bytes,
+                                     .region_bytes      = w->region_bytes,
+                                     .used_bytes        = w->used_bytes,
+                                     .chunks            = w->chunks,
+                                     .open_steps        = w->open_steps,
+                                     .runs              = w->runs,
+                                     .kv_bytes          = w->kv_bytes,
+                                     .device_bytes      = w->device_bytes,
+                                     .device_free_bytes = w->device_free,
+                                     .kv_bytes_per_s    = w->kv_rate,
+                                     .read_bandwidth    = w->read_bandwidth};
         memcpy(into->address, w->address, sizeof(into->address));
         memcpy(into->kind, w->kind, sizeof(into->kind));
+        memcpy(into->device, w->device, sizeof(into->device));
     }
     pthread_mutex_unlock(&cluster->lock);
     return info->workers != NULL ? ATTN_OK

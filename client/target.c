@@ -46,13 +46,13 @@ option_take(target_t *target, const char *name, const char *text)
         target->workers = (uint32_t)value;
     } else if (strcmp(name, "threads") == 0 && value <= THREADS_MAX) {
         target->threads = (uint32_t)value;
-    } else if (strcmp(name, "slab") == 0 && value >= 1u << 16) {
+    } else if (strcmp(name, "slab") == 0 && (value == 0 || value >= 1u << 16)) {
         target->slab_bytes = value;
     } else {
         return attn_fail(
             ATTN_ERR_INVALID,
             "target option %s=%s: there are workers (1 to %u), threads (0 to %u) and slab "
-            "(from 64KiB)",
+            "(0, or from 64KiB)",
             name, text, WORKERS_MAX, THREADS_MAX);
     }
     return ATTN_OK;
@@ -65,12 +65,13 @@ inproc_parse(const char *text, target_t *target)
     char *next = options;
 
     size_t name = strcspn(text, "?");
-    if (name == 0 || name >= sizeof(target->backend) || strlen(text) >= sizeof(options)) {
-        return attn_fail(ATTN_ERR_INVALID,
-                         "target inproc://%s: inproc://cpu with options after a '?'", text);
+    if (name == 0 || name >= sizeof(target->device) || strlen(text) >= sizeof(options)) {
+        return attn_fail(
+            ATTN_ERR_INVALID,
+            "target inproc://%s: inproc://cpu or inproc://cuda:N, with options after a '?'", text);
     }
-    memcpy(target->backend, text, name);
-    target->backend[name] = 0;
+    memcpy(target->device, text, name);
+    target->device[name] = 0;
     snprintf(options, sizeof(options), "%s", text[name] == '?' ? text + name + 1 : "");
     while (next != NULL && *next != 0) {
         char *option = strsep(&next, "&");
@@ -93,7 +94,8 @@ target_parse(const char *text, target_t *target)
     static const char scheme[] = "inproc://";
 
     if (text == NULL) {
-        return attn_fail(ATTN_ERR_INVALID, "target is NULL: \"HOST:PORT\" or \"inproc://cpu\"");
+        return attn_fail(ATTN_ERR_INVALID,
+                         "target is NULL: \"HOST:PORT\", \"inproc://cpu\" or \"inproc://cuda:N\"");
     }
     *target = (target_t){.workers = 1, .slab_bytes = UINT64_C(1) << 30};
     if (strncmp(text, scheme, strlen(scheme)) == 0) {
@@ -107,8 +109,9 @@ target_parse(const char *text, target_t *target)
         (unix_socket ? text[5] == 0
                      : strspn(port + 1, "0123456789") != strlen(port + 1) ||
                            !number_parse(port + 1, &value) || value < 1 || value > 65535)) {
-        return attn_fail(ATTN_ERR_INVALID, "target \"%.127s\": \"HOST:PORT\" or \"inproc://cpu\"",
-                         text);
+        return attn_fail(
+            ATTN_ERR_INVALID,
+            "target \"%.127s\": \"HOST:PORT\", \"inproc://cpu\" or \"inproc://cuda:N\"", text);
     }
     return ATTN_OK;
 }

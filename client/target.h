@@ -1,5 +1,5 @@
 /* target.h: what attn_client_open() takes: "HOST:PORT" or
- * "inproc://BACKEND?workers=..&threads=..&slab=..". */
+ * "inproc://DEVICE?workers=..&threads=..&slab=..". */
 #ifndef ATTN_TARGET_H
 #define ATTN_TARGET_H
 
@@ -7,10 +7,10 @@
 
 typedef struct target {
     bool inproc;
-    char backend[16];
+    char device[16];     /**< as attn_backend_parse() takes it */
     uint32_t workers;    /**< 1 to 64 */
     uint32_t threads;    /**< of each; 0: one per core */
-    uint64_t slab_bytes; /**< of each; default 1 GiB */
+    uint64_t slab_bytes; /**< of each; default 1 GiB; 0: of a GPU what is free, but for 2 GiB */
 } target_t;
 
 /** @return ATTN_ERR_INVALID with what is wrong */

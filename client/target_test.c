@@ -63,14 +63,14 @@ test_inproc_and_its_defaults(void **state)
     (void)state;
     assert_int_equal(target_parse("inproc://cpu", &target), ATTN_OK);
     assert_true(target.inproc);
-    assert_string_equal(target.backend, "cpu");
+    assert_string_equal(target.device, "cpu");
     assert_int_equal(target.workers, 1);
     assert_int_equal(target.threads, 0);
     assert_int_equal(target.slab_bytes, UINT64_C(1) << 30);
 
     /* Whether a backend exists is for the engine to say; its name has at most 15 bytes. */
     assert_int_equal(target_parse("inproc://abcdefghijklmno?", &target), ATTN_OK);
-    assert_string_equal(target.backend, "abcdefghijklmno");
+    assert_string_equal(target.device, "abcdefghijklmno");
 }
 
 static void

@@ -74,7 +74,7 @@ add_worker(fixture_t *f, const char *kind)
 {
     char name[16];
     engine_options_t options = {
-        .backend = "cpu", .threads = 1, .slab_bytes = 16u << 20, .name = name};
+        .device = "cpu", .threads = 1, .slab_bytes = 16u << 20, .name = name};
     engine_info_t info;
     uint32_t i = f->n++;
 

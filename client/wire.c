@@ -608,18 +608,23 @@ void
 wire_worker_decode(const Attn__V1__WorkerInfo *message, attn_worker_info_t *info)
 {
     *info = (attn_worker_info_t){
-        .id           = message->id,
-        .alive        = message->alive,
-        .slab_bytes   = message->slab_bytes,
-        .region_bytes = message->region_bytes,
-        .used_bytes   = message->used_bytes,
-        .chunks       = message->chunks,
-        .open_steps   = message->open_steps,
-        .runs         = message->runs,
-        .kv_bytes     = message->kv_bytes,
+        .id                = message->id,
+        .alive             = message->alive,
+        .slab_bytes        = message->slab_bytes,
+        .region_bytes      = message->region_bytes,
+        .used_bytes        = message->used_bytes,
+        .chunks            = message->chunks,
+        .open_steps        = message->open_steps,
+        .runs              = message->runs,
+        .kv_bytes          = message->kv_bytes,
+        .device_bytes      = message->device_bytes,
+        .device_free_bytes = message->device_free_bytes,
+        .kv_bytes_per_s    = message->kv_bytes_per_s,
+        .read_bandwidth    = message->read_bandwidth,
     };
     strncpy(info->address, message->address, sizeof(info->address) - 1);
     strncpy(info->kind, message->kind, sizeof(info->kind) - 1);
+    strncpy(info->device, message->device, sizeof(info->device) - 1);
 }
 
 attn_status_t

@@ -471,7 +471,7 @@ test_layout_round_trip(void **state)
 static void
 test_figures_and_long_texts_of_a_worker(void **state)
 {
-    char address[200], kind[64];
+    char address[200], kind[64], device[200];
     Attn__V1__WorkerInfo message = ATTN__V1__WORKER_INFO__INIT;
     attn_worker_info_t info;
 
@@ -479,19 +479,27 @@ test_figures_and_long_texts_of_a_worker(void **state)
     memset(address, 'a', sizeof(address) - 1);
     address[sizeof(address) - 1] = 0;
     memset(kind, 'k', 63);
-    kind[63]           = 0;
-    message.id         = 3;
-    message.alive      = true;
-    message.address    = address;
-    message.kind       = kind;
+    kind[63] = 0;
+    memset(device, 'd', sizeof(device) - 1);
+    device[sizeof(device) - 1] = 0;
+    message.id                 = 3;
+    message.alive              = true;
+    message.address            = address;
+    message.kind               = kind;
     message.slab_bytes = 1, message.region_bytes = 2, message.used_bytes = 3,
     message.chunks     = UINT64_MAX;
     message.open_steps = 5, message.runs = 6, message.kv_bytes = 7;
+    message.device       = device;
+    message.device_bytes = 8, message.device_free_bytes = 9;
+    message.kv_bytes_per_s = 10, message.read_bandwidth = 11;
     wire_worker_decode(&message, &info);
     assert_int_equal(info.id, 3);
     assert_true(info.alive && info.chunks == UINT64_MAX);
     assert_true(info.slab_bytes == 1 && info.region_bytes == 2 && info.used_bytes == 3);
     assert_true(info.open_steps == 5 && info.runs == 6 && info.kv_bytes == 7);
+    assert_true(info.device_bytes == 8 && info.device_free_bytes == 9);
+    assert_true(info.kv_bytes_per_s == 10 && info.read_bandwidth == 11);
+    assert_int_equal(strlen(info.device), 95); /* cut to what there is room for */
     assert_int_equal(strlen(info.address), 63);
     assert_string_equal(info.kind, kind);
 }

@@ -1,13 +1,12 @@
 #include "daemon/options_tables.h"
 
 #include "base/status.h"
+#include "kernels/kernels.h"
 
 #include <stdlib.h>
 #include <string.h>
 
 #define TIB (UINT64_C(1) << 40)
-
-const char *const options_backends[] = {"cpu", NULL};
 
 /* In the order of attn_log_level_t. */
 static const char *const log_levels[] = {"debug", "info", "warn", "error", NULL};
@@ -135,6 +134,31 @@ check_metrics(const tls_options_t *tls, const char *address)
                 "later.",                                                                           \
     }
 
+#define DEVICE_ROW(type, text)                                                                     \
+    {                                                                                              \
+        .name = "device", .kind = OPTION_TEXT, OPTION_FIELD(type, device), .initial = "cpu",       \
+        .value_name = "DEVICE", .help = text                                                       \
+    }
+
+#define SLAB_LEAST (UINT64_C(1) << 20)
+
+/* Is it the name of a device, whether or not this machine has it? And 0 or enough of a slab? */
+static attn_status_t
+check_device(const char *device, uint64_t slab)
+{
+    const attn_backend_ops_t *ops;
+    uint32_t ordinal;
+    attn_status_t status = attn_backend_parse(device, &ops, &ordinal);
+
+    if (status != ATTN_OK) {
+        return attn_fail_in(ATTN_ERR_INVALID, "--device: ");
+    }
+    return slab == 0 || slab >= SLAB_LEAST
+               ? ATTN_OK
+               : attn_fail(ATTN_ERR_INVALID, "--slab is %llu bytes: 0, or from 1MiB",
+                           (unsigned long long)slab);
+}
+
 #define JOIN_ROW(type, text)                                                                       \
     {                                                                                              \
         .name = "join-secret-file", .kind = OPTION_TEXT, OPTION_FIELD(type, join_secret_file),     \
@@ -148,7 +172,10 @@ worker_check(const void *values)
 {
     const worker_options_t *options = values;
 
-    attn_status_t status = check_tls(&options->tls, "--listen", options->listen);
+    attn_status_t status = check_device(options->device, options->slab);
+    if (status == ATTN_OK) {
+        status = check_tls(&options->tls, "--listen", options->listen);
+    }
     if (status == ATTN_OK) {
         status = check_tls(&options->tls, "--coordinator", options->coordinator);
     }
@@ -179,12 +206,9 @@ static const option_t worker_table[] = {
      OPTION_FIELD(worker_options_t, name),
      .initial = "",
      .help    = "What the worker calls itself in logs and errors. Empty: its address."},
-    {.name = "backend",
-     .kind = OPTION_CHOICE,
-     OPTION_FIELD(worker_options_t, backend),
-     .initial = "cpu",
-     .choices = options_backends,
-     .help    = "The device that holds the KV and computes attention."},
+    DEVICE_ROW(worker_options_t,
+               "The device that holds the KV and computes attention: cpu, or cuda:N for a GPU, "
+               "counted from 0; cuda is cuda:0."),
     {.name = "threads",
      .kind = OPTION_COUNT,
      OPTION_FIELD(worker_options_t, threads),
@@ -195,10 +219,18 @@ static const option_t worker_table[] = {
     {.name = "slab",
      .kind = OPTION_BYTES,
      OPTION_FIELD(worker_options_t, slab),
-     .initial = "1GiB",
-     .least   = 1 << 20,
+     .initial = "0",
      .most    = 64 * TIB,
-     .help    = "Memory for KV. Caches take their regions from it; it is never exceeded."},
+     .help    = "Memory for KV, at least 1MiB. Caches take their regions from it; it is never "
+                "exceeded. 0: of a GPU, what is free there at the start less reserve; with cpu, "
+                "1GiB."},
+    {.name = "reserve",
+     .kind = OPTION_BYTES,
+     OPTION_FIELD(worker_options_t, reserve),
+     .initial = "2GiB",
+     .most    = 64 * TIB,
+     .help    = "Memory of a GPU that a slab of 0 leaves: for workspaces of steps, kernels and the "
+                "driver. Not used with cpu."},
     {.name = "spin-us",
      .kind = OPTION_US,
      OPTION_FIELD(worker_options_t, spin_us),
@@ -341,13 +373,17 @@ dev_check(const void *values)
     const dev_options_t *options = values;
     const char *metrics          = options->metrics_listen;
 
+    attn_status_t status = check_device(options->device, options->slab);
+    if (status != ATTN_OK) {
+        return status;
+    }
     if (metrics[0] != '\0' &&
         strtoul(strrchr(metrics, ':') + 1, NULL, 10) + options->workers > 65535) {
         return attn_fail(ATTN_ERR_INVALID,
                          "--metrics-listen %s leaves no ports behind it for %llu workers", metrics,
                          (unsigned long long)options->workers);
     }
-    attn_status_t status = check_tls(&options->tls, "--listen", options->listen);
+    status = check_tls(&options->tls, "--listen", options->listen);
     return status == ATTN_OK ? check_metrics(&options->tls, options->metrics_listen) : status;
 }
 
@@ -372,6 +408,8 @@ static const option_t dev_table[] = {
      .least   = 1 << 20,
      .most    = 64 * TIB,
      .help    = "Memory for KV of each worker."},
+    DEVICE_ROW(dev_options_t,
+               "The device of every worker: cpu, or cuda:N for a GPU, which they share then."),
     {.name = "threads",
      .kind = OPTION_COUNT,
      OPTION_FIELD(dev_options_t, threads),

@@ -19,9 +19,9 @@ typedef struct worker_options {
     char coordinator[OPTIONS_TEXT_MAX];
     char advertise[OPTIONS_TEXT_MAX]; /**< empty: the address it listens on */
     char name[OPTIONS_TEXT_MAX];      /**< empty: its address */
-    uint32_t backend;                 /**< index into options_backends */
+    char device[OPTIONS_TEXT_MAX];    /**< as attn_backend_parse() takes it */
     uint64_t threads;                 /**< 0: one per core */
-    uint64_t slab;                    /**< bytes */
+    uint64_t slab, reserve;           /**< bytes; slab 0: what the device has, less reserve */
     uint64_t spin_us;
     bool batch;
     uint64_t drain_ms;
@@ -29,7 +29,7 @@ typedef struct worker_options {
     uint64_t message_memory, run_memory; /**< bytes */
     bool check_store;
     char metrics_listen[OPTIONS_TEXT_MAX]; /**< empty: no such port */
-    uint32_t log_level; /**< attn_log_level_t */
+    uint32_t log_level;                    /**< attn_log_level_t */
     tls_options_t tls;
     char join_secret_file[OPTIONS_TEXT_MAX];
 } worker_options_t;
@@ -55,7 +55,8 @@ typedef struct coordinator_options {
 typedef struct dev_options {
     uint64_t workers;
     char listen[OPTIONS_TEXT_MAX];
-    uint64_t slab;    /**< bytes, of each worker */
+    uint64_t slab; /**< bytes, of each worker */
+    char device[OPTIONS_TEXT_MAX];
     uint64_t threads; /**< of each worker; 0: cores / workers, at least 1 */
     char ready_file[OPTIONS_TEXT_MAX];
     char metrics_listen[OPTIONS_TEXT_MAX];
@@ -66,8 +67,5 @@ typedef struct dev_options {
 extern const option_set_t worker_option_set;
 extern const option_set_t coordinator_option_set;
 extern const option_set_t dev_option_set;
-
-/** Names for worker_options_t.backend, NULL at the end. */
-extern const char *const options_backends[];
 
 #endif

@@ -74,13 +74,16 @@ test_defaults_are_those_documented(void **state)
     (void)state;
     assert_int_equal(parse(&worker_option_set, &values, NULL, 0), ATTN_OK);
     assert_string_equal(values.worker.listen, "127.0.0.1:0");
-    assert_int_equal(values.worker.slab, UINT64_C(1) << 30);
+    assert_string_equal(values.worker.device, "cpu");
+    assert_int_equal(values.worker.slab, 0);
+    assert_int_equal(values.worker.reserve, UINT64_C(2) << 30);
     assert_int_equal(values.worker.log_level, ATTN_LOG_INFO);
     assert_false(values.worker.tls.allow_plaintext);
     assert_int_equal(parse(&coordinator_option_set, &values, NULL, 0), ATTN_OK);
     assert_int_equal(values.coordinator.lost_ms, 2000);
     assert_int_equal(parse(&dev_option_set, &values, NULL, 0), ATTN_OK);
     assert_int_equal(values.dev.workers, 4);
+    assert_string_equal(values.dev.device, "cpu");
     assert_string_equal(values.dev.ready_file, "");
 }
 
@@ -144,7 +147,7 @@ test_wrong_values_get_the_bounds(void **state)
         {"--threads=3MiB", "3MiB", "from 0 to 1024"},
         {"--threads=", "--threads: ''", "from 0 to 1024"},
         {"--threads= 3", "' 3'", "from 0 to 1024"},
-        {"--slab=1KiB", "1KiB", "from 1MiB to 64TiB"},
+        {"--slab=1KiB", "--slab", "from 1MiB"},
         {"--slab=18446744073709551616", "--slab", "64TiB"},
         {"--slab=99999999999999999TiB", "--slab", "64TiB"},
         {"--slab=1GB", "1GB", "KiB, MiB, GiB"},
@@ -154,7 +157,12 @@ test_wrong_values_get_the_bounds(void **state)
         {"--listen=:70", ":70", "HOST:PORT"},
         {"--listen=", "--listen: ''", "HOST:PORT"},
         {"--listen=::1:70", "::1:70", "HOST:PORT"},
-        {"--backend=gpu", "gpu", "cpu"},
+        {"--device=gpu", "\"gpu\"", "cpu and cuda:N"},
+        {"--device=", "--device", "cpu and cuda:N"},
+        {"--device=cuda:", "--device", "a number"},
+        {"--device=cuda:x", "cuda:x", "a number"},
+        {"--device=cuda:0x1", "cuda:0x1", "a number"},
+        {"--device=cuda:65536", "cuda:65536", "up to 65535"},
         {"--log-level=loud", "loud", "debug | info | warn | error"},
         {"--allow-plaintext=maybe", "maybe", "yes or no"},
         {"--help=yes", "--help", "no value"},

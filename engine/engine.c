@@ -12,6 +12,7 @@
 
 #include "balancer/geometry.h"
 #include "base/checked.h"
+#include "base/clock.h"
 #include "base/log.h"
 #include "base/status.h"
 
@@ -23,19 +24,52 @@
 
 #define READ_WAIT_NS 50000
 
+#define SLAB_UNIT UINT64_C(4096)
+#define SLAB_LEAST (UINT64_C(1) << 20) /* of one that takes what there is; and its unit */
+
 /* ---- open and close ---- */
+
+/* How large the slab is to be: as asked, or as the device has it. */
+static attn_status_t
+settle_slab(engine_t *engine, const engine_options_t *options)
+{
+    attn_device_t device = {0};
+    uint64_t bytes       = options->slab_bytes;
+
+    if (bytes == 0) {
+        attn_status_t status = engine->backend->ops->device(engine->backend, &device);
+        if (status != ATTN_OK) {
+            return status;
+        }
+        bytes = ENGINE_SLAB_BYTES;
+    }
+    if (options->slab_bytes == 0 && device.dedicated) {
+        if (device.free_bytes < options->reserve_bytes ||
+            device.free_bytes - options->reserve_bytes < SLAB_LEAST) {
+            return attn_fail(ATTN_ERR_NO_MEMORY,
+                             "%s has %llu of %llu bytes free, and %llu are reserved: no room for a "
+                             "slab",
+                             device.name, (unsigned long long)device.free_bytes,
+                             (unsigned long long)device.total_bytes,
+                             (unsigned long long)options->reserve_bytes);
+        }
+        bytes = (device.free_bytes - options->reserve_bytes) / SLAB_LEAST * SLAB_LEAST;
+    }
+    engine->slab_bytes = bytes / SLAB_UNIT * SLAB_UNIT;
+    return ATTN_OK;
+}
 
 attn_status_t
 engine_create(const engine_options_t *options, engine_t **engine_p)
 {
     const attn_backend_ops_t *ops;
     uint32_t ordinal;
-    attn_status_t status = attn_backend_parse(options->backend, &ops, &ordinal);
+    attn_status_t status = attn_backend_parse(options->device, &ops, &ordinal);
 
     if (status != ATTN_OK) {
         return status;
     }
-    if (options->slab_bytes < 4096) {
+    if (options->slab_bytes > 0 && options->slab_bytes < SLAB_UNIT) {
         return attn_fail(ATTN_ERR_INVALID, "slab_bytes is %llu: at least 4096",
                          (unsigned long long)options->slab_bytes);
     }
@@ -45,7 +79,6 @@ engine_create(const engine_options_t *options, engine_t **engine_p)
     }
     strncpy(engine->name, options->name != NULL ? options->name : "local",
             sizeof(engine->name) - 1);
-    engine->slab_bytes = options->slab_bytes / 4096 * 4096;
     pthread_mutex_init(&engine->lock, NULL);
 
     status = ops->open(options->threads, ordinal, &engine->backend);
@@ -54,7 +87,11 @@ engine_create(const engine_options_t *options, engine_t **engine_p)
     }
     ops->leaf_sizes(engine->backend, &engine->leaf_few, &engine->leaf_many);
     void *slab = NULL;
-    status     = ops->slab_alloc(engine->backend, engine->slab_bytes, &slab);
+    status     = settle_slab(engine, options);
+    if (status != ATTN_OK) {
+        goto err_close;
+    }
+    status = ops->slab_alloc(engine->backend, engine->slab_bytes, &slab);
     if (status != ATTN_OK) {
         goto err_close;
     }
@@ -107,8 +144,12 @@ engine_describe(engine_t *engine, engine_info_t *info)
         info->times.counts[b] = atomic_load(&engine->run_times[b]);
     }
     info->kv_bytes = atomic_load(&engine->kv_bytes);
+    if (engine->backend->ops->device(engine->backend, &info->device) != ATTN_OK) {
+        info->device = (attn_device_t){0};
+    }
 
     pthread_mutex_lock(&engine->lock);
+    info->kv_rate = engine_rate_of(&engine->rate, attn_now_ns(), info->kv_bytes);
     kv_store_free_bytes(engine->store, &total, &largest);
     info->region_bytes = engine->slab_bytes - total;
     info->open_steps   = HASH_COUNT(engine->steps);
@@ -124,6 +165,14 @@ engine_describe(engine_t *engine, engine_info_t *info)
         }
     }
     pthread_mutex_unlock(&engine->lock);
+}
+
+const char *
+engine_failed(const engine_t *engine)
+{
+    const attn_backend_ops_t *ops = engine->backend->ops;
+
+    return ops->failed != NULL ? ops->failed(engine->backend) : NULL;
 }
 
 attn_status_t

@@ -27,14 +27,20 @@
 typedef struct engine engine_t;
 
 typedef struct engine_options {
-    const char *backend; /**< "cpu" */
-    uint32_t threads;    /**< 0: one per core */
-    uint64_t slab_bytes; /**< KV memory, at least 4,096; rounded down to a multiple of that */
-    const char *name;    /**< of the worker, in error sentences */
+    const char *device; /**< "cpu", "cuda:1": as attn_backend_parse() takes it */
+    uint32_t threads;   /**< 0: one per core */
+    /** KV memory, at least 4,096; rounded down to a multiple of that. 0: of a device with memory of
+     * its own, what is free there less reserve_bytes; of others ENGINE_SLAB_BYTES. */
+    uint64_t slab_bytes;
+    uint64_t reserve_bytes;
+    const char *name; /**< of the worker, in error sentences */
 } engine_options_t;
 
-/** @return ATTN_ERR_UNSUPPORTED backend, ATTN_ERR_INVALID slab_bytes below 4,096 or too many
- * threads, ATTN_ERR_NO_MEMORY slab */
+#define ENGINE_SLAB_BYTES (UINT64_C(1) << 30)
+#define ENGINE_RESERVE_BYTES (UINT64_C(2) << 30) /* enough for most */
+
+/** @return ATTN_ERR_UNSUPPORTED device, ATTN_ERR_INVALID slab_bytes below 4,096 or too many
+ * threads, ATTN_ERR_NO_MEMORY slab, or less than 1 MiB free beyond the reserve */
 attn_status_t engine_create(const engine_options_t *options, engine_t **engine_p);
 void engine_destroy(engine_t *engine); /* open steps abort; NULL is allowed */
 
@@ -83,9 +89,15 @@ typedef struct engine_info {
     engine_times_t times;    /**< of `runs`: storing k, v and attention */
     engine_steps_t steps;    /**< since start */
     uint64_t epoch;
+    attn_device_t device; /**< as it is now; zeros if it does not say */
+    double kv_rate;       /**< KV bytes per second of the last ten: engine_tick() samples them */
 } engine_info_t;
 
 void engine_describe(engine_t *engine, engine_info_t *info);
+
+/** What the device failed with so that it cannot be used any more in this process, which must be
+ * started again: its first failure's sentence, static. NULL: it works. Any thread. */
+const char *engine_failed(const engine_t *engine);
 
 /* ---- caches and chunks: the coordinator's calls ---- */
 

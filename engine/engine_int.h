@@ -5,6 +5,7 @@
 #include "balancer/plan.h"
 #include "base/table.h"
 #include "engine/engine.h"
+#include "engine/rate.h"
 
 #include <pthread.h>
 #include <stdatomic.h>
@@ -55,7 +56,7 @@ typedef struct engine_step {
     void *copies;                  /* the memory of those */
     attn_problem_entry_t *problem; /* [n] */
     attn_kv_run_t *runs;
-    attn_plan_t **plans; /* [cache->n_variants] */
+    attn_plan_t **plans;           /* [cache->n_variants] */
     attn_workspace_t **workspaces; /* [cache->n_variants] */
 
     attn_dtype_t q_dtype, o_dtype;
@@ -92,6 +93,8 @@ struct engine {
     uint64_t n_ended;
     uint64_t epoch;
     engine_steps_t counts;
+
+    engine_rate_t rate; /* of kv_bytes */
 
     atomic_uint_fast64_t runs, kv_bytes, run_ns;
     atomic_uint_fast64_t run_times[ENGINE_TIMES];

@@ -398,19 +398,38 @@ static void
 test_engines_that_cannot_be_made(void **state)
 {
     engine_t *engine;
-    engine_options_t options = {.backend = "abacus", .threads = 1, .slab_bytes = 1u << 20};
+    engine_options_t options = {.device = "abacus", .threads = 1, .slab_bytes = 1u << 20};
 
     (void)state;
     FAILS(engine_create(&options, &engine), ATTN_ERR_UNSUPPORTED, "abacus");
-    options.backend    = "cpu";
+    options.device     = "cpu";
     options.slab_bytes = 4095;
     FAILS(engine_create(&options, &engine), ATTN_ERR_INVALID, "");
     options.slab_bytes = UINT64_C(1) << 62;
     FAILS(engine_create(&options, &engine), ATTN_ERR_NO_MEMORY, "");
     options.slab_bytes = 1u << 20;
-    options.threads    = 100000;
+    options.device     = "cpu:9";
+    FAILS(engine_create(&options, &engine), ATTN_ERR_UNSUPPORTED, "");
+    options.device  = "cpu";
+    options.threads = 100000;
     FAILS(engine_create(&options, &engine), ATTN_ERR_INVALID, "threads");
     engine_destroy(NULL);
+}
+
+static void
+test_a_slab_as_the_device_has_it(void **state)
+{
+    engine_options_t options = {.device = "cpu", .threads = 1, .reserve_bytes = UINT64_MAX};
+    engine_info_t info;
+    engine_t *engine;
+
+    (void)state;
+    OK(engine_create(&options, &engine)); /* memory of a cpu is not its own: the default */
+    engine_describe(engine, &info);
+    assert_int_equal(info.slab_bytes, ENGINE_SLAB_BYTES);
+    assert_true(info.device.total_bytes > info.device.free_bytes && !info.device.dedicated);
+    assert_null(engine_failed(engine));
+    engine_destroy(engine);
 }
 
 static void
@@ -453,6 +472,7 @@ main(void)
         cmocka_unit_test(test_caches_open_and_close),
         cmocka_unit_test(test_closing_a_cache_aborts_its_steps),
         cmocka_unit_test(test_engines_that_cannot_be_made),
+        cmocka_unit_test(test_a_slab_as_the_device_has_it),
         cmocka_unit_test(test_a_stale_epoch_is_refused),
     };
     return cmocka_run_group_tests_name("engine", tests, NULL, NULL);

@@ -631,4 +631,7 @@ engine_tick(engine_t *engine, uint64_t now_ns)
     while ((id = an_overdue_step(engine, now_ns)) != 0) {
         engine_step_abort(engine, id, ENGINE_BY_DEADLINE);
     }
+    pthread_mutex_lock(&engine->lock);
+    engine_rate_sample(&engine->rate, now_ns, atomic_load(&engine->kv_bytes));
+    pthread_mutex_unlock(&engine->lock);
 }

@@ -84,7 +84,7 @@ static inline void
 world_open(world_t *w, const attn_geometry_t *geometry, uint32_t threads)
 {
     engine_options_t options = {
-        .backend = "cpu", .threads = threads, .slab_bytes = 64u << 20, .name = "worker 9"};
+        .device = "cpu", .threads = threads, .slab_bytes = 64u << 20, .name = "worker 9"};
     kv_region_info_t info;
 
     *w = (world_t){.g = *geometry, .cache = 77, .next_id = 1000};
@@ -181,6 +181,8 @@ figures_of(world_t *w, const sequence_t *a, const sequence_t *b)
     engine_describe(w->engine, &f.info);
     f.info.runs = f.info.kv_bytes = 0; /* these and the times only grow */
     memset(&f.info.times, 0, sizeof(f.info.times));
+    memset(&f.info.device, 0, sizeof(f.info.device)); /* others use it, too */
+    f.info.kv_rate = 0;
     uint64_t ended = f.info.steps.committed;
     for (uint32_t i = 0; i < ENGINE_ABORTS; i++) {
         ended += f.info.steps.aborted[i];

@@ -214,6 +214,7 @@ typedef struct attn_workspace attn_workspace_t; /* the backend's own */
 typedef struct attn_device {
     char name[96]; /**< as its maker calls it; empty if it has none */
     uint64_t total_bytes, free_bytes;
+    bool dedicated; /**< its memory is its own: a slab may take what is free of it */
 } attn_device_t;
 
 /** A backend: a row of the table. cpu now; cuda and fault take their place beside it. */
@@ -248,6 +249,13 @@ typedef struct attn_backend_ops {
 
     /** Name and memory of the device. @return ATTN_ERR_INTERNAL  the device failed */
     attn_status_t (*device)(attn_backend_t *backend, attn_device_t *device);
+
+    /**
+     * Has the device failed so that nothing works any more until this process is started again? Any
+     * thread. NULL: this backend's devices do not.
+     * @return NULL while it works; then the sentence of the failure, which names the call: static
+     */
+    const char *(*failed)(const attn_backend_t *backend);
 
     /** Memory of the device for KV, zeroed, 4,096-byte aligned. @return ATTN_ERR_NO_MEMORY */
     attn_status_t (*slab_alloc)(attn_backend_t *backend, uint64_t bytes, void **slab_p);

@@ -278,18 +278,23 @@ encode_workers(wire_block_t *block, const attn_cluster_info_t *info,
     for (uint32_t i = 0; i < info->n_workers; i++) {
         Attn__V1__WorkerInfo *m = &messages[i];
         attn__v1__worker_info__init(m);
-        m->id             = from[i].id;
-        m->alive          = from[i].alive;
-        m->address        = from[i].address;
-        m->kind           = from[i].kind;
-        m->slab_bytes     = from[i].slab_bytes;
-        m->region_bytes   = from[i].region_bytes;
-        m->used_bytes     = from[i].used_bytes;
-        m->chunks         = from[i].chunks;
-        m->open_steps     = from[i].open_steps;
-        m->runs           = from[i].runs;
-        m->kv_bytes       = from[i].kv_bytes;
-        reply->workers[i] = m;
+        m->id                = from[i].id;
+        m->alive             = from[i].alive;
+        m->address           = from[i].address;
+        m->kind              = from[i].kind;
+        m->slab_bytes        = from[i].slab_bytes;
+        m->region_bytes      = from[i].region_bytes;
+        m->used_bytes        = from[i].used_bytes;
+        m->chunks            = from[i].chunks;
+        m->open_steps        = from[i].open_steps;
+        m->runs              = from[i].runs;
+        m->kv_bytes          = from[i].kv_bytes;
+        m->device            = from[i].device;
+        m->device_bytes      = from[i].device_bytes;
+        m->device_free_bytes = from[i].device_free_bytes;
+        m->kv_bytes_per_s    = from[i].kv_bytes_per_s;
+        m->read_bandwidth    = from[i].read_bandwidth;
+        reply->workers[i]    = m;
     }
     reply->n_workers = info->n_workers;
     return ATTN_OK;

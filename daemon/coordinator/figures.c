@@ -45,6 +45,8 @@ static const column_t columns[] = {
     {"attnd_worker_runs_total", "counter", "Layers answered by it.", COLUMN(runs)},
     {"attnd_worker_kv_read_bytes_total", "counter", "KV that attention read there.",
      COLUMN(kv_bytes)},
+    {"attnd_worker_device_bytes", "gauge", "Memory of its device.", COLUMN(device_bytes)},
+    {"attnd_worker_device_free_bytes", "gauge", "Of that, free.", COLUMN(device_free)},
 };
 
 static uint64_t
@@ -139,6 +141,10 @@ worker_status(const cluster_figures_t *c, const dir_worker_t *w)
     cJSON_AddNumberToObject(object, "open_steps", (double)w->open_steps);
     cJSON_AddNumberToObject(object, "runs", (double)w->runs);
     cJSON_AddNumberToObject(object, "kv_bytes", (double)w->kv_bytes);
+    cJSON_AddNumberToObject(object, "kv_bytes_per_s", w->kv_rate);
+    cJSON_AddStringToObject(object, "device", w->device);
+    cJSON_AddNumberToObject(object, "device_bytes", (double)w->device_bytes);
+    cJSON_AddNumberToObject(object, "device_free_bytes", (double)w->device_free);
     return object;
 }
 

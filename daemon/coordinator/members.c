@@ -159,11 +159,22 @@ take_worker(const Attn__V1__WorkerInfo *info, dir_worker_t *worker)
                              .chunks       = info->chunks,
                              .open_steps   = info->open_steps,
                              .runs         = info->runs,
-                             .kv_bytes     = info->kv_bytes};
+                             .kv_bytes     = info->kv_bytes,
+                             .device_bytes = info->device_bytes,
+                             .device_free  = info->device_free_bytes,
+                             .kv_rate      = info->kv_bytes_per_s};
     attn_status_t status =
         coordinator_take_text("address", info->address, worker->address, sizeof(worker->address));
-    return status == ATTN_OK
-               ? coordinator_take_text("kind", info->kind, worker->kind, sizeof(worker->kind))
+    if (status == ATTN_OK) {
+        status = coordinator_take_text("kind", info->kind, worker->kind, sizeof(worker->kind));
+    }
+    if (status == ATTN_OK) {
+        status =
+            coordinator_take_text("device", info->device, worker->device, sizeof(worker->device));
+    }
+    return status == ATTN_OK && !(isfinite(worker->kv_rate) && worker->kv_rate >= 0)
+               ? attn_fail(ATTN_ERR_INVALID, "kv_bytes_per_s is %g: finite, at least 0",
+                           worker->kv_rate)
                : status;
 }
 

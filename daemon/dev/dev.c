@@ -121,13 +121,18 @@ start_worker(group_t *dev, uint32_t i)
     uint64_t share         = cores > 0 ? (uint64_t)cores / o->workers : 1;
     uint64_t threads       = o->threads > 0 ? o->threads : share > 0 ? share : 1;
     char slab[32], count[32], name[16];
-    char *argv[ARGS_MAX] = {
-        "attnd",  "worker", "--listen",  "127.0.0.1:0", "--coordinator", dev->children[0].line,
-        "--slab", slab,     "--threads", count,         "--log-level",   (char *)level_name(o),
-        "--name", name,     "--batch"}; /* the runner is on this machine, too */
+    char *argv[ARGS_MAX] = {"attnd",         "worker",
+                            "--listen",      "127.0.0.1:0",
+                            "--coordinator", dev->children[0].line,
+                            "--slab",        slab,
+                            "--threads",     count,
+                            "--log-level",   (char *)level_name(o),
+                            "--name",        name,
+                            "--device",      (char *)o->device,
+                            "--batch"}; /* the runner is on this machine, too */
 
     char metrics[OPTIONS_TEXT_MAX];
-    add_tls(o, add_metrics(o, 1 + i, metrics, 15, argv), argv);
+    add_tls(o, add_metrics(o, 1 + i, metrics, 17, argv), argv);
     snprintf(slab, sizeof(slab), "%llu", (unsigned long long)o->slab);
     snprintf(count, sizeof(count), "%llu", (unsigned long long)threads);
     snprintf(name, sizeof(name), "worker-%u", i + 1);

@@ -54,6 +54,11 @@ metrics(void *service, expose_t *e)
     expose_counter(e, "attnd_kv_read_bytes_total", "KV that attention read.", engine.kv_bytes);
     expose_gauge(e, "attnd_read_bandwidth_bytes_per_second",
                  "What this device reads, measured at the start.", engine.read_bandwidth);
+    expose_gauge(e, "attnd_kv_read_bytes_per_second",
+                 "KV that attention read, a second, in the last ten.", engine.kv_rate);
+    expose_gauge(e, "attnd_device_bytes", "Memory of the device.",
+                 (double)engine.device.total_bytes);
+    expose_gauge(e, "attnd_device_free_bytes", "Of that, free.", (double)engine.device.free_bytes);
     expose_times(e, "attnd_compute_seconds", "Layers: storing k, v, and attention.",
                  engine.times.total_ns, engine.times.counts, ENGINE_TIMES, ENGINE_TIME_LEAST_NS);
 }
@@ -84,6 +89,10 @@ status(void *service)
     cJSON_AddNumberToObject(object, "runs", (double)engine.runs);
     cJSON_AddNumberToObject(object, "kv_bytes", (double)engine.kv_bytes);
     cJSON_AddNumberToObject(object, "read_bandwidth", engine.read_bandwidth);
+    cJSON_AddNumberToObject(object, "kv_bytes_per_s", engine.kv_rate);
+    cJSON_AddStringToObject(object, "device", worker->device);
+    cJSON_AddNumberToObject(object, "device_bytes", (double)engine.device.total_bytes);
+    cJSON_AddNumberToObject(object, "device_free_bytes", (double)engine.device.free_bytes);
     figures_add_times(cJSON_GetObjectItem(object, "times"), "compute", engine.times.total_ns,
                       engine.times.counts, ENGINE_TIMES, ENGINE_TIME_LEAST_NS);
     return object;

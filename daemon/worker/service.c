@@ -335,6 +335,12 @@ worker_describe(worker_t *worker, Attn__V1__WorkerInfo *info)
     info->open_steps   = engine.open_steps;
     info->runs         = engine.runs;
     info->kv_bytes     = engine.kv_bytes;
+
+    info->device            = worker->device;
+    info->device_bytes      = engine.device.total_bytes;
+    info->device_free_bytes = engine.device.free_bytes;
+    info->kv_bytes_per_s    = engine.kv_rate;
+    info->read_bandwidth    = engine.read_bandwidth;
 }
 
 static attn_status_t

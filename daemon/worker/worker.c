@@ -12,7 +12,9 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
+#define EXIT_DEVICE_FAILED 3
 #define TICK_MS 100u
 #define TRIM_TICKS 20u
 #define DRAIN_LOOK_MS 10u /* how often a draining worker looks for open steps */
@@ -68,12 +70,16 @@ start(worker_t *worker)
     snprintf(who, sizeof(who), "name=%.50s", worker->name);
     attn_log_set_who(who);
 
-    status = engine_create(&(engine_options_t){.backend    = options_backends[o->backend],
-                                               .threads    = (uint32_t)o->threads,
-                                               .slab_bytes = o->slab,
-                                               .name       = worker->name},
+    status = engine_create(&(engine_options_t){.device        = o->device,
+                                               .threads       = (uint32_t)o->threads,
+                                               .slab_bytes    = o->slab,
+                                               .reserve_bytes = o->reserve,
+                                               .name          = worker->name},
                            &worker->engine);
     if (status == ATTN_OK) {
+        engine_info_t info;
+        engine_describe(worker->engine, &info);
+        snprintf(worker->device, sizeof(worker->device), "%s", info.device.name);
         status = worker_serve(worker);
     }
     if (status == ATTN_OK) {
@@ -89,8 +95,8 @@ start(worker_t *worker)
     engine_info_t info;
     engine_describe(worker->engine, &info);
     attn_log(ATTN_LOG_INFO, "worker.serving",
-             "address=%s tls=%s kind=%s slab=%llu read_bandwidth=%.3g", worker->address,
-             worker->certs.tls != NULL ? "yes" : "no", info.kind,
+             "address=%s tls=%s kind=%s device=\"%s\" slab=%llu read_bandwidth=%.3g",
+             worker->address, worker->certs.tls != NULL ? "yes" : "no", info.kind, worker->device,
              (unsigned long long)info.slab_bytes, info.read_bandwidth);
     /* Ready without a coordinator, too: it is waited for as long as it takes. */
     process_notify("READY=1\nSTATUS=waiting for the coordinator at %s", o->coordinator);
@@ -105,11 +111,30 @@ check_store(worker_t *worker)
     }
 }
 
+/*
+ * A device that does not come back in this process is left to the next one: whoever started us
+ * starts us again (Restart=on-failure), and everybody else sees what they see when a worker is
+ * killed. Nothing is put away, since calls to such a device may not return.
+ */
+static void
+leave_broken_device(const worker_t *worker)
+{
+    const char *failure = engine_failed(worker->engine);
+
+    if (failure != NULL) {
+        attn_log(ATTN_LOG_ERROR, "worker.device_failed", "device=%s exit=%d reason=\"%s\"",
+                 worker->options.device, EXIT_DEVICE_FAILED, failure);
+        process_notify("STATUS=the device failed: %s", failure);
+        _exit(EXIT_DEVICE_FAILED);
+    }
+}
+
 static void
 tick(worker_t *worker)
 {
     static uint32_t ticks;
 
+    leave_broken_device(worker);
     certs_tick(&worker->certs);
     monitor_tick(worker->monitor);
     engine_tick(worker->engine, attn_now_ns());
@@ -142,6 +167,7 @@ drain(worker_t *worker)
     rpc_server_set_serving(worker->server, false);
     steps_drain(worker->steps);
     while (open_steps(worker) > 0 && attn_now_ns() < end) {
+        leave_broken_device(worker);
         engine_tick(worker->engine, attn_now_ns());
         nanosleep(&(struct timespec){.tv_nsec = DRAIN_LOOK_MS * 1000000}, NULL);
     }

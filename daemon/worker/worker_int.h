@@ -19,6 +19,7 @@ typedef struct worker {
     char join_secret[JOIN_SECRET_MAX]; /* empty: none */
     char name[OPTIONS_TEXT_MAX];       /* in logs and error sentences */
     char address[PROCESS_ADDRESS_MAX]; /* that clients are told */
+    char device[96];                   /* as its maker calls it; empty: it has no name */
     engine_t *engine;
     rpc_server_t *server;
     unary_t *unary;

@@ -16,7 +16,7 @@ const char options_help[] =
     "attnd. The runner keeps no KV: it lives where the targets say.\n"
     "\n"
     "  --model FILE         a GGUF file with F32, F16, Q8_0 or Q4_1 tensors\n"
-    "  --target TARGET      HOST:PORT of a coordinator, or inproc://cpu for attention\n"
+    "  --target TARGET      HOST:PORT of a coordinator, or inproc://cpu (or cuda:0) for attention\n"
     "                       inside this process (the default); up to 8 of them run the\n"
     "                       prompt one after the other, and their answers are compared\n"
     "  --prompt TEXT        what to say to the model\n"

@@ -15,6 +15,7 @@
 #include "base/status.h"
 #include "kernels/cpu/attend.h"
 
+#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -165,6 +166,29 @@ cpu_slab_fill(attn_backend_t *backend, void *slab, uint8_t byte, uint64_t bytes)
     return ATTN_OK;
 }
 
+static pthread_once_t name_once = PTHREAD_ONCE_INIT;
+static char cpu_name[sizeof(((attn_device_t *)0)->name)];
+
+/* As Linux has it of the first core: "model name : NAME". Elsewhere than on x86 there is none. */
+static void
+find_name(void)
+{
+    char line[256];
+    FILE *file = fopen("/proc/cpuinfo", "r");
+
+    while (file != NULL && cpu_name[0] == '\0' && fgets(line, sizeof(line), file) != NULL) {
+        const char *colon = strchr(line, ':');
+        if (strncmp(line, "model name", 10) == 0 && colon != NULL) {
+            snprintf(cpu_name, sizeof(cpu_name), "%.*s", (int)strcspn(colon + 1, "\n"), colon + 1);
+            memmove(cpu_name, cpu_name + strspn(cpu_name, " "),
+                    strlen(cpu_name + strspn(cpu_name, " ")) + 1);
+        }
+    }
+    if (file != NULL) {
+        fclose(file);
+    }
+}
+
 static attn_status_t
 cpu_device(attn_backend_t *backend, attn_device_t *device)
 {
@@ -174,6 +198,8 @@ cpu_device(attn_backend_t *backend, attn_device_t *device)
     (void)backend;
     *device = (attn_device_t){.total_bytes = (uint64_t)pages * (uint64_t)size,
                               .free_bytes  = (uint64_t)free_pages * (uint64_t)size};
+    pthread_once(&name_once, find_name);
+    memcpy(device->name, cpu_name, sizeof(device->name));
     return ATTN_OK;
 }
 

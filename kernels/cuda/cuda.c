@@ -227,6 +227,7 @@ cuda_device(attn_backend_t *base, attn_device_t *device)
         snprintf(device->name, sizeof(device->name), "%s", backend->name);
         device->total_bytes = total;
         device->free_bytes  = free_bytes;
+        device->dedicated   = true;
     }
     return status;
 }
@@ -244,6 +245,13 @@ block_free(cuda_backend_t *backend, cuda_block_t *block)
         backend->cu->cuMemFree(block->device);
     }
     free(block);
+}
+
+static const char *
+cuda_failed(const attn_backend_t *backend)
+{
+    (void)backend;
+    return cuda_broken();
 }
 
 static attn_status_t
@@ -430,6 +438,7 @@ const attn_backend_ops_t attn_cuda_backend_ops = {
     .read_bandwidth    = cuda_read_bandwidth,
     .supports          = cuda_supports,
     .device            = cuda_device,
+    .failed            = cuda_failed,
     .slab_alloc        = cuda_slab_alloc,
     .slab_free         = cuda_slab_free,
     .slab_fill         = cuda_slab_fill,

@@ -3,6 +3,7 @@
 
 #include <dlfcn.h>
 #include <pthread.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <string.h>
 
@@ -63,6 +64,57 @@ cuda_driver(void)
     return &driver;
 }
 
+/*
+ * Errors that stay: every later call on the context fails, too, and only a new process has a new
+ * one. What is not known is not among them: a step that fails is better than a worker that ends.
+ */
+static bool
+breaks(CUresult result)
+{
+    switch (result) {
+    case CUDA_ERROR_DEINITIALIZED:
+    case CUDA_ERROR_DEVICE_UNAVAILABLE:
+    case CUDA_ERROR_ECC_UNCORRECTABLE:
+    case CUDA_ERROR_NVLINK_UNCORRECTABLE:
+    case CUDA_ERROR_ILLEGAL_ADDRESS:
+    case CUDA_ERROR_LAUNCH_TIMEOUT:
+    case CUDA_ERROR_CONTEXT_IS_DESTROYED:
+    case CUDA_ERROR_ASSERT:
+    case CUDA_ERROR_HARDWARE_STACK_ERROR:
+    case CUDA_ERROR_ILLEGAL_INSTRUCTION:
+    case CUDA_ERROR_MISALIGNED_ADDRESS:
+    case CUDA_ERROR_INVALID_ADDRESS_SPACE:
+    case CUDA_ERROR_INVALID_PC:
+    case CUDA_ERROR_LAUNCH_FAILED:
+    case CUDA_ERROR_UNKNOWN:
+        return true;
+    default:
+        return false;
+    }
+}
+
+static pthread_mutex_t broken_lock = PTHREAD_MUTEX_INITIALIZER;
+static char broken_by[256];
+static atomic_bool broken; /* broken_by stands from then on */
+
+const char *
+cuda_broken(void)
+{
+    return atomic_load(&broken) ? broken_by : NULL;
+}
+
+/* Keep the sentence, if it is the first. */
+static void
+note_broken(void)
+{
+    pthread_mutex_lock(&broken_lock);
+    if (!atomic_load(&broken)) {
+        snprintf(broken_by, sizeof(broken_by), "%s", attn_last_error());
+        atomic_store(&broken, true);
+    }
+    pthread_mutex_unlock(&broken_lock);
+}
+
 attn_status_t
 cuda_check(CUresult result, const char *call)
 {
@@ -77,6 +129,10 @@ cuda_check(CUresult result, const char *call)
         name = "unknown error";
         text = "";
     }
-    return attn_fail(result == CUDA_ERROR_OUT_OF_MEMORY ? ATTN_ERR_NO_MEMORY : ATTN_ERR_INTERNAL,
-                     "%.*s: %s (%d), %s", (int)function, call, name, (int)result, text);
+    attn_fail(result == CUDA_ERROR_OUT_OF_MEMORY ? ATTN_ERR_NO_MEMORY : ATTN_ERR_INTERNAL,
+              "%.*s: %s (%d), %s", (int)function, call, name, (int)result, text);
+    if (breaks(result)) {
+        note_broken();
+    }
+    return result == CUDA_ERROR_OUT_OF_MEMORY ? ATTN_ERR_NO_MEMORY : ATTN_ERR_INTERNAL;
 }

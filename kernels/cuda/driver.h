@@ -69,6 +69,10 @@ const cuda_driver_t *cuda_driver(void);
 /** The status for a driver call's result: ATTN_OK, or a failure that names the call. */
 attn_status_t cuda_check(CUresult result, const char *call);
 
+/** The sentence of the first failure of this process after which its device, or the driver, cannot
+ * be used any more; NULL: there was none. Any thread. */
+const char *cuda_broken(void);
+
 /** Evaluates to the status of cu->CALL. */
 #define CUDA_CALL(call) cuda_check(cuda_driver()->call, #call)
 

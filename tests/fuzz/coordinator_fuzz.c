@@ -41,7 +41,7 @@ LLVMFuzzerInitialize(int *argc, char ***argv)
     need(rpc_client_create(0, &c.rpc));
     need(links_create(c.rpc, &c.links));
     for (uint32_t i = 0; i < WORKERS; i++) {
-        need(engine_create(&(engine_options_t){.backend    = "cpu",
+        need(engine_create(&(engine_options_t){.device     = "cpu",
                                                .threads    = 1,
                                                .slab_bytes = 2u << 20,
                                                .name       = i == 0 ? "worker 1" : "worker 2"},

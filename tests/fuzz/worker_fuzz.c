@@ -37,7 +37,7 @@ LLVMFuzzerInitialize(int *argc, char ***argv)
     strcpy(worker.address, "127.0.0.1:1");
     need(engine_create(
         &(engine_options_t){
-            .backend = "cpu", .threads = 1, .slab_bytes = 2u << 20, .name = worker.name},
+            .device = "cpu", .threads = 1, .slab_bytes = 2u << 20, .name = worker.name},
         &worker.engine));
     gate_init(&worker.gate);
     gate_joined(&worker.gate, secret, 1);

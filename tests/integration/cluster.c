@@ -246,15 +246,19 @@ worker_launch(test_cluster_t *cluster, uint32_t i)
     const char *slab           = o->slab != NULL ? o->slab : "32MiB";
     const char *drain          = o->drain_ms != NULL ? o->drain_ms : "5000";
     char name[16], paths[3][128];
-    const char *argv[24] = {attnd(),      "worker", "--coordinator", cluster->coordinator.address,
-                            "--slab",     slab,     "--threads",     "1",
-                            "--drain-ms", drain,    "--name",        name};
+    const char *argv[24] = {attnd(),         "worker",
+                            "--coordinator", cluster->coordinator.address,
+                            "--slab",        slab,
+                            "--threads",     "1",
+                            "--drain-ms",    drain,
+                            "--name",        name,
+                            "--device",      o->device != NULL ? o->device : "cpu"};
 
     snprintf(name, sizeof(name), "w%u", i);
     if (o->check_store) {
-        argv[12] = "--check-store";
+        argv[14] = "--check-store";
     }
-    add_certs(o, argv, o->check_store ? 13 : 12, paths);
+    add_certs(o, argv, o->check_store ? 15 : 14, paths);
     process_start(&cluster->workers[i], argv);
 }
 

@@ -42,6 +42,7 @@ bool process_logged(const process_t *process, const char *words);
 typedef struct cluster_options {
     uint32_t workers;
     const char *slab;     /**< of each; NULL: 32MiB */
+    const char *device;   /**< of each; NULL: cpu */
     const char *lost_ms;  /**< NULL: 600, under a sanitizer 3000, with a heartbeat of 100 */
     const char *lease_ms; /**< NULL: 30000 */
     const char *drain_ms; /**< NULL: 5000 */
