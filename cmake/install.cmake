@@ -28,11 +28,19 @@ if(TARGET attn_static)
   install(TARGETS attn_static ARCHIVE DESTINATION ${CMAKE_INSTALL_LIBDIR})
 endif()
 
-# Programs find libattn beside them, wherever the prefix is moved to.
+# Programs find libattn beside them, wherever the prefix is moved to. The old kind of tag holds for
+# the libraries of libraries, too: a bundle (deploy/bundle) has them all in one folder.
 file(RELATIVE_PATH attn_lib_from_bin ${CMAKE_INSTALL_FULL_BINDIR} ${CMAKE_INSTALL_FULL_LIBDIR})
+foreach(target attnd attnctl runner attn)
+  if(TARGET ${target})
+    set_target_properties(${target} PROPERTIES INSTALL_RPATH "$ORIGIN/${attn_lib_from_bin};$ORIGIN/../lib")
+    target_link_options(${target} PRIVATE LINKER:--disable-new-dtags)
+    install(TARGETS ${target} RUNTIME DESTINATION bin COMPONENT bundle EXCLUDE_FROM_ALL
+            LIBRARY DESTINATION lib COMPONENT bundle EXCLUDE_FROM_ALL)
+  endif()
+endforeach()
 foreach(program attnd attnctl)
   if(TARGET ${program})
-    set_target_properties(${program} PROPERTIES INSTALL_RPATH "$ORIGIN/${attn_lib_from_bin}")
     install(TARGETS ${program} RUNTIME DESTINATION ${CMAKE_INSTALL_BINDIR})
   endif()
 endforeach()
