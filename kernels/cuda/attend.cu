@@ -591,8 +591,7 @@ attend(const cuda_args_t &x)
             barrier_init(shared_of(&full[i]), x.bulk ? 1 : 32);
             barrier_init(shared_of(&empty[i]), x.row_blocks);
         }
-        order_before_copies();
-        asm volatile("fence.proxy.async;" ::: "memory");
+        barriers_for_copies();
     }
     __syncthreads();
     if (team >= teams) {

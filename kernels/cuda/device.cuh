@@ -56,6 +56,15 @@ barrier_wait(uint32_t bar, uint32_t phase)
     } while (done == 0);
 }
 
+/* Barriers that this thread initialized are there for the copy engine. */
+__device__ __forceinline__ void
+barriers_for_copies()
+{
+#if __CUDA_ARCH__ >= 900
+    asm volatile("fence.proxy.async;" ::: "memory");
+#endif
+}
+
 /* Writes of this thread to shared memory come before later ones of the copy engine. */
 __device__ __forceinline__ void
 order_before_copies()
