@@ -28,8 +28,9 @@
 #include <grpc/support/cpu.h>
 #include <sched.h>
 
-#define DRAIN_MAX 64 /* events dispatched before the first handler runs */
-#define ALONE_RUNS 8 /* handlers in a row of one call, after which it is taken to be alone */
+#define DRAIN_MAX 64  /* events dispatched before the first handler runs */
+#define DRAIN_LOOKS 2 /* in vain, one after the other, before nothing more is taken to be there */
+#define ALONE_RUNS 8  /* handlers in a row of one call, after which it is taken to be alone */
 
 #define WAKE_SLOW_NS (100 * ATTN_NS_PER_US) /* for a thread to come: no core is free for it */
 #define WAKE_TRY 16                         /* while that is so, one handler in so many wakes one */
@@ -123,16 +124,22 @@ poll_once(const rpc_crew_t *crew, bool spin)
     return event.type != GRPC_QUEUE_SHUTDOWN;
 }
 
-/* Dispatch what else is there, to know how much work there is. */
+/*
+ * Dispatch what else is there, to know how much work there is. C core takes up one socket at a
+ * look, and one that has but flow control for it looks like nothing, whatever waits behind it: to
+ * stop there made handlers run one by one, with a thread woken for each, where eight peers wait.
+ */
 static void
 poll_rest(const rpc_crew_t *crew)
 {
-    grpc_event event;
-    int n = 0;
+    int vain = 0;
 
-    do { /* a shutdown is seen again by the next one who asks */
-        event = grpc_completion_queue_next(crew->queue, gpr_time_0(GPR_CLOCK_MONOTONIC), NULL);
-    } while (rpc_dispatch(event) && ++n < DRAIN_MAX);
+    for (int n = 0; n < DRAIN_MAX && vain < DRAIN_LOOKS; n++) {
+        /* A shutdown is seen again by the next one who asks. */
+        grpc_event event =
+            grpc_completion_queue_next(crew->queue, gpr_time_0(GPR_CLOCK_MONOTONIC), NULL);
+        vain = rpc_dispatch(event) ? 0 : vain + 1;
+    }
 }
 
 /* Whether this call was the only one of late, and does not take long; with the lock held. */
