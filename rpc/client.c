@@ -15,6 +15,10 @@
  * dispatches looks at the list after it dispatched. Conditions that become true otherwise
  * (`sent` runs on threads of C core) come with rpc_client_wake(), which puts an event on
  * the queue: an empty batch ends at once, and needs only some call to belong to.
+ *
+ * With a poller (shared memory) the leader looks there for most of the time that it spins, since
+ * that costs nanoseconds and the queue a system call; when it is to sleep it says so, looks a last
+ * time, and sleeps in the queue as ever: whoever answers it then puts a message there.
  */
 #include "rpc/rpc_int.h"
 
@@ -30,7 +34,9 @@
 
 #define STEP_IN_NS (1 * ATTN_NS_PER_MS)  /* without a waiter, before the background polls */
 #define LOOK_MAX_NS (8 * ATTN_NS_PER_MS) /* between its looks while there are always waiters */
-#define LOOKS_MAX 20 /* with nothing to do, before it sleeps until it is woken */
+#define LOOKS_MAX 20                    /* with nothing to do, before it sleeps until it is woken */
+#define POLLER_NS (10 * ATTN_NS_PER_US) /* looked at the poller, before the queue has its turn */
+#define POLLER_LOOKS 32                 /* before others may have the core */
 
 typedef struct waiter {
     struct waiter *next, *previous;
@@ -50,7 +56,8 @@ struct rpc_client {
     atomic_uint refs;
     atomic_uint n_waiters; /* changed under the lock */
     rpc_op_t op_wake;
-    atomic_bool waking; /* op_wake is on the queue */
+    atomic_bool waking;  /* op_wake is on the queue */
+    rpc_poller_t poller; /* set before the first waiter */
     pthread_t background;
 
     pthread_mutex_t lock;
@@ -197,6 +204,49 @@ dispatch(const rpc_client_t *client, grpc_event event)
     return was_op;
 }
 
+/* Look at the poller for as long as it has the turn, or until something was answered. */
+static bool
+look_elsewhere(const rpc_client_t *client, uint64_t now)
+{
+    const rpc_poller_t *poller = &client->poller;
+    uint64_t until             = now + attn_min(POLLER_NS, client->spin_ns);
+
+    while (poller->awaits(poller->arg)) {
+        for (int i = 0; i < POLLER_LOOKS; i++) {
+            if (poller->look(poller->arg)) {
+                return true;
+            }
+            rpc_relax();
+        }
+        if (attn_now_ns() >= until) {
+            break;
+        }
+        sched_yield(); /* the peer may have no core but this one */
+    }
+    return false;
+}
+
+/* Sleep in the queue until there is an event, or the poller has something. */
+static bool
+sleep_in_queue(const rpc_client_t *client, uint64_t deadline_ns)
+{
+    const rpc_poller_t *poller = &client->poller;
+
+    if (poller->look == NULL) {
+        return dispatch(client,
+                        grpc_completion_queue_next(client->queue, rpc_timespec(deadline_ns), NULL));
+    }
+    poller->doze(poller->arg);
+    bool event = poller->look(poller->arg);
+    if (!event) {
+        event = dispatch(
+            client, grpc_completion_queue_next(client->queue, rpc_timespec(deadline_ns), NULL));
+        event = poller->look(poller->arg) || event;
+    }
+    poller->rouse(poller->arg);
+    return event;
+}
+
 /* Poll until the leader's condition is true or its time is up. */
 static bool
 lead(rpc_client_t *client, const waiter_t *self, uint64_t deadline_ns)
@@ -205,9 +255,14 @@ lead(rpc_client_t *client, const waiter_t *self, uint64_t deadline_ns)
     uint64_t spin_until = now + client->spin_ns;
 
     for (;;) {
-        bool spin          = now < spin_until;
-        gpr_timespec until = spin ? gpr_time_0(GPR_CLOCK_MONOTONIC) : rpc_timespec(deadline_ns);
-        bool event = dispatch(client, grpc_completion_queue_next(client->queue, until, NULL));
+        bool spin  = now < spin_until;
+        bool event = spin && client->poller.look != NULL && look_elsewhere(client, now);
+        if (!event && spin) {
+            gpr_timespec at_once = gpr_time_0(GPR_CLOCK_MONOTONIC);
+            event = dispatch(client, grpc_completion_queue_next(client->queue, at_once, NULL));
+        } else if (!event) {
+            event = sleep_in_queue(client, deadline_ns);
+        }
         if (event && atomic_load(&client->n_waiters) > 1) {
             look_at_waiters(client, self);
         }
@@ -323,6 +378,13 @@ background(void *arg)
 }
 
 /* ---- what goes with channels and calls ---- */
+
+void
+rpc_client_set_poller(rpc_client_t *client, const rpc_poller_t *poller)
+{
+    assert(client->poller.look == NULL);
+    client->poller = *poller;
+}
 
 void
 rpc_client_set_tls(rpc_client_t *client, rpc_tls_t *tls, const char *server_name)

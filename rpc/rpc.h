@@ -194,6 +194,22 @@ uint64_t rpc_client_header_version(const rpc_client_t *client);
 bool rpc_client_wait(rpc_client_t *client, bool (*done)(void *arg), void *arg,
                      uint64_t deadline_ns);
 
+/**
+ * Another source of answers, which whoever waits looks at between two looks at the queue. Its
+ * functions are called by one thread at a time, the one that polls, with no lock held.
+ */
+typedef struct rpc_poller {
+    bool (*awaits)(void *arg); /**< is there anything to look for? Cheap */
+    bool (*look)(void *arg);   /**< call what has been answered. @return whether anything was */
+    void (*doze)(void *arg);   /**< the thread is about to sleep in the queue: from now on whoever
+                                    answers has to put something into it. Followed by look() */
+    void (*rouse)(void *arg);  /**< it is awake again */
+    void *arg;
+} rpc_poller_t;
+
+/** Have waiters look there, too: once, before anybody waits. */
+void rpc_client_set_poller(rpc_client_t *client, const rpc_poller_t *poller);
+
 /** Have all waiters look at done again: what it reads was changed by other means than a
  * callback of this client. */
 void rpc_client_wake(rpc_client_t *client);

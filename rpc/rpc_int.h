@@ -95,6 +95,17 @@ rpc_copy(uint8_t *to, const void *from, size_t n)
     return to + n;
 }
 
+/* Between two looks at memory that somebody else is to write. */
+static inline void
+rpc_relax(void)
+{
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
 /* ---- tls.c ---- */
 
 /** Whose certificates a server or channel uses, and which of them it has taken. */

@@ -1,0 +1,224 @@
+/*
+ * ucx.h: runs of one host over shared memory, beside gRPC. A server lends each of its clients a
+ * slab that UCX allocated (a System V segment, which nobody can shorten under its users' feet); the
+ * client maps it through UCX, writes what it asks into a slot, and then a sequence number. Nothing
+ * else happens on either side while both look: no message, no system call, no allocation.
+ *
+ *     slab   | card | server's line | client's bell | client's line | slot | slot | ...
+ *     slot   | request head | data ... | answer head, sentence | answer data ... |
+ *
+ * A head is one cache line whose last word is the sequence number: 0, then whatever the client
+ * counts. It is written last, with release order, so data and completion are one ordered thing.
+ * Whatever a peer can write is copied before it is believed: a server looks at a head once, in its
+ * own copy, and of the slab it uses no word for an index or a size.
+ *
+ * Who has looked for a while in vain sleeps, having said so in a line that its peer reads after
+ * each sequence number: servers by futex on the bells of all their slabs, clients on their gRPC
+ * queue, where the server's `ring` brings a message. Both sides write, then fence, then read, so
+ * one of them sees the other.
+ *
+ * Nothing here notices that a peer is gone, for memory does not: life and death of a session are
+ * those of a gRPC stream of its user's, which closes it. A slab that one side has given up stays
+ * mapped at the other's, and the kernel frees it with the last of them, killed or not.
+ *
+ * libucp is opened at run time, when the first node is made, so that a process which does not use
+ * it gets none of the signal handlers and patched functions that come with it; ucx_map.c has that,
+ * and is the only file that knows a type of UCX's.
+ */
+#ifndef ATTN_RPC_UCX_H
+#define ATTN_RPC_UCX_H
+
+#include "rpc/rpc.h"
+
+#include <stdatomic.h>
+
+#define UCX_LINE 64u              /* bytes: a cache line, and what everything is aligned to */
+#define UCX_SLOTS_FROM 256u       /* bytes of a slab before its slots */
+#define UCX_SENTENCE_ROOM 448u    /* bytes of an answer's sentence, its end included */
+#define UCX_SESSION_SLOTS_MAX 64u /* open in a session */
+#define UCX_SESSIONS_MAX 120u     /* of a server: a thread can wait for so many bells */
+#define UCX_SLAB_MIN (UINT64_C(64) << 10)
+#define UCX_SLAB_MAX (UINT64_C(1) << 30)
+
+/** What a request or an answer says beside its data. Written by one side, copied by the other. */
+typedef struct ucx_head {
+    uint64_t secret;  /**< of the session */
+    uint64_t tag;     /**< the user's, whom the slot belongs to */
+    uint64_t bytes;   /**< of data */
+    uint64_t took_ns; /**< of an answer */
+    uint32_t number;  /**< the user's */
+    uint32_t flags;   /**< the user's, and UCX_RING */
+    int32_t status;   /**< of an answer: attn_status_t */
+    uint32_t spare[3];
+    _Atomic uint64_t sequence;
+} ucx_head_t;
+
+_Static_assert(sizeof(ucx_head_t) == UCX_LINE, "a head is a cache line");
+
+#define UCX_RING                                                                                   \
+    (UINT32_C(1) << 31) /* of a request: nobody will look, ring when it is answered                \
+                         */
+
+/** Where a slot lies: as its client chose, within the slab. */
+typedef struct ucx_place {
+    uint64_t offset;  /**< of the request's head */
+    uint64_t in, out; /**< room for data of requests, and of answers; bytes */
+} ucx_place_t;
+
+/** What a client needs to map a slab. Untrusted: as a peer told it. */
+typedef struct ucx_offer {
+    char host[96]; /**< which memory it is: the kernel's boot and its IPC namespace */
+    const uint8_t *address, *key;
+    uint64_t address_size, key_size;
+    uint64_t base, bytes; /**< where it lies in the server, and its size */
+    uint64_t session;     /**< its number, and the proof of who was told it */
+    uint64_t secret;
+} ucx_offer_t;
+
+/** Bytes that a slot takes. UINT64_MAX: more than there are. */
+uint64_t ucx_place_bytes(const ucx_place_t *place);
+
+/** This host, as ucx_offer_t.host has it. */
+void ucx_host(char host[96]);
+
+/* ---- nodes: UCX, as one user of a process has it ---- */
+
+typedef struct ucx_node ucx_node_t;
+
+/**
+ * Open UCX. Its environment (UCX_TLS, say) counts where it is set; UCX_HANDLE_ERRORS=none and
+ * UCX_MEM_EVENTS=n are set if they are not, before the library is loaded.
+ * @return ATTN_ERR_UNSUPPORTED  built without UCX, no libucp here, or UCX_TLS leaves shared memory
+ * out: the sentence says which
+ */
+attn_status_t ucx_node_create(ucx_node_t **node_p);
+void ucx_node_destroy(ucx_node_t *node); /* after its sessions and peers; NULL is allowed */
+
+/* ---- servers ---- */
+
+typedef struct ucx_crew ucx_crew_t;       /* the threads that look for requests and handle them */
+typedef struct ucx_session ucx_session_t; /* one client's slab */
+typedef struct ucx_slot ucx_slot_t;
+
+typedef struct ucx_crew_options {
+    uint32_t threads;    /**< requests handled at once; 0: 8 */
+    uint32_t spin_us;    /**< look so long in vain before sleeping */
+    uint64_t memory_max; /**< bytes of all slabs */
+} ucx_crew_options_t;
+
+/** Figures since the start; open ones now. */
+typedef struct ucx_figures {
+    uint64_t requests, dropped, sleeps, rings;
+    uint64_t bytes_in, bytes_out; /**< of data */
+    uint64_t slab_bytes;
+    uint32_t sessions, slots;
+} ucx_figures_t;
+
+/** @return ATTN_ERR_UNSUPPORTED as ucx_node_create(), or the kernel has no futex_waitv (5.16) */
+attn_status_t ucx_crew_create(const ucx_crew_options_t *options, ucx_crew_t **crew_p);
+/** After all sessions. Waits for requests that are handled. NULL is allowed. */
+void ucx_crew_destroy(ucx_crew_t *crew);
+void ucx_crew_describe(ucx_crew_t *crew, ucx_figures_t *figures);
+
+/**
+ * Lend a client a slab.
+ * @param ring  wake this client: any thread, no lock held but one that ucx_session_close() takes;
+ *              not called once that returned
+ * @return ATTN_ERR_INVALID    bytes is not within UCX_SLAB_MIN to _MAX
+ * @return ATTN_ERR_EXHAUSTED  UCX_SESSIONS_MAX are open, memory_max would be passed, or the system
+ *                             has no shared memory left
+ */
+attn_status_t ucx_session_open(ucx_crew_t *crew, uint64_t bytes, void (*ring)(void *arg), void *arg,
+                               ucx_session_t **session_p);
+/** What its client is to be told; valid while the session is open. */
+void ucx_session_offer(const ucx_session_t *session, ucx_offer_t *offer);
+/** No slot is opened in it any more; the memory goes when the last one is closed. */
+void ucx_session_close(ucx_session_t *session);
+
+/** The open session of this number, if the secret is its own. Release it with
+ * ucx_session_release().
+ * @return ATTN_ERR_NOT_FOUND */
+attn_status_t ucx_session_find(ucx_crew_t *crew, uint64_t number, uint64_t secret,
+                               ucx_session_t **session_p);
+void ucx_session_release(ucx_session_t *session);
+
+/**
+ * Handle a request: on a thread of the crew; may take as long as it likes. A slot has one request
+ * at a time.
+ * @param head    a copy; bytes is at most place.in, tag is the slot's
+ * @param data    place.in bytes that the client may change meanwhile
+ * @param answer  place.out bytes, to be written
+ * @param reply   to be filled: bytes, took_ns, number
+ * @return the answer's status; with a failure this thread's sentence goes along
+ */
+typedef attn_status_t (*ucx_handle_fn)(void *arg, const ucx_head_t *head, const uint8_t *data,
+                                       uint8_t *answer, ucx_head_t *reply);
+
+/**
+ * Open a slot where its client wants it.
+ * @param tag   requests with another are dropped
+ * @param gone  called once the slot is closed and no request of it is handled any more
+ * @return ATTN_ERR_INVALID    the place is not in the slab, not aligned, or in another slot
+ * @return ATTN_ERR_EXHAUSTED  UCX_SESSION_SLOTS_MAX are open
+ */
+attn_status_t ucx_slot_open(ucx_session_t *session, const ucx_place_t *place, uint64_t tag,
+                            ucx_handle_fn handle, void (*gone)(void *arg), void *arg,
+                            ucx_slot_t **slot_p);
+/** Take no more requests of it. One that is handled goes on, and is answered. */
+void ucx_slot_close(ucx_slot_t *slot);
+
+/* ---- clients ---- */
+
+typedef struct ucx_asks ucx_asks_t; /* what a client's peers are asked and have not answered */
+typedef struct ucx_peer ucx_peer_t; /* one server's slab, mapped */
+
+/** One question to a slot; its fields are ucx_asks.c's, its memory the user's. */
+typedef struct ucx_ask ucx_ask_t;
+struct ucx_ask {
+    /** Called once, unless forgotten before, where the client's other callbacks are. */
+    void (*answered)(void *arg, const ucx_head_t *reply, const char *sentence, const uint8_t *data);
+    void *arg;
+    ucx_peer_t *peer;
+    ucx_place_t place;
+    uint64_t sequence;
+    ucx_ask_t *next, **link; /* of the waiting ones */
+};
+
+typedef struct ucx_asks_figures {
+    uint64_t asked, dropped, rings;
+} ucx_asks_figures_t;
+
+/** Its answers are looked for by whoever waits for rpc (rpc_client_set_poller()). Make it before
+ * anybody does, and destroy it after rpc. */
+attn_status_t ucx_asks_create(rpc_client_t *rpc, ucx_asks_t **asks_p);
+void ucx_asks_destroy(ucx_asks_t *asks); /* NULL is allowed */
+void ucx_asks_describe(ucx_asks_t *asks, ucx_asks_figures_t *figures);
+
+/** Look for answers now: when the server rang. On a progress thread of rpc. */
+void ucx_asks_look(ucx_asks_t *asks);
+
+/**
+ * Map a server's slab.
+ * @return ATTN_ERR_UNSUPPORTED  no UCX here, another host or namespace, or it cannot be mapped: the
+ *                               sentence says why
+ */
+attn_status_t ucx_peer_open(ucx_asks_t *asks, const ucx_offer_t *offer, ucx_peer_t **peer_p);
+/** Unmap. None of its asks waits. */
+void ucx_peer_close(ucx_peer_t *peer);
+
+/** Take room for a slot. @return false: there is none */
+bool ucx_place_take(ucx_peer_t *peer, uint64_t in, uint64_t out, ucx_place_t *place);
+/** Give it back, when the server has said that it closed the slot. */
+void ucx_place_give(ucx_peer_t *peer, const ucx_place_t *place);
+
+/** Where the request's data goes: place.in bytes. */
+uint8_t *ucx_place_data(ucx_peer_t *peer, const ucx_place_t *place);
+
+/** Ask: head's tag, bytes, number and flags are the user's. ask->place is set, and nothing was
+ * asked there that was not answered. */
+void ucx_ask(ucx_ask_t *ask, ucx_peer_t *peer, const ucx_head_t *head);
+
+/** Wait no more. Returns when `answered` does not run; not to be called from it. */
+void ucx_forget(ucx_ask_t *ask);
+
+#endif

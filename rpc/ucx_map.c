@@ -1,0 +1,391 @@
+/*
+ * ucx_map.c: UCX itself: a library that is opened at run time, a context and a worker of a node,
+ * and memory that one process allocates and another maps. No message is ever sent through it, and
+ * so nobody has to make progress: an endpoint exists because a key is unpacked for one.
+ *
+ * Only sysv is used of UCX's transports. posix would do as well, but for a file that its owner may
+ * shorten, which kills whoever has it mapped; cma copies through the kernel.
+ */
+#include "rpc/ucx_int.h"
+
+#include "base/checked.h"
+#include "base/status.h"
+
+#include <dlfcn.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <ucp/api/ucp.h>
+
+#define ADDRESS_MAX 4096u /* bytes of an address or a key, as a server may tell it */
+
+/* What is used of the library. */
+#define FUNCTIONS(F)                                                                               \
+    F(ucp_init_version)                                                                            \
+    F(ucp_cleanup)                                                                                 \
+    F(ucp_config_read)                                                                             \
+    F(ucp_config_modify)                                                                           \
+    F(ucp_config_release)                                                                          \
+    F(ucp_worker_create)                                                                           \
+    F(ucp_worker_destroy)                                                                          \
+    F(ucp_worker_progress)                                                                         \
+    F(ucp_worker_get_address)                                                                      \
+    F(ucp_worker_release_address)                                                                  \
+    F(ucp_mem_map)                                                                                 \
+    F(ucp_mem_unmap)                                                                               \
+    F(ucp_mem_query)                                                                               \
+    F(ucp_rkey_pack)                                                                               \
+    F(ucp_rkey_buffer_release)                                                                     \
+    F(ucp_ep_create)                                                                               \
+    F(ucp_ep_close_nbx)                                                                            \
+    F(ucp_ep_rkey_unpack)                                                                          \
+    F(ucp_rkey_ptr)                                                                                \
+    F(ucp_rkey_destroy)                                                                            \
+    F(ucp_request_check_status)                                                                    \
+    F(ucp_request_free)                                                                            \
+    F(ucs_status_string)
+
+static struct {
+    pthread_mutex_t lock;
+    void *handle;
+#define FIELD(name) __typeof__(&name) name;
+    FUNCTIONS(FIELD)
+} lib = {.lock = PTHREAD_MUTEX_INITIALIZER};
+
+struct ucx_node {
+    pthread_mutex_t lock; /* round every call that takes the worker */
+    ucp_context_h context;
+    ucp_worker_h worker;
+    ucp_address_t *address;
+    size_t address_size;
+};
+
+struct ucx_memory {
+    ucx_node_t *node;
+    uint8_t *at;
+    uint64_t bytes;
+    ucp_mem_h allocated; /* NULL: mapped */
+    void *key;
+    size_t key_size;
+    ucp_ep_h ep; /* mapped */
+    ucp_rkey_h rkey;
+};
+
+/* ---- the library ---- */
+
+/* Under the lock. */
+static attn_status_t
+library_open(void)
+{
+    /* Read when the library is loaded. Signals and malloc belong to whoever uses us, and what UCX
+     * has to say of a failure is in our own sentences. */
+    setenv("UCX_HANDLE_ERRORS", "none", 0);
+    setenv("UCX_MEM_EVENTS", "n", 0);
+    setenv("UCX_LOG_LEVEL", "fatal", 0);
+    void *handle = dlopen("libucp.so.0", RTLD_NOW | RTLD_LOCAL | RTLD_NODELETE);
+    if (handle == NULL) {
+        return attn_fail(ATTN_ERR_UNSUPPORTED, "there is no UCX here: %s", dlerror());
+    }
+#define FIND(name)                                                                                 \
+    *(void **)&lib.name = dlsym(handle, #name);                                                    \
+    if (lib.name == NULL) {                                                                        \
+        dlclose(handle);                                                                           \
+        return attn_fail(ATTN_ERR_UNSUPPORTED, "libucp.so.0 is too old or too new: no " #name);    \
+    }
+    FUNCTIONS(FIND)
+    lib.handle = handle;
+    return ATTN_OK;
+}
+
+static attn_status_t
+library_need(void)
+{
+    pthread_mutex_lock(&lib.lock);
+    attn_status_t status = lib.handle != NULL ? ATTN_OK : library_open();
+    pthread_mutex_unlock(&lib.lock);
+    return status;
+}
+
+/* Does the user's choice of transports leave us ours? */
+static attn_status_t
+transports_check(void)
+{
+    const char *said = getenv("UCX_TLS");
+    char list[256];
+
+    if (said == NULL) {
+        return ATTN_OK;
+    }
+    bool without = said[0] == '^', named = false;
+    snprintf(list, sizeof(list), "%s", said + without);
+    for (char *rest = list, *word; (word = strsep(&rest, ",")) != NULL;) {
+        named = named || strcmp(word, "sysv") == 0 || strcmp(word, "shm") == 0 ||
+                strcmp(word, "sm") == 0 || strcmp(word, "all") == 0;
+    }
+    return named != without
+               ? ATTN_OK
+               : attn_fail(ATTN_ERR_UNSUPPORTED, "UCX_TLS is %.100s: it leaves sysv out", said);
+}
+
+static attn_status_t
+failed(ucs_status_t status, const char *what)
+{
+    return attn_fail(ATTN_ERR_UNSUPPORTED, "UCX cannot %s: %s", what,
+                     lib.ucs_status_string(status));
+}
+
+/* ---- nodes ---- */
+
+static attn_status_t
+context_open(ucx_node_t *node)
+{
+    ucp_params_t params = {.field_mask = UCP_PARAM_FIELD_FEATURES, .features = UCP_FEATURE_RMA};
+    ucp_config_t *config;
+
+    ucs_status_t status = lib.ucp_config_read(NULL, NULL, &config);
+    if (status != UCS_OK) {
+        return failed(status, "read its configuration");
+    }
+    status = lib.ucp_config_modify(config, "TLS", "sysv");
+    if (status == UCS_OK) {
+        status =
+            lib.ucp_init_version(UCP_API_MAJOR, UCP_API_MINOR, &params, config, &node->context);
+    }
+    lib.ucp_config_release(config);
+    return status == UCS_OK ? ATTN_OK : failed(status, "start with its sysv transport");
+}
+
+static attn_status_t
+worker_open(ucx_node_t *node)
+{
+    ucp_worker_params_t params = {.field_mask  = UCP_WORKER_PARAM_FIELD_THREAD_MODE,
+                                  .thread_mode = UCS_THREAD_MODE_SERIALIZED};
+
+    ucs_status_t status = lib.ucp_worker_create(node->context, &params, &node->worker);
+    if (status != UCS_OK) {
+        return failed(status, "make a worker of its own kind");
+    }
+    status = lib.ucp_worker_get_address(node->worker, &node->address, &node->address_size);
+    return status == UCS_OK ? ATTN_OK : failed(status, "tell its address");
+}
+
+attn_status_t
+ucx_node_create(ucx_node_t **node_p)
+{
+    attn_status_t status = transports_check();
+
+    if (status == ATTN_OK) {
+        status = library_need();
+    }
+    if (status != ATTN_OK) {
+        return status;
+    }
+    ucx_node_t *node = calloc(1, sizeof(*node));
+    if (node == NULL) {
+        return attn_fail(ATTN_ERR_NO_MEMORY, "no memory for UCX");
+    }
+    pthread_mutex_init(&node->lock, NULL);
+    status = context_open(node);
+    if (status == ATTN_OK) {
+        status = worker_open(node);
+    }
+    if (status != ATTN_OK) {
+        ucx_node_destroy(node);
+        return status;
+    }
+    *node_p = node;
+    return ATTN_OK;
+}
+
+void
+ucx_node_destroy(ucx_node_t *node)
+{
+    if (node == NULL) {
+        return;
+    }
+    if (node->address != NULL) {
+        lib.ucp_worker_release_address(node->worker, node->address);
+    }
+    if (node->worker != NULL) {
+        lib.ucp_worker_destroy(node->worker);
+    }
+    if (node->context != NULL) {
+        lib.ucp_cleanup(node->context);
+    }
+    pthread_mutex_destroy(&node->lock);
+    free(node);
+}
+
+/* ---- memory ---- */
+
+static ucx_memory_t *
+memory_new(ucx_node_t *node, uint64_t bytes)
+{
+    ucx_memory_t *memory = calloc(1, sizeof(*memory));
+
+    if (memory == NULL) {
+        attn_fail(ATTN_ERR_NO_MEMORY, "no memory for a slab's description");
+        return NULL;
+    }
+    memory->node  = node;
+    memory->bytes = bytes;
+    return memory;
+}
+
+/* Under the node's lock. */
+static ucs_status_t
+allocate(ucx_memory_t *memory)
+{
+    ucp_mem_map_params_t params = {
+        .field_mask = UCP_MEM_MAP_PARAM_FIELD_ADDRESS | UCP_MEM_MAP_PARAM_FIELD_LENGTH |
+                      UCP_MEM_MAP_PARAM_FIELD_FLAGS,
+        .length = memory->bytes,
+        .flags  = UCP_MEM_MAP_ALLOCATE | UCP_MEM_MAP_NONBLOCK,
+    };
+    ucp_mem_attr_t attr = {.field_mask = UCP_MEM_ATTR_FIELD_ADDRESS | UCP_MEM_ATTR_FIELD_LENGTH};
+
+    ucs_status_t status = lib.ucp_mem_map(memory->node->context, &params, &memory->allocated);
+    if (status != UCS_OK) {
+        memory->allocated = NULL;
+        return status;
+    }
+    status     = lib.ucp_mem_query(memory->allocated, &attr);
+    memory->at = attr.address;
+    if (status == UCS_OK && attr.length < memory->bytes) {
+        status = UCS_ERR_NO_MEMORY;
+    }
+    return status == UCS_OK ? lib.ucp_rkey_pack(memory->node->context, memory->allocated,
+                                                &memory->key, &memory->key_size)
+                            : status;
+}
+
+attn_status_t
+ucx_memory_create(ucx_node_t *node, uint64_t bytes, ucx_memory_t **memory_p)
+{
+    ucx_memory_t *memory = memory_new(node, bytes);
+
+    if (memory == NULL) {
+        return ATTN_ERR_NO_MEMORY;
+    }
+    pthread_mutex_lock(&node->lock);
+    ucs_status_t ucs = allocate(memory);
+    pthread_mutex_unlock(&node->lock);
+    if (ucs != UCS_OK) {
+        ucx_memory_free(memory);
+        return attn_fail(ATTN_ERR_EXHAUSTED, "UCX has no %llu bytes of shared memory: %s",
+                         (unsigned long long)bytes, lib.ucs_status_string(ucs));
+    }
+    *memory_p = memory;
+    return ATTN_OK;
+}
+
+void
+ucx_memory_offer(const ucx_memory_t *memory, ucx_offer_t *offer)
+{
+    offer->address      = (const uint8_t *)memory->node->address;
+    offer->address_size = memory->node->address_size;
+    offer->key          = memory->key;
+    offer->key_size     = memory->key_size;
+    offer->base         = (uint64_t)(uintptr_t)memory->at;
+    offer->bytes        = memory->bytes;
+}
+
+/* Under the node's lock. */
+static ucs_status_t
+map(ucx_memory_t *memory, const ucx_offer_t *offer)
+{
+    ucp_ep_params_t params = {.field_mask = UCP_EP_PARAM_FIELD_REMOTE_ADDRESS,
+                              .address    = (const ucp_address_t *)offer->address};
+    void *at;
+
+    ucs_status_t status = lib.ucp_ep_create(memory->node->worker, &params, &memory->ep);
+    if (status != UCS_OK) {
+        memory->ep = NULL;
+        return status;
+    }
+    status = lib.ucp_ep_rkey_unpack(memory->ep, offer->key, &memory->rkey);
+    if (status != UCS_OK) {
+        memory->rkey = NULL;
+        return status;
+    }
+    status     = lib.ucp_rkey_ptr(memory->rkey, offer->base, &at);
+    memory->at = status == UCS_OK ? at : NULL;
+    return status;
+}
+
+attn_status_t
+ucx_memory_map(ucx_node_t *node, const ucx_offer_t *offer, ucx_memory_t **memory_p)
+{
+    if (offer->address_size < 1 || offer->address_size > ADDRESS_MAX || offer->key_size < 1 ||
+        offer->key_size > ADDRESS_MAX || offer->base == 0) {
+        return attn_fail(ATTN_ERR_UNSUPPORTED,
+                         "the slab that was offered has an address of %llu bytes and a key of %llu",
+                         (unsigned long long)offer->address_size,
+                         (unsigned long long)offer->key_size);
+    }
+    ucx_memory_t *memory = memory_new(node, offer->bytes);
+    if (memory == NULL) {
+        return ATTN_ERR_NO_MEMORY;
+    }
+    pthread_mutex_lock(&node->lock);
+    ucs_status_t ucs = map(memory, offer);
+    pthread_mutex_unlock(&node->lock);
+    if (ucs != UCS_OK) {
+        ucx_memory_free(memory);
+        return attn_fail(ATTN_ERR_UNSUPPORTED,
+                         "UCX cannot map the server's memory (%s): it is of another user, or of "
+                         "another IPC namespace",
+                         lib.ucs_status_string(ucs));
+    }
+    *memory_p = memory;
+    return ATTN_OK;
+}
+
+uint8_t *
+ucx_memory_at(const ucx_memory_t *memory)
+{
+    return memory->at;
+}
+
+/* Nothing was sent, so there is nothing to wait for, whatever became of the peer. */
+static void
+close_endpoint(ucx_node_t *node, ucp_ep_h ep)
+{
+    ucp_request_param_t params = {0};
+    void *request              = lib.ucp_ep_close_nbx(ep, &params);
+
+    for (unsigned i = 0; UCS_PTR_IS_PTR(request) && i < 1000; i++) {
+        lib.ucp_worker_progress(node->worker);
+        if (lib.ucp_request_check_status(request) != UCS_INPROGRESS) {
+            break;
+        }
+    }
+    if (UCS_PTR_IS_PTR(request)) {
+        lib.ucp_request_free(request);
+    }
+}
+
+void
+ucx_memory_free(ucx_memory_t *memory)
+{
+    if (memory == NULL) {
+        return;
+    }
+    ucx_node_t *node = memory->node;
+    pthread_mutex_lock(&node->lock);
+    if (memory->key != NULL) {
+        lib.ucp_rkey_buffer_release(memory->key);
+    }
+    if (memory->allocated != NULL) {
+        lib.ucp_mem_unmap(node->context, memory->allocated);
+    }
+    if (memory->rkey != NULL) {
+        lib.ucp_rkey_destroy(memory->rkey);
+    }
+    if (memory->ep != NULL) {
+        close_endpoint(node, memory->ep);
+    }
+    pthread_mutex_unlock(&node->lock);
+    free(memory);
+}
