@@ -409,10 +409,12 @@ bench_load_close(bench_load_t *load)
     if (load == NULL) {
         return;
     }
+    for (uint32_t i = 0; load->sets != NULL && i < load->n_slots; i++) {
+        free(load->sets[i].seqs); /* not by the slots: two may have stopped at the same set */
+    }
     for (uint32_t i = 0; load->slots != NULL && i < load->n_slots; i++) {
         slot_t *s = &load->slots[i];
         bench_result_free(&s->result);
-        free(s->set != NULL ? s->set->seqs : NULL);
         free(s->q);
         free(s->k);
         free(s->v);
