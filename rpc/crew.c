@@ -11,10 +11,12 @@
  *    last handlers were all of the same stream and took no longer than a call may wait, and
  *    nothing else is waiting, the queue is kept: a thread woken for nothing takes the core
  *    of the handler, or of a client that spins for its answer, and then that of the handler
- *    again for each thing that the handler starts. So it is where threads that were woken have
- *    been taking long to come, for then every core is busy. A deputy, one of the idle threads,
- * looks every few milliseconds and takes the queue from a handler that has had it for long, so that
- * one that blocks for once does not hold up the others.
+ *    again for each thing that the handler starts. So it is where as many handlers run as there
+ *    are cores for, and where threads that were woken have been taking long to come, for then
+ *    every core is busy.
+ *
+ * A deputy, one of the idle threads, looks every few milliseconds and takes the queue from a
+ * handler that has had it for long, so that one that blocks for once does not hold up the others.
  *
  * There is one thread more than handlers may run at once: the queue is polled also when
  * all handlers are busy, and calls then wait in the list of ready ones.
@@ -43,6 +45,7 @@ struct rpc_crew {
     grpc_completion_queue *queue;
     uint64_t spin_ns;
     uint32_t handlers_max, n_cpus, n_threads;
+    uint32_t side_by_side; /* handlers for which there are cores */
     pthread_t *threads;
 
     pthread_mutex_t lock;
@@ -199,6 +202,9 @@ is_to_keep(rpc_crew_t *crew, const rpc_call_t *call)
     bool alone   = is_alone(crew, call);
     crew->n_last = crew->last == call ? crew->n_last + 1 : 0;
     crew->last   = call;
+    if (crew->handlers + 1 >= crew->side_by_side && rpc_call_is_bearable(call)) {
+        return true;
+    }
     if (crew->wake_ns > WAKE_SLOW_NS && rpc_call_is_bearable(call)) {
         return ++crew->n_slow % WAKE_TRY != 0;
     }
@@ -305,7 +311,8 @@ serve(void *arg)
 /* ---- life ---- */
 
 rpc_crew_t *
-rpc_crew_create(grpc_completion_queue *queue, uint32_t handlers_max, uint32_t spin_us)
+rpc_crew_create(grpc_completion_queue *queue, uint32_t handlers_max, uint32_t side_by_side,
+                uint32_t spin_us)
 {
     rpc_crew_t *crew = gpr_zalloc(sizeof(*crew));
 
@@ -313,6 +320,7 @@ rpc_crew_create(grpc_completion_queue *queue, uint32_t handlers_max, uint32_t sp
     crew->spin_ns      = spin_us * ATTN_NS_PER_US;
     crew->handlers_max = handlers_max;
     crew->n_cpus       = gpr_cpu_num_cores();
+    crew->side_by_side = side_by_side == 0 ? crew->n_cpus : attn_min(side_by_side, crew->n_cpus);
     crew->threads      = gpr_zalloc((handlers_max + 1) * sizeof(*crew->threads));
     pthread_mutex_init(&crew->lock, NULL);
     rpc_cond_init(&crew->idle_cond);

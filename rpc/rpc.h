@@ -89,12 +89,14 @@ typedef struct rpc_method {
 } rpc_method_t;
 
 typedef struct rpc_server_options {
-    const char *address; /**< "127.0.0.1:0": port 0 takes a free one; "unix:/path" */
-    uint32_t threads;    /**< handlers at once; 0: 16 */
-    uint32_t spin_us;    /**< busy-poll so long before sleeping */
-    rpc_tls_t *tls;      /**< with cert and key; NULL: plaintext. Kept as long as it is needed */
-    uint32_t calls_max;  /**< open calls, of which streams may be seven in eight; more are refused
-                            with RESOURCE_EXHAUSTED; 0: 4,096 */
+    const char *address;   /**< "127.0.0.1:0": port 0 takes a free one; "unix:/path" */
+    uint32_t threads;      /**< handlers at once; 0: 16 */
+    uint32_t side_by_side; /**< short handlers (up to 0.3 ms) that have cores: beside as many no
+                              thread is woken for one more, unless they take long; 0: all cores */
+    uint32_t spin_us;      /**< busy-poll so long before sleeping */
+    rpc_tls_t *tls;        /**< with cert and key; NULL: plaintext. Kept as long as it is needed */
+    uint32_t calls_max;    /**< open calls, of which streams may be seven in eight; more are refused
+                              with RESOURCE_EXHAUSTED; 0: 4,096 */
     uint32_t peer_calls_max; /**< of them, of one connection: over TCP more are refused, over a unix
                                 socket they wait at the client; 0: half */
     uint32_t stall_ms;   /**< a peer that takes none of the 2 MiB before it for so long, or thrice

@@ -164,7 +164,8 @@ rpc_packet_t *rpc_queue_take(rpc_queue_t *queue); /* all, as a list */
 /** The threads that poll a server's queue and run its handlers. */
 typedef struct rpc_crew rpc_crew_t;
 
-rpc_crew_t *rpc_crew_create(grpc_completion_queue *queue, uint32_t handlers_max, uint32_t spin_us);
+rpc_crew_t *rpc_crew_create(grpc_completion_queue *queue, uint32_t handlers_max,
+                            uint32_t side_by_side, uint32_t spin_us);
 attn_status_t rpc_crew_start(rpc_crew_t *crew);
 bool rpc_crew_at_work(const rpc_crew_t *crew); /* some of its threads were started */
 

@@ -389,10 +389,10 @@ test_calls_ended_while_they_are_cancelled(void **state)
     }
 }
 
+/* However many are to run side by side. */
 static void
-test_blocked_handlers_leave_the_rest_alive(void **state)
+blocked_handlers_leave_the_rest_alive(fixture_t *f)
 {
-    fixture_t *f           = *state;
     echo_log_t log[6]      = {{0}};
     Echo__Echo head        = ECHO__ECHO__INIT;
     rpc_outgoing_t request = {.head = &head.base};
@@ -424,6 +424,24 @@ test_blocked_handlers_leave_the_rest_alive(void **state)
     for (int i = 0; i < 6; i++) {
         assert_true(echo_wait_count(&log[i].messages, 1)); /* nobody waits: the background polls */
     }
+}
+
+static void
+test_blocked_handlers_leave_the_rest_alive(void **state)
+{
+    blocked_handlers_leave_the_rest_alive(*state);
+}
+
+static void
+test_blocked_handlers_of_a_single_core_do_too(void **state)
+{
+    rpc_server_options_t options = {.address = "127.0.0.1:0", .threads = 4, .side_by_side = 1};
+    fixture_t f;
+
+    (void)state;
+    begin(&f, &options, 0);
+    blocked_handlers_leave_the_rest_alive(&f);
+    end(&f);
 }
 
 static void
@@ -739,6 +757,7 @@ main(void)
         TEST(test_reply_from_another_thread_and_after_the_end),
         TEST(test_calls_ended_while_they_are_cancelled),
         TEST(test_blocked_handlers_leave_the_rest_alive),
+        cmocka_unit_test(test_blocked_handlers_of_a_single_core_do_too),
         cmocka_unit_test(test_calls_over_the_maximum_are_refused),
         cmocka_unit_test(test_streams_leave_room_for_unary_calls),
         TEST(test_bind_errors_are_typed),

@@ -349,7 +349,7 @@ rpc_server_create(const rpc_server_options_t *options, rpc_server_t **server_p)
     server->queue = grpc_completion_queue_create_for_next(NULL);
     server->crew =
         rpc_crew_create(server->queue, options->threads == 0 ? THREADS_DEFAULT : options->threads,
-                        options->spin_us);
+                        options->side_by_side, options->spin_us);
     grpc_server_register_completion_queue(server->grpc, server->queue, NULL);
 
     attn_status_t status = bind_address(server);

@@ -47,6 +47,7 @@ static attn_status_t
 start(worker_t *worker)
 {
     const worker_options_t *o = &worker->options;
+    bool computes             = strncmp(o->device, "cpu", 3) == 0; /* in handlers: others wait */
     char who[64];
 
     attn_status_t status = certs_open(&worker->certs, &o->tls);
@@ -54,12 +55,14 @@ start(worker_t *worker)
         status = join_secret_read(o->join_secret_file, worker->join_secret);
     }
     if (status == ATTN_OK) {
-        status = rpc_server_create(&(rpc_server_options_t){.address    = o->listen,
-                                                           .spin_us    = (uint32_t)o->spin_us,
-                                                           .tls        = worker->certs.tls,
-                                                           .stall_ms   = (uint32_t)o->stall_ms,
-                                                           .memory_max = o->message_memory},
-                                   &worker->server);
+        status = rpc_server_create(
+            &(rpc_server_options_t){.address      = o->listen,
+                                    .side_by_side = computes ? (uint32_t)o->threads : 0,
+                                    .spin_us      = (uint32_t)o->spin_us,
+                                    .tls          = worker->certs.tls,
+                                    .stall_ms     = (uint32_t)o->stall_ms,
+                                    .memory_max   = o->message_memory},
+            &worker->server);
     }
     if (status == ATTN_OK) {
         status = settle_address(worker);
