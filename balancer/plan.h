@@ -29,6 +29,17 @@
 attn_status_t attn_plan_build(const attn_problem_t *problem, uint32_t parallelism, uint32_t few,
                               uint32_t many, attn_plan_t **plan_p);
 
+/**
+ * The same, in the memory of a plan that is not needed any more: *plan_p, or NULL. From one step of
+ * a batch to the next it allocates nothing. On failure *plan_p is to be freed as before, but it is
+ * no plan any more.
+ */
+attn_status_t attn_plan_renew(const attn_problem_t *problem, uint32_t parallelism, uint32_t few,
+                              uint32_t many, attn_plan_t **plan_p);
+
+/** Bytes of memory that a plan, and what it was made with, takes up. */
+uint64_t attn_plan_bytes(const attn_plan_t *plan);
+
 /** NULL is allowed. */
 void attn_plan_free(attn_plan_t *plan);
 

@@ -16,7 +16,7 @@
 /* Classes of cost for the order: longest first need not be exact. */
 #define COST_CLASSES 256u
 
-/* Cost above which a range is cut. */
+/* Cost above which a range is cut, or UINT64_MAX if none is. */
 static uint64_t
 cost_limit(const builder_t *b)
 {
@@ -24,7 +24,7 @@ cost_limit(const builder_t *b)
     uint64_t heads = b->problem->kv_heads;
 
     for (uint32_t i = 0; i < b->ranges.n; i++) {
-        uint64_t cost = b->ranges.at[i].work.cost;
+        uint64_t cost = b->ranges.at[i].cost;
         total += cost;
         most  = attn_max(most, cost);
         least = attn_min(least, cost);
@@ -32,7 +32,8 @@ cost_limit(const builder_t *b)
     if (b->parallelism == 1 || (most == least && b->ranges.n * heads % b->parallelism == 0)) {
         return UINT64_MAX; /* they come out even as they are */
     }
-    return attn_max(1, total * heads / ((uint64_t)b->parallelism * PIECES_PER_THREAD));
+    uint64_t limit = attn_max(1, total * heads / ((uint64_t)b->parallelism * PIECES_PER_THREAD));
+    return most > limit ? limit : UINT64_MAX;
 }
 
 /*
@@ -69,10 +70,8 @@ number_states(builder_t *b, attn_work_t *work)
     attn_walk_t walk;
     uint32_t depth = 1;
 
-    b->plan->spans   = b->spans.at; /* for the walk */
-    b->plan->members = b->members.at;
     attn_fold_init(&fold, work->left_level);
-    attn_walk_init(&walk, b->plan, work);
+    attn_walk_init(&walk, &b->plan, work);
     for (; walk.span < work->n_spans; walk.span++) {
         attn_walk_span(&walk);
         fold_span(&fold, &walk, &depth);
@@ -82,12 +81,12 @@ number_states(builder_t *b, attn_work_t *work)
     assert(fold.n > 0);
     work->key_first = b->keys.n;
     work->n_out     = fold.n;
-    work->slot      = b->plan->slots;
-    b->plan->slots += (uint64_t)b->problem->kv_heads * fold.n * work->rows;
+    work->slot      = b->plan.slots;
+    b->plan.slots += (uint64_t)b->problem->kv_heads * fold.n * work->rows;
     for (uint32_t i = 0; i < fold.n; i++) {
         PUSH(b, b->keys, fold.keys[i]);
     }
-    b->plan->max_depth = depth > b->plan->max_depth ? depth : b->plan->max_depth;
+    b->plan.max_depth = depth > b->plan.max_depth ? depth : b->plan.max_depth;
 }
 
 /* Leaves that a range's rows see. */
@@ -97,7 +96,7 @@ count_leaves(builder_t *b, const attn_work_t *work)
     attn_walk_t walk;
     uint64_t n = 0;
 
-    attn_walk_init(&walk, b->plan, work);
+    attn_walk_init(&walk, &b->plan, work);
     for (; walk.span < work->n_spans; walk.span++) {
         attn_walk_span(&walk);
         n += walk.leaf < walk.leaf_end ? walk.leaf_end - walk.leaf : 0;
@@ -137,10 +136,10 @@ add_pieces(builder_t *b, const attn_work_t *work, uint64_t leaves, uint64_t piec
     uint64_t seen = 0, begun = 0, piece = 1;
     uint32_t left = work->left_level;
 
-    attn_walk_init(&walk, b->plan, work);
+    attn_walk_init(&walk, &b->plan, work);
     for (; walk.span < work->n_spans; walk.span++) {
         attn_walk_span(&walk);
-        const attn_span_t *span = &b->plan->spans[work->span_first + walk.span];
+        const attn_span_t *span = &b->plan.spans[work->span_first + walk.span];
         uint64_t first          = attn_leaf_key(walk.entry, walk.runs[span->run].chunk, 0);
         while (walk.leaf < walk.leaf_end) {
             uint64_t cut  = leaves * piece / pieces; /* leaves before the next piece */
@@ -164,12 +163,10 @@ add_pieces(builder_t *b, const attn_work_t *work, uint64_t leaves, uint64_t piec
 }
 
 static void
-cut_range(builder_t *b, range_t *range, uint64_t limit)
+cut_range(builder_t *b, const attn_work_t *work, uint64_t limit)
 {
-    const attn_work_t *work = &range->work;
     uint64_t pieces = 1, leaves = 0;
 
-    range->piece_first = b->works.n;
     if (work->cost > limit) {
         uint64_t tokens = work->cost / plan_token_cost(work->rows);
         leaves          = count_leaves(b, work);
@@ -180,92 +177,137 @@ cut_range(builder_t *b, range_t *range, uint64_t limit)
     } else {
         add_pieces(b, work, leaves, pieces);
     }
-    range->n_pieces = b->works.n - range->piece_first;
 }
 
-/* The parts of reductions in terms of works; those of one whole work have none to wait for. */
+/* The parts of reductions in terms of works, in place of those in terms of ranges. */
 static void
-link_parts(builder_t *b)
+link_pieces(builder_t *b)
 {
-    attn_plan_t *plan = b->plan;
-
     for (uint32_t i = 0; i < b->reductions.n && !b->no_memory; i++) {
         attn_reduction_t *reduction = &b->reductions.at[i];
         uint32_t first              = b->parts.n;
         for (uint32_t r = 0; r < reduction->n_parts; r++) {
-            const range_ref_t *ref = &b->refs.at[reduction->part_first + r];
-            const range_t *range   = &b->ranges.at[ref->range];
-            for (uint32_t p = 0; p < range->n_pieces; p++) {
-                PUSH(b, b->parts,
-                     (attn_part_t){.work = range->piece_first + p, .row_first = ref->row_first});
+            attn_part_t ref = b->refs.at[reduction->part_first + r];
+            uint32_t end    = b->piece_first.at[ref.work + 1];
+            for (uint32_t work = b->piece_first.at[ref.work]; work < end; work++) {
+                PUSH(b, b->parts, (attn_part_t){.work = work, .row_first = ref.row_first});
             }
         }
         reduction->part_first = first;
         reduction->n_parts    = b->parts.n - first;
-        if (b->no_memory) {
-            return;
+    }
+}
+
+/* Ranges to works. */
+static void
+cut_ranges(builder_t *b, uint64_t limit)
+{
+    if (!RESERVE(b, b->piece_first, b->ranges.n + 1)) {
+        return;
+    }
+    for (uint32_t i = 0; i < b->ranges.n && !b->no_memory; i++) {
+        b->piece_first.at[i] = b->works.n;
+        cut_range(b, &b->ranges.at[i], limit);
+    }
+    b->piece_first.at[b->ranges.n] = b->works.n;
+    link_pieces(b);
+}
+
+/* All ranges are works as they are. */
+static void
+keep_ranges(builder_t *b)
+{
+    attn_work_t *works  = b->works.at;
+    attn_part_t *parts  = b->parts.at;
+    uint32_t works_room = b->works.room, parts_room = b->parts.room;
+
+    b->works.at    = b->ranges.at;
+    b->works.n     = b->ranges.n;
+    b->works.room  = b->ranges.room;
+    b->ranges.at   = works;
+    b->ranges.n    = 0;
+    b->ranges.room = works_room;
+    b->parts.at    = b->refs.at;
+    b->parts.n     = b->refs.n;
+    b->parts.room  = b->refs.room;
+    b->refs.at     = parts;
+    b->refs.n      = 0;
+    b->refs.room   = parts_room;
+}
+
+/* Reductions of one whole work have nothing to wait for; the works of others leave states. */
+static void
+count_parts(builder_t *b)
+{
+    for (uint32_t i = 0; i < b->reductions.n; i++) {
+        attn_reduction_t *reduction = &b->reductions.at[i];
+        const attn_part_t *parts    = &b->parts.at[reduction->part_first];
+        if (reduction->n_parts == 1 && b->works.at[parts[0].work].n_members == 1) {
+            continue;
         }
-        if (reduction->n_parts > 1 || b->works.at[b->parts.at[first].work].n_members > 1) {
-            reduction->counter = plan->n_counters++;
-            for (uint32_t p = first; p < b->parts.n; p++) {
-                b->works.at[b->parts.at[p].work].n_out = 1; /* to be counted */
-            }
+        reduction->counter = b->plan.n_counters++;
+        for (uint32_t p = 0; p < reduction->n_parts; p++) {
+            b->works.at[parts[p].work].n_out = 1; /* to be counted */
         }
     }
 }
 
-/* Longest first, by class of cost. */
-static void
-order_works(builder_t *b)
+static uint32_t
+class_of(const attn_work_t *work, uint32_t shift)
 {
-    attn_plan_t *plan             = b->plan;
-    uint64_t most                 = 1;
-    uint32_t at[COST_CLASSES + 1] = {0};
+    return COST_CLASSES - 1 - (uint32_t)(work->cost >> shift);
+}
 
-    plan->order = malloc((b->works.n + 1) * sizeof(*plan->order));
-    if (plan->order == NULL) {
-        b->no_memory = true;
+/* Longest first, by class of cost; a cost of `most` is in the first or second half of them. */
+static void
+order_works(builder_t *b, uint64_t most)
+{
+    uint32_t at[COST_CLASSES + 1] = {0}, shift = 0;
+
+    if (!RESERVE(b, b->order, b->works.n)) {
         return;
     }
-    for (uint32_t i = 0; i < b->works.n; i++) {
-        most = attn_max(most, b->works.at[i].cost);
+    while (most >> shift >= COST_CLASSES) {
+        shift++;
     }
-#define CLASS_OF(work) (COST_CLASSES - 1 - (uint32_t)((work)->cost * (COST_CLASSES - 1) / most))
     for (uint32_t i = 0; i < b->works.n; i++) {
-        at[CLASS_OF(&b->works.at[i]) + 1]++;
+        at[class_of(&b->works.at[i], shift) + 1]++;
     }
     for (uint32_t c = 0; c < COST_CLASSES; c++) {
         at[c + 1] += at[c];
     }
     for (uint32_t i = 0; i < b->works.n; i++) {
-        plan->order[at[CLASS_OF(&b->works.at[i])]++] = i;
+        b->order.at[at[class_of(&b->works.at[i], shift)]++] = i;
     }
-#undef CLASS_OF
 }
 
 void
 plan_cut(builder_t *b)
 {
-    attn_plan_t *plan = b->plan;
-    uint64_t limit    = cost_limit(b);
+    uint64_t limit = cost_limit(b), most = 0;
 
-    plan->spans   = b->spans.at;
-    plan->members = b->members.at;
-    for (uint32_t i = 0; i < b->ranges.n && !b->no_memory; i++) {
-        cut_range(b, &b->ranges.at[i], limit);
+    b->plan.spans   = b->spans.at; /* for walks */
+    b->plan.members = b->members.at;
+    b->plan.entries = b->entries.at;
+    if (limit == UINT64_MAX) {
+        keep_ranges(b);
+    } else {
+        cut_ranges(b, limit);
     }
-    if (!b->no_memory) {
-        link_parts(b);
+    if (b->no_memory) {
+        return;
     }
+    count_parts(b);
     for (uint32_t i = 0; i < b->works.n && !b->no_memory; i++) {
         attn_work_t *work = &b->works.at[i];
-        plan->max_rows    = work->rows > plan->max_rows ? work->rows : plan->max_rows;
-        plan->cost += work->cost;
+        b->plan.max_rows  = work->rows > b->plan.max_rows ? work->rows : b->plan.max_rows;
+        b->plan.cost += work->cost;
+        most = attn_max(most, work->cost);
         if (work->n_out > 0) {
             number_states(b, work);
         }
     }
     if (!b->no_memory) {
-        order_works(b);
+        order_works(b, most);
     }
 }

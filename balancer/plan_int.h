@@ -10,19 +10,23 @@
 /** A span that is not shared. */
 #define SET_NONE UINT32_MAX
 
-/** A vector: PUSH takes room as it needs; a failure shows in builder.no_memory. */
+/** A vector that keeps its memory from plan to plan. */
 #define VECTOR(type)                                                                               \
     struct {                                                                                       \
         type *at;                                                                                  \
         uint32_t n, room;                                                                          \
     }
 
+/** Room for `more` behind the end of a vector: false, and builder.no_memory, without memory. */
+#define RESERVE(builder, vector, more)                                                             \
+    ((vector).room - (vector).n >= (more) ||                                                       \
+     ((vector).at = plan_room((builder), (vector).at, &(vector).room,                              \
+                              (uint64_t)(vector).n + (more), sizeof(*(vector).at)),                \
+      (vector).room - (vector).n >= (more)))
+
 #define PUSH(builder, vector, ...)                                                                 \
     do {                                                                                           \
-        if ((vector).n == (vector).room) {                                                         \
-            (vector).at = plan_room((builder), (vector).at, &(vector).room, sizeof(*(vector).at)); \
-        }                                                                                          \
-        if ((vector).n < (vector).room) {                                                          \
+        if (RESERVE((builder), (vector), 1)) {                                                     \
             (vector).at[(vector).n++] = (__VA_ARGS__);                                             \
         }                                                                                          \
     } while (0)
@@ -51,52 +55,71 @@ typedef struct link {
     uint32_t range;       /* that it lies in */
 } link_t;
 
-/** Work before it is cut into pieces. */
-typedef struct range {
-    attn_work_t work;
-    uint32_t piece_first, n_pieces;
-} range_t;
+/** Spans of an entry, one after the other, all of one set and below one of its nodes. */
+typedef struct stretch {
+    uint32_t span_first, span_end;
+    uint32_t set, node;
+    uint64_t key, last_key; /* of its first and last leaf */
+    uint64_t tokens;        /* of whole leaves, but for what no query of the entry sees */
+} stretch_t;
 
-/** A range's share in a reduction. */
-typedef struct range_ref {
-    uint32_t range, row_first;
-} range_ref_t;
-
+/** A plan, and the memory that it and the next one are made in. */
 typedef struct builder {
+    attn_plan_t plan; /* first: whoever has the plan has the builder */
     const attn_problem_t *problem;
-    attn_plan_t *plan;
     uint32_t parallelism;
     bool no_memory;
+    VECTOR(attn_plan_entry_t) entries;
     VECTOR(attn_span_t) spans;
     VECTOR(attn_member_t) members;
-    VECTOR(range_t) ranges;
-    VECTOR(range_ref_t) refs; /* a reduction's part_first, n_parts count these until plan_cut() */
+    VECTOR(attn_work_t) ranges, works; /* ranges are works before some are cut into pieces */
+    VECTOR(attn_part_t) refs, parts;   /* a reduction's parts count refs, in ranges, until then */
     VECTOR(attn_reduction_t) reductions;
-    VECTOR(attn_work_t) works;
-    VECTOR(attn_part_t) parts;
     VECTOR(uint64_t) keys;
+    VECTOR(uint32_t) order;
+    VECTOR(uint32_t) piece_first; /* [ranges + 1], if any was cut */
+    VECTOR(stretch_t) stretches;
+    VECTOR(uint32_t) stretch_first; /* [n + 1] of the entry */
     /* sharing */
-    uint32_t *ids;                          /* [n] entries, those of a set side by side */
+    VECTOR(uint32_t) table;                 /* of first pages */
+    VECTOR(uint32_t) scratch;               /* what the following point to */
+    uint32_t *ids, *place;                  /* [n] entries, those of a set side by side; where */
     uint32_t *segment_first, *segment_last; /* [n] of the entry's segments, index + 1 */
+    uint32_t *run_segment;                  /* [runs of the longest entry] */
+    uint32_t *run_order, *whole_order;      /* likewise; the latter is of `whole` runs, if not 0 */
+    uint32_t whole;
     VECTOR(segment_t) segments;
     VECTOR(share_set_t) sets;
     VECTOR(link_t) links;
-    uint32_t *span_first; /* [n + 1] of the entry */
+    VECTOR(uint32_t) at_set; /* [sets] a count for each, 0 between uses */
 } builder_t;
 
-/** More room for a vector that is full. */
-void *plan_room(builder_t *b, void *at, uint32_t *room, size_t size);
+/** Memory for at least `wanted` of a vector. */
+void *plan_room(builder_t *b, void *at, uint32_t *room, uint64_t wanted, size_t size);
 
 /** Is the problem well formed? */
 attn_status_t plan_check(const attn_problem_t *problem, uint32_t parallelism, uint32_t few,
                          uint32_t many);
 
 /** Positions that queries first to first + n - 1 of an entry can see. */
-void plan_see(const attn_problem_t *p, const attn_problem_entry_t *entry, uint32_t first,
-              uint32_t n, int64_t *see_first, int64_t *see_end);
+static inline void
+plan_see(const attn_problem_t *p, const attn_problem_entry_t *entry, uint32_t first, uint32_t n,
+         int64_t *see_first, int64_t *see_end)
+{
+    int64_t position = (int64_t)entry->kv_length - entry->n_q + first;
+    int64_t window   = p->window < INT32_MAX ? (int64_t)p->window : INT32_MAX;
 
-/** Spans of all entries. order, segments: room for the largest number of runs of an entry. */
-void plan_add_spans(builder_t *b, uint32_t *order, uint32_t *segments);
+    *see_end = p->causal ? position + n : (int64_t)entry->kv_length;
+    if (entry->mask != NULL) {
+        /* Any of the tokens may be named, and a query that names one stands lowest. */
+        position = (int64_t)entry->kv_length - entry->mask_tokens;
+        *see_end = (int64_t)entry->kv_length;
+    }
+    *see_first = window > 0 && position - window + 1 > 0 ? position - window + 1 : 0;
+}
+
+/** Spans of all entries. */
+void plan_add_spans(builder_t *b);
 
 /** Find entries with the same pages: fills segments and sets. */
 void plan_find_shared(builder_t *b);
@@ -104,24 +127,11 @@ void plan_find_shared(builder_t *b);
 /** After the spans: fills links, and makes a range of each stretch that a set reads at once. */
 void plan_link_shared(builder_t *b);
 
+/** at_set is 0 again for the sets that the entry's spans are of. */
+void plan_forget_counts(builder_t *b, uint32_t entry);
+
 /** Cut ranges into works, number the states between them, and set the order. */
 void plan_cut(builder_t *b);
-
-/** Key of the first leaf of a span of an entry. */
-static inline uint64_t
-plan_first_key(const builder_t *b, uint32_t entry, const attn_span_t *span)
-{
-    return attn_leaf_key(&b->plan->entries[entry], b->problem->entries[entry].runs[span->run].chunk,
-                         span->leaf_first);
-}
-
-/** And of the last one. */
-static inline uint64_t
-plan_last_key(const builder_t *b, uint32_t entry, const attn_span_t *span)
-{
-    return attn_leaf_key(&b->plan->entries[entry], b->problem->entries[entry].runs[span->run].chunk,
-                         span->leaf_end - 1);
-}
 
 /** Index of the entry's node that holds a key; 0 if it has none. */
 uint32_t plan_node_of(const attn_problem_entry_t *entry, uint32_t chunk_key);

@@ -14,6 +14,9 @@
 /* Saving fewer reads of a leaf than that does not pay for the states in between. */
 #define SAVED_LEAVES_MIN 2u
 
+#define PAGES_AT_ONCE 64u
+#define NO_PAGE UINT64_MAX
+
 /* ---- finding ---- */
 
 static bool
@@ -23,45 +26,69 @@ may_share(const builder_t *b, uint32_t e)
 
     /* With a window, what the entries see of a prefix differs, and is short. */
     return entry->n_q > 0 && entry->n_runs > 0 && entry->n_lists == 0 && !entry->lists_change &&
-           b->problem->window == 0 && (uint64_t)entry->n_q * b->plan->group * 2 <= ATTN_WORK_ROWS;
+           b->problem->window == 0 && (uint64_t)entry->n_q * b->plan.group * 2 <= ATTN_WORK_ROWS;
 }
 
-/* Whole leaves from `leaf` on with equal tokens in run `run` of both entries. */
+/* A leaf of a run, up to which entries are the same, and where they may part. */
+typedef struct front {
+    uint32_t run, leaf, shift;
+    uint32_t page; /* of the run, with the leaf's first token */
+} front_t;
+
+/* Pages that so many tokens of a run lie in. */
 static uint32_t
-common_leaves(const builder_t *b, uint32_t e, uint32_t f, uint32_t run, uint32_t leaf)
+pages_of(const builder_t *b, uint64_t tokens)
 {
-    const attn_problem_entry_t *x = &b->problem->entries[e], *y = &b->problem->entries[f];
-    uint32_t tokens = b->plan->entries[e].leaf_tokens, page_size = b->problem->page_size;
+    return (uint32_t)((tokens + b->problem->page_size - 1) / b->problem->page_size);
+}
 
-    if (run >= x->n_runs || run >= y->n_runs || x->runs[run].chunk != y->runs[run].chunk) {
-        return 0;
-    }
-    const uint32_t *xp = x->runs[run].pages, *yp = y->runs[run].pages;
-    uint32_t length =
-        x->runs[run].length < y->runs[run].length ? x->runs[run].length : y->runs[run].length;
-    uint32_t end   = length / tokens;
-    uint32_t page  = leaf * tokens / page_size;
-    uint32_t pages = (uint32_t)(((uint64_t)end * tokens + page_size - 1) / page_size);
+/* Chunk and page at the front for an entry, or NO_PAGE if it has no whole leaf there. */
+static uint64_t
+page_at(const builder_t *b, const front_t *front, uint32_t e)
+{
+    const attn_problem_entry_t *entry = &b->problem->entries[e];
+    const attn_kv_run_t *run          = &entry->runs[front->run];
 
-    if (leaf >= end) {
-        return 0;
+    if (front->run >= entry->n_runs || run->length >> front->shift <= front->leaf) {
+        return NO_PAGE;
     }
-    if (xp == yp || memcmp(xp + page, yp + page, (pages - page) * sizeof(*xp)) == 0) {
-        return end - leaf;
+    return (uint64_t)run->chunk << 32 | run->pages[front->page];
+}
+
+/* The first page from `page` on that differs, or `end`. */
+static uint32_t
+first_difference(const uint32_t *x, const uint32_t *y, uint32_t page, uint32_t end)
+{
+    for (uint32_t n; page < end; page += n) {
+        n = end - page < PAGES_AT_ONCE ? end - page : PAGES_AT_ONCE;
+        if (memcmp(x + page, y + page, n * sizeof(*x)) != 0) {
+            break;
+        }
     }
-    while (xp[page] == yp[page]) {
+    while (page < end && x[page] == y[page]) {
         page++;
     }
-    uint64_t equal = (uint64_t)page * page_size / tokens; /* whole leaves before that page */
-    return equal > leaf ? (uint32_t)equal - leaf : 0;
+    return page;
 }
 
-static void
-swap_ids(builder_t *b, uint32_t i, uint32_t j)
+/* Whole leaves with equal tokens from the front on, where the pages of both are the same. */
+static uint32_t
+common_leaves(const builder_t *b, const front_t *front, uint32_t e, uint32_t f)
 {
-    uint32_t id = b->ids[i];
-    b->ids[i]   = b->ids[j];
-    b->ids[j]   = id;
+    const attn_kv_run_t *x = &b->problem->entries[e].runs[front->run];
+    const attn_kv_run_t *y = &b->problem->entries[f].runs[front->run];
+    uint32_t end           = (x->length < y->length ? x->length : y->length) >> front->shift;
+
+    if (x->pages == y->pages) {
+        return end - front->leaf;
+    }
+    uint32_t pages = pages_of(b, (uint64_t)end << front->shift);
+    uint32_t page  = first_difference(x->pages, y->pages, front->page, pages);
+    if (page == pages) {
+        return end - front->leaf;
+    }
+    uint64_t equal = (uint64_t)page * b->problem->page_size >> front->shift; /* before that page */
+    return equal > front->leaf ? (uint32_t)equal - front->leaf : 0;
 }
 
 static uint32_t
@@ -69,128 +96,177 @@ new_set(builder_t *b, uint32_t first, uint32_t end)
 {
     share_set_t set = {.first = first, .n = end - first};
     for (uint32_t i = first; i < end; i++) {
-        set.rows += b->problem->entries[b->ids[i]].n_q * b->plan->group;
+        set.rows += b->problem->entries[b->ids[i]].n_q * b->plan.group;
     }
     PUSH(b, b->sets, set);
     return b->sets.n - 1;
 }
 
 static void
-add_segment(builder_t *b, uint32_t set, uint32_t run, uint32_t leaf, uint32_t n)
+add_segment(builder_t *b, uint32_t set, const front_t *front, uint32_t n)
 {
     share_set_t *s = &b->sets.at[set];
 
     s->leaves += n;
+    if (!RESERVE(b, b->segments, s->n)) {
+        return;
+    }
     for (uint32_t i = s->first; i < s->first + s->n; i++) {
-        uint32_t e = b->ids[i];
-        PUSH(b, b->segments,
-             (segment_t){.run = run, .leaf_first = leaf, .leaf_end = leaf + n, .set = set});
-        if (b->no_memory) {
-            return;
-        }
+        uint32_t e = b->ids[i], at = b->segments.n++;
+        b->segments.at[at] = (segment_t){
+            .run = front->run, .leaf_first = front->leaf, .leaf_end = front->leaf + n, .set = set};
         if (b->segment_last[e] != 0) {
-            b->segments.at[b->segment_last[e] - 1].next = b->segments.n;
+            b->segments.at[b->segment_last[e] - 1].next = at + 1;
         } else {
-            b->segment_first[e] = b->segments.n;
+            b->segment_first[e] = at + 1;
         }
-        b->segment_last[e] = b->segments.n;
+        b->segment_last[e] = at + 1;
     }
 }
 
-/* What the entries ids[first .. end) have in common from a leaf on. */
-static void
-share_from(builder_t *b, uint32_t first, uint32_t end, uint32_t run, uint32_t leaf)
+/*
+ * Of n entries and their pages at the front, those that go on with the first one change places with
+ * others, so that they follow it. Returns how many there are with it, and the fewest leaves that
+ * one of them has in common with it.
+ */
+static uint32_t
+gather_equal(const builder_t *b, const front_t *front, uint32_t n, uint32_t *ids, uint64_t *pages,
+             uint32_t *least)
 {
-    uint32_t set = SET_NONE;
+    uint32_t with = 1;
+
+    *least = UINT32_MAX;
+    for (uint32_t i = 1; i < n && pages[0] != NO_PAGE; i++) {
+        uint32_t common = pages[i] == pages[0] ? common_leaves(b, front, ids[0], ids[i]) : 0;
+        if (common > 0) {
+            uint32_t id   = ids[i];
+            *least        = common < *least ? common : *least;
+            ids[i]        = ids[with];
+            pages[i]      = pages[with];
+            ids[with]     = id;
+            pages[with++] = pages[0];
+        }
+    }
+    return with;
+}
+
+/* What the entries ids[first .. end), at most a work's rows, have in common from a leaf on. */
+static void
+share_from(builder_t *b, uint32_t first, uint32_t end, front_t front)
+{
+    uint64_t pages[ATTN_WORK_ROWS];
+    uint32_t set = SET_NONE, looked = UINT32_MAX, least;
 
     while (end - first >= 2 && !b->no_memory) {
-        uint32_t least = UINT32_MAX,
-                 with  = first + 1; /* ids[first .. with) go on with the first one */
-        for (uint32_t i = first + 1; i < end; i++) {
-            uint32_t common = common_leaves(b, b->ids[first], b->ids[i], run, leaf);
-            if (common > 0) {
-                least = common < least ? common : least;
-                swap_ids(b, i, with++);
+        if (looked == UINT32_MAX) {
+            looked     = first;
+            front.page = (uint32_t)(((uint64_t)front.leaf << front.shift) / b->problem->page_size);
+            for (uint32_t i = first; i < end; i++) {
+                pages[i - first] = page_at(b, &front, b->ids[i]);
             }
         }
+        uint32_t with = first + gather_equal(b, &front, end - first, b->ids + first,
+                                             pages + (first - looked), &least);
         if (with - first < 2) { /* the first one is on its own from here */
             first++;
             set = SET_NONE;
             continue;
         }
         if (with < end) {
-            share_from(b, with, end, run, leaf);
+            share_from(b, with, end, front);
             end = with;
             set = SET_NONE;
         }
         if (set == SET_NONE) {
             set = new_set(b, first, end);
-            if (b->no_memory) {
-                return;
-            }
         }
-        add_segment(b, set, run, leaf, least);
-        leaf += least;
-        if ((uint64_t)leaf * b->plan->entries[b->ids[first]].leaf_tokens ==
-            b->problem->chunk_size) {
-            run++;
-            leaf = 0;
+        if (b->no_memory) {
+            return;
         }
+        add_segment(b, set, &front, least);
+        front.leaf += least;
+        if ((uint64_t)front.leaf << front.shift == b->problem->chunk_size) {
+            front.run++;
+            front.leaf = 0;
+        }
+        looked = UINT32_MAX;
     }
 }
 
-/* Entries by their first page: lists of those with the same one. */
+/* Lists of entries with the same chunk and page at the very first: `table` has the heads, index +
+ * 1, and `next` leads on. False if each is on its own. */
 static bool
-group_by_first_page(builder_t *b, uint32_t *heads, uint32_t n_heads, uint32_t *next)
+list_by_first_page(builder_t *b, uint32_t bits, uint32_t *next)
 {
+    uint32_t *table = b->table.at, mask = (1u << bits) - 1;
     bool any = false;
 
-    memset(heads, 0, n_heads * sizeof(*heads));
+    memset(table, 0, (mask + (size_t)1) * sizeof(*table));
     for (uint32_t e = b->problem->n; e-- > 0;) {
         if (!may_share(b, e)) {
             continue;
         }
         const attn_kv_run_t *run = &b->problem->entries[e].runs[0];
-        uint32_t *head = &heads[(run->pages[0] * 0x9e3779b1u ^ run->chunk) & (n_heads - 1)];
-        any            = any || *head != 0;
-        next[e]        = *head;
-        *head          = e + 1;
+        uint64_t mixed           = (uint64_t)run->chunk << 32 | run->pages[0];
+        uint32_t at              = (uint32_t)(mixed * UINT64_C(0x9e3779b97f4a7c15) >> (64 - bits));
+        for (; table[at] != 0; at = (at + 1) & mask) {
+            const attn_kv_run_t *other = &b->problem->entries[table[at] - 1].runs[0];
+            if (other->chunk == run->chunk && other->pages[0] == run->pages[0]) {
+                break;
+            }
+        }
+        any       = any || table[at] != 0;
+        next[e]   = table[at];
+        table[at] = e + 1;
     }
     return any;
+}
+
+/* One list: cut so that its entries have no more rows than a work. */
+static void
+share_list(builder_t *b, uint32_t head, const uint32_t *next, uint32_t *filled)
+{
+    const front_t start = {.shift = (uint32_t)__builtin_ctz(b->entries.at[head - 1].leaf_tokens)};
+    uint32_t first = *filled, end = first, rows = 0;
+
+    for (uint32_t e = head; e != 0; e = next[e - 1]) {
+        uint32_t more = b->problem->entries[e - 1].n_q * b->plan.group;
+        if (rows + more > ATTN_WORK_ROWS) {
+            share_from(b, first, end, start);
+            first = end;
+            rows  = 0;
+        }
+        b->ids[end++] = e - 1;
+        rows += more;
+    }
+    share_from(b, first, end, start);
+    *filled = end;
 }
 
 void
 plan_find_shared(builder_t *b)
 {
-    uint32_t n = b->problem->n, n_heads = 16;
-    while (n_heads < 2 * n) {
-        n_heads *= 2;
+    uint32_t n = b->problem->n, bits = 4, filled = 0;
+    while (bits < 31 && 1u << bits < 2 * n) {
+        bits++;
     }
-    uint32_t *heads = malloc((n_heads + (size_t)n) * sizeof(*heads));
-    if (heads == NULL) {
-        b->no_memory = true;
+    memset(b->segment_first, 0, 2 * (size_t)n * sizeof(uint32_t)); /* and segment_last */
+    if (!RESERVE(b, b->table, 1u << bits)) {
         return;
     }
-    if (group_by_first_page(b, heads, n_heads, heads + n_heads)) {
-        uint32_t filled = 0;
-        for (uint32_t h = 0; h < n_heads; h++) {
-            /* A bucket may mix first pages; share_from() tells them apart. At most a work's rows at
-             * a time. */
-            uint32_t first = filled, rows = 0;
-            for (uint32_t e = heads[h]; e != 0; e = heads[n_heads + e - 1]) {
-                uint32_t more = b->problem->entries[e - 1].n_q * b->plan->group;
-                if (rows + more > ATTN_WORK_ROWS) {
-                    share_from(b, first, filled, 0, 0);
-                    first = filled;
-                    rows  = 0;
-                }
-                b->ids[filled++] = e - 1;
-                rows += more;
-            }
-            share_from(b, first, filled, 0, 0);
+    uint32_t *next = b->place; /* not needed before */
+    if (!list_by_first_page(b, bits, next)) {
+        return;
+    }
+    for (uint32_t h = 0; h < 1u << bits && !b->no_memory; h++) {
+        uint32_t head = b->table.at[h];
+        if (head != 0 && next[head - 1] != 0) {
+            share_list(b, head, next, &filled);
         }
     }
-    free(heads);
+    for (uint32_t i = 0; i < filled; i++) {
+        b->place[b->ids[i]] = i;
+    }
     for (uint32_t i = 0; i < b->segments.n; i++) {
         segment_t *segment     = &b->segments.at[i];
         const share_set_t *set = &b->sets.at[segment->set];
@@ -202,38 +278,60 @@ plan_find_shared(builder_t *b)
 
 /* ---- linking ---- */
 
-/* What an entry's spans say of the links of the sets in them. `at` counts the spans of each set. */
-static void
-link_entry(builder_t *b, uint32_t e, uint32_t *at)
+void
+plan_forget_counts(builder_t *b, uint32_t e)
 {
-    const attn_problem_entry_t *entry = &b->problem->entries[e];
-    uint32_t first = b->span_first[e], end = b->span_first[e + 1];
+    for (uint32_t i = b->stretch_first.at[e]; i < b->stretch_first.at[e + 1]; i++) {
+        if (b->stretches.at[i].set != SET_NONE) {
+            b->at_set.at[b->stretches.at[i].set] = 0;
+        }
+    }
+}
+
+/* What the spans of a shared stretch say of their links. left, right: levels at which the stretch
+ * parts from what the entry has before and after it. */
+static void
+link_stretch(builder_t *b, uint32_t e, const stretch_t *stretch, uint32_t left, uint32_t right)
+{
+    const attn_plan_entry_t *planned = &b->entries.at[e];
+    const attn_kv_run_t *runs        = b->problem->entries[e].runs;
+    link_t *link  = &b->links.at[b->sets.at[stretch->set].link_first + b->at_set.at[stretch->set]];
+    uint64_t last = 0;
+
+    b->at_set.at[stretch->set] += stretch->span_end - stretch->span_first;
+    for (uint32_t i = stretch->span_first; i < stretch->span_end; i++, link++) {
+        const attn_span_t *span = &b->spans.at[i];
+        uint64_t key            = attn_leaf_key(planned, runs[span->run].chunk, span->leaf_first);
+        uint32_t from           = left;
+        if (i == stretch->span_first) {
+            link->cut = true;
+        } else {
+            from           = attn_key_lca(last, key);
+            link[-1].right = from < link[-1].right ? from : link[-1].right;
+        }
+        link->left = from < link->left ? from : link->left;
+        last       = key + (span->leaf_end - span->leaf_first - 1);
+    }
+    link[-1].right = right < link[-1].right ? right : link[-1].right;
+}
+
+static void
+link_entry(builder_t *b, uint32_t e)
+{
+    uint32_t first = b->stretch_first.at[e], end = b->stretch_first.at[e + 1];
 
     for (uint32_t i = first; i < end; i++) {
-        const attn_span_t *span = &b->spans.at[i];
-        if (span->set == SET_NONE) {
+        const stretch_t *s = &b->stretches.at[i];
+        if (s->set == SET_NONE) {
             continue;
         }
-        link_t *link = &b->links.at[b->sets.at[span->set].link_first + at[span->set]++];
-        uint64_t key = plan_first_key(b, e, span), last = plan_last_key(b, e, span);
-        uint32_t bits   = b->plan->entries[e].leaf_bits;
-        uint32_t node   = plan_node_of(entry, (uint32_t)(key >> bits));
-        uint64_t before = i > first ? plan_last_key(b, e, span - 1) : 0;
-        uint64_t after  = i + 1 < end ? plan_first_key(b, e, span + 1) : 0;
-        bool has_before = i > first && plan_node_of(entry, (uint32_t)(before >> bits)) == node;
-        bool has_after  = i + 1 < end && plan_node_of(entry, (uint32_t)(after >> bits)) == node;
-        uint32_t left   = has_before ? attn_key_lca(before, key) : ATTN_LEVEL_NONE;
-        uint32_t right  = has_after ? attn_key_lca(last, after) : ATTN_LEVEL_NONE;
-
-        link->cut   = link->cut || !has_before || span[-1].set != span->set;
-        link->left  = left < link->left ? left : link->left;
-        link->right = right < link->right ? right : link->right;
+        bool before    = i > first && s[-1].node == s->node;
+        bool after     = i + 1 < end && s[1].node == s->node;
+        uint32_t left  = before ? attn_key_lca(s[-1].last_key, s->key) : ATTN_LEVEL_NONE;
+        uint32_t right = after ? attn_key_lca(s->last_key, s[1].key) : ATTN_LEVEL_NONE;
+        link_stretch(b, e, s, left, right);
     }
-    for (uint32_t i = first; i < end; i++) { /* the counts start anew with the next entry */
-        if (b->spans.at[i].set != SET_NONE) {
-            at[b->spans.at[i].set] = 0;
-        }
-    }
+    plan_forget_counts(b, e);
 }
 
 /* A range of spans [from, to) of the set's first entry, links [k, k_end). */
@@ -246,8 +344,8 @@ add_range(builder_t *b, const share_set_t *set, uint32_t from, uint32_t to, uint
     attn_work_t work         = {.member_first = b->members.n,
                                 .n_members    = set->n,
                                 .rows         = set->rows,
-                                .n_q          = set->rows / b->plan->group,
-                                .n_heads      = b->plan->group,
+                                .n_q          = set->rows / b->plan.group,
+                                .n_heads      = b->plan.group,
                                 .span_first   = from,
                                 .n_spans      = to - from,
                                 .leaf_first   = spans[from].leaf_first,
@@ -258,18 +356,18 @@ add_range(builder_t *b, const share_set_t *set, uint32_t from, uint32_t to, uint
 
     for (uint32_t i = set->first; i < set->first + set->n; i++) {
         PUSH(b, b->members, (attn_member_t){.entry = b->ids[i], .row_first = row});
-        row += b->problem->entries[b->ids[i]].n_q * b->plan->group;
+        row += b->problem->entries[b->ids[i]].n_q * b->plan.group;
     }
     uint64_t leaves = 0;
     for (uint32_t i = from; i < to; i++) {
         leaves += spans[i].leaf_end - spans[i].leaf_first;
     }
-    work.cost = leaves * b->plan->entries[leader].leaf_tokens * plan_token_cost(set->rows);
-    b->plan->shared_leaves += leaves * (set->n - 1);
+    work.cost = leaves * b->entries.at[leader].leaf_tokens * plan_token_cost(set->rows);
+    b->plan.shared_leaves += leaves * (set->n - 1);
     for (uint32_t i = k; i < k_end; i++) {
         b->links.at[i].range = b->ranges.n;
     }
-    PUSH(b, b->ranges, (range_t){.work = work});
+    PUSH(b, b->ranges, work);
 }
 
 /* The ranges of a set, along the spans of its first entry. */
@@ -279,50 +377,58 @@ add_ranges(builder_t *b, const share_set_t *set, uint32_t id)
     uint32_t leader = b->ids[set->first];
     uint32_t k = set->link_first, open = 0, open_k = k;
 
-    for (uint32_t i = b->span_first[leader]; i < b->span_first[leader + 1]; i++) {
-        if (b->spans.at[i].set != id) {
-            continue;
+    for (uint32_t s = b->stretch_first.at[leader]; s < b->stretch_first.at[leader + 1]; s++) {
+        const stretch_t *stretch = &b->stretches.at[s];
+        for (uint32_t i = stretch->span_first; stretch->set == id && i < stretch->span_end; i++) {
+            if (b->links.at[k].cut && k > open_k) {
+                add_range(b, set, open, open + (k - open_k), open_k, k);
+            }
+            if (b->links.at[k].cut) {
+                open   = i;
+                open_k = k;
+            }
+            k++;
         }
-        if (b->links.at[k].cut && k > open_k) {
-            add_range(b, set, open, open + (k - open_k), open_k, k);
-        }
-        if (b->links.at[k].cut) {
-            open   = i;
-            open_k = k;
-        }
-        k++;
     }
     if (k > open_k) {
         add_range(b, set, open, open + (k - open_k), open_k, k);
     }
 }
 
-void
-plan_link_shared(builder_t *b)
+/* A count of 0, and links that nothing is known of, for each set. */
+static bool
+make_links(builder_t *b)
 {
-    uint32_t *at = calloc(b->sets.n + 1, sizeof(*at));
-
-    if (at == NULL) {
-        b->no_memory = true;
-        return;
+    if (!RESERVE(b, b->at_set, b->sets.n)) {
+        return false;
     }
+    memset(b->at_set.at, 0, b->sets.n * sizeof(*b->at_set.at));
     for (uint32_t s = 0; s < b->sets.n; s++) {
         share_set_t *set = &b->sets.at[s];
         uint32_t leader  = b->ids[set->first];
         set->link_first  = b->links.n;
-        for (uint32_t i = b->span_first[leader]; i < b->span_first[leader + 1]; i++) {
-            set->n_spans += b->spans.at[i].set == s;
+        for (uint32_t i = b->stretch_first.at[leader]; i < b->stretch_first.at[leader + 1]; i++) {
+            const stretch_t *stretch = &b->stretches.at[i];
+            set->n_spans += stretch->set == s ? stretch->span_end - stretch->span_first : 0;
         }
         for (uint32_t i = 0; i < set->n_spans; i++) {
             PUSH(b, b->links, (link_t){.left = ATTN_LEVEL_NONE, .right = ATTN_LEVEL_NONE});
         }
     }
-    for (uint32_t e = 0; e < b->problem->n && !b->no_memory; e++) {
+    return !b->no_memory;
+}
+
+void
+plan_link_shared(builder_t *b)
+{
+    if (!make_links(b)) {
+        return;
+    }
+    for (uint32_t e = 0; e < b->problem->n; e++) {
         if (b->segment_first[e] != 0) {
-            link_entry(b, e, at);
+            link_entry(b, e);
         }
     }
-    free(at);
     for (uint32_t s = 0; s < b->sets.n && !b->no_memory; s++) {
         share_set_t set = b->sets.at[s];
         if (set.n_spans > 0) {

@@ -143,9 +143,29 @@ assert_every_leaf_once(const batch_t *b, const attn_plan_t *plan)
     }
 }
 
+/* The leaves of a reduction's works lie below its node. */
+static void
+assert_leaves_below_nodes(const batch_t *b, const attn_plan_t *plan)
+{
+    for (uint32_t r = 0; r < plan->n_reductions; r++) {
+        const attn_reduction_t *reduction = &plan->reductions[r];
+        const attn_problem_entry_t *entry = &b->entries[reduction->entry];
+        for (uint32_t p = 0; entry->n_nodes > 0 && p < reduction->n_parts; p++) {
+            attn_node_t node = entry->nodes[reduction->node];
+            attn_walk_t walk;
+            attn_leaf_t leaf;
+            attn_walk_init(&walk, plan, &plan->works[plan->parts[reduction->part_first + p].work]);
+            while (attn_walk_next(&walk, &leaf)) {
+                assert_int_equal(attn_tree_key(leaf.run->chunk) >> node.level, node.index);
+            }
+        }
+    }
+}
+
 static void
 test_every_leaf_is_computed_once(void **state)
 {
+    static const attn_node_t halves[] = {{31, 0}, {31, 1}};
     (void)state;
     for (int round = 0; round < 200; round++) {
         batch_t b;
@@ -163,13 +183,89 @@ test_every_leaf_is_computed_once(void **state)
             if (chance_in(0, 1) && common > 0) {
                 memcpy(b.pages[i], b.pages[0], chance_in(1, common) * sizeof(uint32_t));
             }
+            if (chance_in(0, 3) == 0) {
+                b.entries[i].nodes   = halves;
+                b.entries[i].n_nodes = 2;
+            }
         }
         b.problem.window  = chance_in(0, 2) ? 0 : chance_in(1, 3000);
         attn_plan_t *plan = plan_of(&b, chance_in(1, 16));
         assert_every_leaf_once(&b, plan);
+        assert_leaves_below_nodes(&b, plan);
         attn_plan_free(plan);
         batch_free(&b);
     }
+}
+
+/* ---- memory ---- */
+
+/* All that two plans of one problem say. */
+static void
+assert_same_plan(const attn_plan_t *x, const attn_plan_t *y)
+{
+    assert_int_equal(x->n_works, y->n_works);
+    assert_int_equal(x->n_reductions, y->n_reductions);
+    assert_int_equal(x->n_counters, y->n_counters);
+    assert_int_equal(x->max_rows, y->max_rows);
+    assert_int_equal(x->max_depth, y->max_depth);
+    assert_int_equal(x->max_leaf, y->max_leaf);
+    assert_int_equal(x->slots, y->slots);
+    assert_int_equal(x->cost, y->cost);
+    assert_int_equal(x->states, y->states);
+    assert_int_equal(x->shared_leaves, y->shared_leaves);
+    for (uint32_t i = 0; i < x->n_works; i++) {
+        const attn_work_t *w = &x->works[i];
+        assert_memory_equal(w, &y->works[i], offsetof(attn_work_t, n_out) + sizeof(w->n_out));
+        assert_int_equal(w->slot, y->works[i].slot);
+        assert_int_equal(w->see_first, y->works[i].see_first);
+        assert_int_equal(w->see_end, y->works[i].see_end);
+        assert_int_equal(w->cost, y->works[i].cost);
+        assert_memory_equal(&x->members[w->member_first], &y->members[w->member_first],
+                            w->n_members * sizeof(x->members[0]));
+        assert_memory_equal(&x->spans[w->span_first], &y->spans[w->span_first],
+                            w->n_spans * sizeof(x->spans[0]));
+        assert_int_equal(x->order[i], y->order[i]);
+        for (uint32_t k = 0; k < w->n_out; k++) {
+            assert_int_equal(x->keys[w->key_first + k], y->keys[w->key_first + k]);
+        }
+    }
+    for (uint32_t i = 0; i < x->n_reductions; i++) {
+        const attn_reduction_t *r = &x->reductions[i];
+        assert_memory_equal(r, &y->reductions[i], sizeof(*r));
+        assert_memory_equal(&x->parts[r->part_first], &y->parts[r->part_first],
+                            r->n_parts * sizeof(x->parts[0]));
+    }
+}
+
+static void
+test_a_plan_in_the_memory_of_another_is_the_same(void **state)
+{
+    attn_plan_t *kept = NULL;
+    (void)state;
+
+    for (int round = 0; round < 100; round++) {
+        uint32_t threads = chance_in(1, 16);
+        batch_t b;
+        batch_init(&b, chance_in(1, 4), chance_in(1, 20));
+        for (uint32_t n = chance_in(1, chance_in(1, 60)), i = 0; i < n; i++) {
+            add(&b, chance_in(CHUNK, 12 * CHUNK), chance_in(0, 5) > 0 ? 1 : chance_in(0, 100));
+            if (i > 0 && chance_in(0, 1)) {
+                memcpy(b.pages[i], b.pages[0], chance_in(1, CHUNK / PAGE) * sizeof(uint32_t));
+            }
+        }
+        attn_plan_t *plan = plan_of(&b, threads);
+        assert_int_equal(attn_plan_renew(&b.problem, threads, LEAF, LEAF, &kept), ATTN_OK);
+        assert_same_plan(plan, kept);
+        assert_true(attn_plan_bytes(kept) >= plan->n_works * sizeof(attn_work_t));
+        attn_plan_free(plan);
+
+        uint32_t wrong      = b.runs[0][0].length; /* a refusal between two plans does no harm */
+        b.runs[0][0].length = 0;
+        assert_int_equal(attn_plan_renew(&b.problem, threads, LEAF, LEAF, &kept), ATTN_ERR_INVALID);
+        b.runs[0][0].length = wrong;
+        batch_free(&b);
+    }
+    attn_plan_free(kept);
 }
 
 /* ---- cutting ---- */
@@ -477,14 +573,16 @@ test_planning_is_quick(void **state)
             add(&b, cases[i].length - e, 1);
             share(&b, e, 0, cases[i].shared);
         }
+        attn_plan_t *plan = NULL;
         for (int round = 0; round < 50; round++) {
             uint64_t start = attn_now_ns();
-            attn_plan_free(plan_of(&b, 16));
+            assert_int_equal(attn_plan_renew(&b.problem, 16, LEAF, LEAF, &plan), ATTN_OK);
             uint64_t took = attn_now_ns() - start;
             best          = took < best ? took : best;
         }
         printf("plan of 256 decodes, %s: %.1f us\n", cases[i].name, (double)best / 1e3);
         assert_in_range(best, 0, 20 * ATTN_NS_PER_MS);
+        attn_plan_free(plan);
         batch_free(&b);
     }
 }
@@ -569,6 +667,7 @@ main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_every_leaf_is_computed_once),
+        cmocka_unit_test(test_a_plan_in_the_memory_of_another_is_the_same),
         cmocka_unit_test(test_threads_finish_together),
         cmocka_unit_test(test_nothing_is_cut_that_need_not_be),
         cmocka_unit_test(test_states_in_between_are_bounded),
