@@ -80,6 +80,7 @@ engine_create(const engine_options_t *options, engine_t **engine_p)
     strncpy(engine->name, options->name != NULL ? options->name : "local",
             sizeof(engine->name) - 1);
     pthread_mutex_init(&engine->lock, NULL);
+    pthread_mutex_init(&engine->spare_lock, NULL);
 
     status = ops->open(options->threads, ordinal, &engine->backend);
     if (status != ATTN_OK) {
@@ -109,6 +110,7 @@ err_slab:
 err_close:
     ops->close(engine->backend);
 err_free:
+    pthread_mutex_destroy(&engine->spare_lock);
     pthread_mutex_destroy(&engine->lock);
     free(engine);
     return status;
@@ -125,6 +127,8 @@ engine_destroy(engine_t *engine)
     kv_store_destroy(engine->store);
     engine->backend->ops->slab_free(engine->backend, engine->slab, engine->slab_bytes);
     engine->backend->ops->close(engine->backend);
+    engine_spares_free(engine);
+    pthread_mutex_destroy(&engine->spare_lock);
     pthread_mutex_destroy(&engine->lock);
     free(engine);
 }

@@ -13,6 +13,8 @@
 #define ENDED_STEPS 4096u                      /* how many ended steps are remembered */
 #define ENGINE_BY_CACHE "its cache was closed" /* why steps end, as those of engine.h */
 #define RELEASED_CHUNKS 4096u                  /* and released chunks of a cache */
+#define SPARE_PLANS 8u                         /* of ended steps, kept for their memory ... */
+#define SPARE_BYTES (UINT64_C(4) << 20)        /* ... if it is no more than this */
 
 /** The layers that share a plan: equal window and causality. */
 typedef struct engine_variant {
@@ -96,6 +98,10 @@ struct engine {
 
     engine_rate_t rate; /* of kv_bytes */
 
+    pthread_mutex_t spare_lock; /* innermost; guards the plans whose memory waits for new ones */
+    attn_plan_t *spares[SPARE_PLANS];
+    uint32_t n_spares;
+
     atomic_uint_fast64_t runs, kv_bytes, run_ns;
     atomic_uint_fast64_t run_times[ENGINE_TIMES];
 };
@@ -113,6 +119,14 @@ attn_status_t engine_step_check(const engine_cache_t *cache, const engine_batch_
 attn_status_t engine_step_copy(engine_step_t *step, const engine_batch_t *batch);
 void engine_step_layout(engine_step_t *step);
 uint64_t engine_batch_fingerprint(const engine_batch_t *batch);
+
+/** A plan and a workspace for each variant of the step's cache: what is made is freed by
+ * engine_plans_free() on failure, too. No lock is needed but the step's. */
+attn_status_t engine_plans_make(engine_t *engine, engine_step_t *step);
+void engine_plans_free(engine_t *engine, engine_step_t *step);
+
+/** Plans kept for their memory go. */
+void engine_spares_free(engine_t *engine);
 
 /** Which of the entry's new tokens come here, with their rows: [*first_p, *first_p + returned).
  * With a mask some of them are spare: in no chunk named. Without one *first_p says nothing. */

@@ -100,21 +100,9 @@ step_end(engine_t *engine, engine_step_t *step, step_state_t state, const char *
 }
 
 static void
-plans_free(const engine_t *engine, engine_step_t *step)
-{
-    for (uint32_t v = 0; v < step->cache->n_variants; v++) {
-        if (step->workspaces[v] != NULL) {
-            engine->backend->ops->workspace_destroy(engine->backend, step->workspaces[v]);
-        }
-        attn_plan_free(step->plans[v]);
-    }
-    step->plans = NULL;
-}
-
-static void
 step_abort_locked(engine_t *engine, engine_step_t *step, const char *reason)
 {
-    plans_free(engine, step);
+    engine_plans_free(engine, step);
     pthread_mutex_lock(&engine->lock);
     kv_step_abort(engine->store, step->kv);
     pthread_mutex_unlock(&engine->lock);
@@ -270,39 +258,6 @@ copy_pages(engine_t *engine, engine_step_t *step)
     return ATTN_OK;
 }
 
-static attn_status_t
-make_plans(engine_t *engine, engine_step_t *step)
-{
-    const attn_backend_ops_t *ops = engine->backend->ops;
-    const attn_geometry_t *g      = &step->cache->geometry;
-    attn_problem_t problem        = {
-               .n          = step->n,
-               .entries    = step->problem,
-               .q_heads    = g->q_heads,
-               .kv_heads   = g->kv_heads,
-               .head_dim_k = g->head_dim_k,
-               .head_dim_v = g->head_dim_v,
-               .page_size  = g->page_size,
-               .chunk_size = g->chunk_size,
-    };
-
-    for (uint32_t v = 0; v < step->cache->n_variants; v++) {
-        problem.window = step->cache->variants[v].window;
-        problem.causal = step->cache->variants[v].causal;
-        attn_status_t status =
-            attn_plan_build(&problem, ops->parallelism(engine->backend), engine->leaf_few,
-                            engine->leaf_many, &step->plans[v]);
-        if (status == ATTN_OK) {
-            status = ops->workspace_create(engine->backend, step->plans[v], step->q_dtype,
-                                           step->o_dtype, &step->workspaces[v]);
-        }
-        if (status != ATTN_OK) {
-            return status;
-        }
-    }
-    return ATTN_OK;
-}
-
 /* Is the step of that id open already? The same batch again is fine. Under the engine's lock. */
 static attn_status_t
 begin_again(engine_t *engine, const engine_batch_t *batch, engine_sizes_t *sizes, bool *again_p)
@@ -327,7 +282,7 @@ begin_again(engine_t *engine, const engine_batch_t *batch, engine_sizes_t *sizes
 static void
 begin_undo(engine_t *engine, engine_step_t *step)
 {
-    plans_free(engine, step);
+    engine_plans_free(engine, step);
     pthread_mutex_lock(&engine->lock);
     kv_step_abort(engine->store, step->kv);
     HASH_DEL(engine->steps, step);
@@ -364,7 +319,7 @@ engine_step_begin(engine_t *engine, const engine_batch_t *batch, engine_sizes_t 
         return status;
     }
     if ((status = copy_pages(engine, step)) != ATTN_OK ||
-        (status = make_plans(engine, step)) != ATTN_OK) {
+        (status = engine_plans_make(engine, step)) != ATTN_OK) {
         begin_undo(engine, step);
     } else {
         *sizes = step->sizes;
@@ -574,7 +529,7 @@ engine_step_commit_paths(engine_t *engine, uint64_t step_id, const engine_commit
         /* Its new tokens may be torn: nobody may commit them any more. */
         step_abort_locked(engine, step, "its commit failed");
     } else if (status == ATTN_OK) {
-        plans_free(engine, step);
+        engine_plans_free(engine, step);
         pthread_mutex_lock(&engine->lock);
         status = kv_step_commit(engine->store, step->kv, here);
         pthread_mutex_unlock(&engine->lock);
