@@ -57,7 +57,8 @@ open_side(ours_t *ours, const char *target)
 
     prompt.rows = CONTEXT / 10;
     attn_client_options_init(&options);
-    options.spin_us = SPIN_US;
+    options.spin_us   = SPIN_US;
+    options.transport = ATTN_TRANSPORT_GRPC;
     ours_open(ours, target, &prompt, LAYERS, &options, CHUNK, ATTN_PLACE_SPREAD);
     while (ours->length < CONTEXT) {
         ours_append(ours);

@@ -136,7 +136,8 @@ measure_layer(const cluster_t *cluster, const echoes_t *echoes, const shape_t *s
     ours_t ours;
 
     attn_client_options_init(&options);
-    options.spin_us = spin_us;
+    options.spin_us   = spin_us;
+    options.transport = ATTN_TRANSPORT_GRPC;
     ours_open(&ours, cluster->coordinator.line, shape, LAYERS, &options, 512, ATTN_PLACE_WHOLE);
     echo_t *echo     = echo_open(echoes->ports, 1, streaming, spin_us);
     direct_t *direct = streaming ? NULL : direct_open(ours.client, cluster->workers[0].line);

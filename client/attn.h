@@ -55,6 +55,14 @@ ATTN_API const char *attn_last_error(void);
 
 /* ---- client ---- */
 
+/** Which way the tensors of a run go to a worker. Everything else goes over gRPC. */
+typedef enum attn_transport {
+    ATTN_TRANSPORT_DEFAULT, /**< as $ATTN_TRANSPORT says (auto, grpc, ucx), or else auto */
+    ATTN_TRANSPORT_AUTO, /**< through shared memory (UCX) where worker and client can, else gRPC */
+    ATTN_TRANSPORT_GRPC, /**< over gRPC */
+    ATTN_TRANSPORT_UCX,  /**< through shared memory; attn_step_begin() fails where they cannot */
+} attn_transport_t;
+
 typedef struct attn_client_options {
     size_t size;              /**< sizeof(attn_client_options_t) */
     uint32_t timeout_ms;      /**< of every call but steps': default 10,000, at most 60,000 */
@@ -70,6 +78,8 @@ typedef struct attn_client_options {
     const char *tls_key;         /**< of tls_cert, without a passphrase; ATTN_TLS_KEY */
     const char *tls_server_name; /**< in the servers' certificates, in place of the host that they
                                     are reached by; ATTN_TLS_SERVER_NAME */
+
+    attn_transport_t transport; /**< of runs */
 } attn_client_options_t;
 
 ATTN_API void attn_client_options_init(attn_client_options_t *options);
@@ -123,6 +133,28 @@ typedef struct attn_cluster_info {
 /** @return ATTN_ERR_UNAVAILABLE  the coordinator does not answer */
 ATTN_API attn_status_t attn_cluster_describe(attn_client_t *client, attn_cluster_info_t *info);
 ATTN_API void attn_cluster_info_free(attn_cluster_info_t *info);
+
+/** How this client reaches a worker that it has begun a step on. */
+typedef struct attn_link_info {
+    char address[64];       /**< the worker's */
+    char transport[16];     /**< of runs, now: "ucx" (shared memory) or "grpc" */
+    char reason[256];       /**< why not "ucx", if that was tried */
+    uint64_t runs_ucx;      /**< layers asked through shared memory */
+    uint64_t runs_grpc;     /**< and over gRPC ... */
+    uint64_t steps_no_slot; /**< steps of which all were, since the slab had no room for them */
+    uint64_t slabs_lost;    /**< slabs given up with a step that broke off, or by the worker */
+} attn_link_info_t;
+
+/** How a client reaches its workers. */
+typedef struct attn_links_info {
+    uint32_t n_links;
+    attn_link_info_t *links; /**< [n_links]; free with attn_links_info_free() */
+} attn_links_info_t;
+
+/** Workers are listed from the first step on that involves them; inproc:// has none.
+ * @return ATTN_ERR_NO_MEMORY */
+ATTN_API attn_status_t attn_client_links(attn_client_t *client, attn_links_info_t *info);
+ATTN_API void attn_links_info_free(attn_links_info_t *info);
 
 /* ---- cache ---- */
 

@@ -287,12 +287,14 @@ client_free(attn_client_t *client)
         client->control->ops->close(client->control);
     }
     if (client->owns) {
+        ucx_asks_t *asks = client->links != NULL ? links_asks(client->links) : NULL;
         cluster_destroy(client->cluster);
         links_destroy(client->links);
         if (client->rpc != NULL) {
             rpc_client_destroy(client->rpc);
             rpc_shutdown();
         }
+        ucx_asks_destroy(asks);
         rpc_tls_close(client->tls);
     }
     pthread_cond_destroy(&client->wake);
@@ -372,6 +374,9 @@ open_remote(attn_client_t *client, const char *address)
     status = client_tls_open(client->rpc, &client->options, &client->tls);
     if (status == ATTN_OK) {
         status = links_create(client->rpc, &client->links);
+    }
+    if (status == ATTN_OK) {
+        status = links_set_transport(client->links, client->options.transport);
     }
     return status == ATTN_OK ? control_grpc_open(client->rpc, address, client->name,
                                                  client_deadline(client), &client->control)
@@ -464,5 +469,32 @@ attn_cluster_info_free(attn_cluster_info_t *info)
         free(info->workers);
         info->workers   = NULL;
         info->n_workers = 0;
+    }
+}
+
+/* ---- the ways to workers ---- */
+
+attn_status_t
+attn_client_links(attn_client_t *client, attn_links_info_t *info)
+{
+    uint32_t room           = links_describe(client->links, NULL, 0) + 8; /* others may come */
+    attn_link_info_t *links = calloc(room, sizeof(*links));
+
+    if (links == NULL) {
+        return attn_fail(ATTN_ERR_NO_MEMORY, "no memory for %u links", room);
+    }
+    uint32_t n    = links_describe(client->links, links, room);
+    info->n_links = n < room ? n : room;
+    info->links   = links;
+    return ATTN_OK;
+}
+
+void
+attn_links_info_free(attn_links_info_t *info)
+{
+    if (info != NULL) {
+        free(info->links);
+        info->links   = NULL;
+        info->n_links = 0;
     }
 }

@@ -1,6 +1,7 @@
 /*
- * link.h: the way to one worker: the transport table. A row for engines inside the process
- * and one for gRPC; UCX and device-driven rows take their place beside them.
+ * link.h: the way to one worker: the transport table. A row for engines inside the process, one
+ * for gRPC, and one for UCX, which is the gRPC one with another way for runs. Device-driven rows
+ * take their place beside them.
  *
  * Control calls block until their deadline. A step's calls are asynchronous: `done` is
  * called exactly once, on a progress thread or inside the call itself, with no lock held.
@@ -8,8 +9,9 @@
 #ifndef ATTN_LINK_H
 #define ATTN_LINK_H
 
+#include "client/attn.h"
 #include "engine/engine.h"
-#include "rpc/rpc.h"
+#include "rpc/ucx.h"
 
 typedef struct link link_t;
 typedef struct link_step link_step_t; /* one worker's part of one open step */
@@ -27,10 +29,22 @@ typedef struct link_run {
     const engine_lists_t *lists; /**< for this run; what they point to stays until done, too */
     uint32_t n_lists;
     uint64_t *compute_ns; /**< set before done: how long it took there, without the way */
+    bool waits;           /**< the caller goes on to wait for the rpc client */
 } link_run_t;
 
+/** The most that a run of a step takes there and back. Bytes. */
+typedef struct link_room {
+    uint64_t in; /**< q, k and v together */
+    uint64_t out;
+} link_room_t;
+
+/* What a head in shared memory says of its run, in ucx_head_t.flags: its data is q, k, v but for
+ * ... */
+#define LINK_NO_Q UINT32_C(1)
+#define LINK_NO_KV UINT32_C(2)
+
 typedef struct link_ops {
-    const char *name;       /**< "engine", "grpc" */
+    const char *name;       /**< "engine", "grpc", "ucx" */
     uint64_t run_bytes_max; /**< of q, k and v of one run together; 0: no limit */
     void (*close)(link_t *link);
 
@@ -60,8 +74,8 @@ typedef struct link_ops {
      * Begin a step there. On ATTN_OK *step_p is set, and done tells, or has told, how begin
      * went; step_free it in any case. The batch may go when the call returns.
      */
-    attn_status_t (*begin)(link_t *link, const engine_batch_t *batch, link_done_fn done, void *arg,
-                           link_step_t **step_p);
+    attn_status_t (*begin)(link_t *link, const engine_batch_t *batch, const link_room_t *room,
+                           link_done_fn done, void *arg, link_step_t **step_p);
 
     /** One at a time. The pieces' arrays are the caller's until done. */
     void (*run)(link_step_t *step, const link_run_t *run, link_done_fn done, void *arg);
@@ -77,6 +91,9 @@ typedef struct link_ops {
     /** Free. Nothing may be outstanding. A step neither committed nor aborted is aborted by the
      * worker when it notices. NULL is allowed. */
     void (*step_free)(link_step_t *step);
+
+    /** Which way runs go, and went. */
+    void (*describe)(link_t *link, attn_link_info_t *info);
 } link_ops_t;
 
 struct link {
@@ -89,6 +106,13 @@ attn_status_t link_engine_open(engine_t *engine, link_t **link_p);
 /** A link over gRPC to a worker's address; connects when first used. */
 attn_status_t link_grpc_open(rpc_client_t *rpc, const char *address, link_t **link_p);
 
+/**
+ * A link over gRPC whose runs go through shared memory, where the worker lends some.
+ * @param strict  begin fails where it does not; else runs go over gRPC then
+ */
+attn_status_t link_ucx_open(rpc_client_t *rpc, ucx_asks_t *asks, const char *address, bool strict,
+                            link_t **link_p);
+
 /* ---- the links of a process, by the worker's address ---- */
 
 typedef struct links links_t;
@@ -96,6 +120,19 @@ typedef struct links links_t;
 /** @param rpc  for gRPC links; the caller's, outlives links */
 attn_status_t links_create(rpc_client_t *rpc, links_t **links_p);
 void links_destroy(links_t *links);
+
+/**
+ * Which way runs go, over links that are made from now on: before the first of them.
+ * @param transport  ATTN_TRANSPORT_DEFAULT: as $ATTN_TRANSPORT says (auto, grpc, ucx), or auto
+ * @return ATTN_ERR_INVALID  it is none, or $ATTN_TRANSPORT is
+ */
+attn_status_t links_set_transport(links_t *links, attn_transport_t transport);
+
+/** What was made of asks: NULL, or to be destroyed after the rpc client. */
+ucx_asks_t *links_asks(const links_t *links);
+
+/** All links that are not to engines; infos[room]. @return how many there are */
+uint32_t links_describe(links_t *links, attn_link_info_t *infos, uint32_t room);
 
 /** The worker at this address ("inproc:0") is the engine; takes the engine over. */
 attn_status_t links_add_engine(links_t *links, const char *address, engine_t *engine);

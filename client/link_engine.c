@@ -117,11 +117,12 @@ finish(link_done_fn done, void *arg, attn_status_t status)
 }
 
 static attn_status_t
-engine_link_begin(link_t *link, const engine_batch_t *batch, link_done_fn done, void *arg,
-                  link_step_t **step_p)
+engine_link_begin(link_t *link, const engine_batch_t *batch, const link_room_t *most,
+                  link_done_fn done, void *arg, link_step_t **step_p)
 {
     link_step_t *step = calloc(1, sizeof(*step));
 
+    (void)most; /* the engine itself says it */
     if (step == NULL) {
         return attn_fail(ATTN_ERR_NO_MEMORY, "no memory for a step");
     }

@@ -2,39 +2,17 @@
  * link_grpc.c: the row over gRPC. Control calls are unary, on a connection of their own, so
  * that small ones do not wait behind tensors; a step lives on a pipe (pipe.h).
  */
-#include "client/pipe.h"
+#include "client/link_grpc_int.h"
 
 #include "base/clock.h"
 #include "base/status.h"
 #include "client/rpc_call.h"
-#include "client/wire.h"
 
+#include <stdio.h>
 #include <stdlib.h>
 
 /* A worker has all of a run in memory before it computes, and runs of all peers in 4 GiB. */
 #define RUN_BYTES_MAX (UINT64_C(1) << 30)
-
-typedef struct grpc_link {
-    link_t link;
-    rpc_channel_t *control;
-    pipes_t pipes;
-} grpc_link_t;
-
-struct link_step {
-    const link_ops_t *ops;
-    pipe_t *pipe;
-    uint64_t id;
-    link_done_fn begin_done;
-    void *begin_arg;
-    wire_block_t lists; /* of the run in progress */
-    bool ended;         /* nothing of the step is open on the stream: the pipe is clean */
-};
-
-static grpc_link_t *
-grpc_of(link_t *link)
-{
-    return (grpc_link_t *)(void *)link;
-}
 
 /* ---- steps ---- */
 
@@ -47,41 +25,59 @@ begin_done(void *arg, attn_status_t status, const char *sentence)
     step->begin_done(step->begin_arg, status, sentence);
 }
 
-static attn_status_t
-grpc_link_begin(link_t *link, const engine_batch_t *batch, link_done_fn done, void *arg,
-                link_step_t **step_p)
+attn_status_t
+link_grpc_begin_with(link_t *link, const engine_batch_t *batch, Attn__V1__Slot *slot,
+                     link_done_fn done, void *arg, link_step_t *step)
 {
     wire_block_t block            = {0};
     Attn__V1__StepRequest request = ATTN__V1__STEP_REQUEST__INIT;
-    link_step_t *step             = calloc(1, sizeof(*step));
 
     attn_status_t status =
-        step != NULL ? wire_worker_begin_encode(&block, batch, attn_now_ns(), &request.worker_begin)
-                     : attn_fail(ATTN_ERR_NO_MEMORY, "no memory for a step");
+        wire_worker_begin_encode(&block, batch, attn_now_ns(), &request.worker_begin);
     if (status == ATTN_OK) {
         status = pipe_take(&grpc_of(link)->pipes, &step->pipe);
     }
     if (status != ATTN_OK) {
         wire_free(&block);
-        free(step);
         return status;
     }
-    step->ops        = link->ops;
-    step->id         = batch->step_id;
-    step->begin_done = done;
-    step->begin_arg  = arg;
-    *step_p          = step;
-    request.op_case  = ATTN__V1__STEP_REQUEST__OP_WORKER_BEGIN;
+    step->ops                  = link->ops;
+    step->link                 = grpc_of(link);
+    step->id                   = batch->step_id;
+    step->begin_done           = done;
+    step->begin_arg            = arg;
+    request.worker_begin->slot = slot;
+    request.op_case            = ATTN__V1__STEP_REQUEST__OP_WORKER_BEGIN;
     pipe_call(step->pipe, PIPE_BEGIN, &request, begin_done, step);
     wire_free(&block);
     return ATTN_OK;
 }
 
-static void
-grpc_link_run(link_step_t *step, const link_run_t *run, link_done_fn done, void *arg)
+static attn_status_t
+grpc_link_begin(link_t *link, const engine_batch_t *batch, const link_room_t *room,
+                link_done_fn done, void *arg, link_step_t **step_p)
+{
+    link_step_t *step = calloc(1, sizeof(*step));
+
+    (void)room;
+    if (step == NULL) {
+        return attn_fail(ATTN_ERR_NO_MEMORY, "no memory for a step");
+    }
+    *step_p              = step; /* before done: it may look at it */
+    attn_status_t status = link_grpc_begin_with(link, batch, NULL, done, arg, step);
+    if (status != ATTN_OK) {
+        *step_p = NULL;
+        free(step);
+    }
+    return status;
+}
+
+void
+link_grpc_run(link_step_t *step, const link_run_t *run, link_done_fn done, void *arg)
 {
     Attn__V1__EntryLists **lists = NULL;
 
+    atomic_fetch_add_explicit(&step->link->runs, 1, memory_order_relaxed);
     wire_free(&step->lists); /* of the run before */
     if (run->n_lists > 0) {
         attn_status_t status = wire_lists_encode(&step->lists, run->lists, run->n_lists, &lists);
@@ -316,14 +312,28 @@ grpc_link_chunk_export(link_t *link, const engine_export_t *what, void *k, void 
 }
 
 static void
+grpc_link_describe(link_t *link, attn_link_info_t *info)
+{
+    snprintf(info->address, sizeof(info->address), "%.63s", grpc_of(link)->pipes.address);
+    snprintf(info->transport, sizeof(info->transport), "grpc");
+    info->runs_grpc = atomic_load(&grpc_of(link)->runs);
+}
+
+void
+link_grpc_fini(grpc_link_t *link)
+{
+    pipes_fini(&link->pipes);
+    rpc_channel_close(link->control);
+}
+
+static void
 grpc_link_close(link_t *link)
 {
-    pipes_fini(&grpc_of(link)->pipes);
-    rpc_channel_close(grpc_of(link)->control);
+    link_grpc_fini(grpc_of(link));
     free(link);
 }
 
-static const link_ops_t grpc_link_ops = {
+const link_ops_t link_grpc_ops = {
     .name            = "grpc",
     .run_bytes_max   = RUN_BYTES_MAX,
     .close           = grpc_link_close,
@@ -336,12 +346,24 @@ static const link_ops_t grpc_link_ops = {
     .chunks_describe = grpc_link_chunks_describe,
     .chunk_export    = grpc_link_chunk_export,
     .begin           = grpc_link_begin,
-    .run             = grpc_link_run,
+    .run             = link_grpc_run,
     .commit          = grpc_link_commit,
     .abort           = grpc_link_abort,
     .cancel          = grpc_link_cancel,
     .step_free       = grpc_link_step_free,
+    .describe        = grpc_link_describe,
 };
+
+attn_status_t
+link_grpc_init(grpc_link_t *link, rpc_client_t *rpc, const char *address)
+{
+    attn_status_t status = rpc_channel_open(rpc, address, &link->control);
+
+    if (status == ATTN_OK && (status = pipes_init(&link->pipes, rpc, address)) != ATTN_OK) {
+        rpc_channel_close(link->control);
+    }
+    return status;
+}
 
 attn_status_t
 link_grpc_open(rpc_client_t *rpc, const char *address, link_t **link_p)
@@ -351,11 +373,8 @@ link_grpc_open(rpc_client_t *rpc, const char *address, link_t **link_p)
     if (link == NULL) {
         return attn_fail(ATTN_ERR_NO_MEMORY, "no memory for a link");
     }
-    link->link.ops       = &grpc_link_ops;
-    attn_status_t status = rpc_channel_open(rpc, address, &link->control);
-    if (status == ATTN_OK && (status = pipes_init(&link->pipes, rpc, address)) != ATTN_OK) {
-        rpc_channel_close(link->control);
-    }
+    link->link.ops       = &link_grpc_ops;
+    attn_status_t status = link_grpc_init(link, rpc, address);
     if (status != ATTN_OK) {
         free(link);
         return status;

@@ -19,6 +19,8 @@ typedef struct links_entry {
 
 struct links {
     rpc_client_t *rpc;
+    attn_transport_t transport;
+    ucx_asks_t *asks; /* NULL: all links are over gRPC alone */
     pthread_mutex_t lock;
     links_entry_t *by_address;
 };
@@ -104,11 +106,83 @@ links_get(links_t *links, const char *address, link_t **link_p)
     if (entry != NULL) {
         *link_p = entry->link;
     } else {
-        status = link_grpc_open(links->rpc, address, link_p);
+        status = links->asks != NULL ? link_ucx_open(links->rpc, links->asks, address,
+                                                     links->transport == ATTN_TRANSPORT_UCX, link_p)
+                                     : link_grpc_open(links->rpc, address, link_p);
         if (status == ATTN_OK && (status = add(links, address, *link_p, NULL)) != ATTN_OK) {
             (*link_p)->ops->close(*link_p);
         }
     }
     pthread_mutex_unlock(&links->lock);
     return status;
+}
+
+/* ---- which way runs go ---- */
+
+static attn_status_t
+transport_settle(attn_transport_t transport, attn_transport_t *settled)
+{
+    static const char *const names[] = {[ATTN_TRANSPORT_AUTO] = "auto",
+                                        [ATTN_TRANSPORT_GRPC] = "grpc",
+                                        [ATTN_TRANSPORT_UCX]  = "ucx"};
+    const char *said                 = secure_getenv("ATTN_TRANSPORT");
+
+    if (transport != ATTN_TRANSPORT_DEFAULT) {
+        *settled = transport;
+        return transport <= ATTN_TRANSPORT_UCX
+                   ? ATTN_OK
+                   : attn_fail(ATTN_ERR_INVALID,
+                               "transport is %d: 0 (as $ATTN_TRANSPORT says), 1 "
+                               "(auto), 2 (grpc) or 3 (ucx)",
+                               (int)transport);
+    }
+    *settled = ATTN_TRANSPORT_AUTO;
+    if (said == NULL || said[0] == '\0') {
+        return ATTN_OK;
+    }
+    for (int i = ATTN_TRANSPORT_AUTO; i <= ATTN_TRANSPORT_UCX; i++) {
+        if (strcmp(said, names[i]) == 0) {
+            *settled = (attn_transport_t)i;
+            return ATTN_OK;
+        }
+    }
+    return attn_fail(ATTN_ERR_INVALID, "ATTN_TRANSPORT is \"%.32s\": auto, grpc or ucx", said);
+}
+
+attn_status_t
+links_set_transport(links_t *links, attn_transport_t transport)
+{
+    attn_status_t status = transport_settle(transport, &links->transport);
+
+    return status == ATTN_OK && links->rpc != NULL && links->transport != ATTN_TRANSPORT_GRPC
+               ? ucx_asks_create(links->rpc, &links->asks)
+               : status;
+}
+
+ucx_asks_t *
+links_asks(const links_t *links)
+{
+    return links->asks;
+}
+
+uint32_t
+links_describe(links_t *links, attn_link_info_t *infos, uint32_t room)
+{
+    links_entry_t *entry, *next;
+    uint32_t n = 0;
+
+    pthread_mutex_lock(&links->lock);
+    HASH_ITER(hh, links->by_address, entry, next)
+    {
+        if (entry->engine != NULL) {
+            continue;
+        }
+        if (n < room) {
+            memset(&infos[n], 0, sizeof(infos[n]));
+            entry->link->ops->describe(entry->link, &infos[n]);
+        }
+        n++;
+    }
+    pthread_mutex_unlock(&links->lock);
+    return n;
 }

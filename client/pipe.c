@@ -39,6 +39,7 @@ struct pipe {
     bool ended;          /* the stream's end came */
     bool closed;         /* no more is sent; the stream is closed when nobody is sending */
     bool cancelled;
+    bool over;        /* the worker said that its step ended, or never began */
     bool astray;      /* an answer came that nobody asked for: not for another step */
     uint32_t sending; /* threads inside rpc_stream_send() */
     uint32_t waiting; /* messages that the socket has not taken */
@@ -59,11 +60,23 @@ struct pipe {
     uint64_t offset, total; /* ... of all their bytes */
     bool more;              /* parts are to be sent still */
     bool copying;           /* a thread is at it: the caller's memory is in use */
+    bool aside;             /* the run goes another way ... */
+    uint64_t number;        /* ... and is this one */
+    bool slot;              /* what was told of begin */
+    char slot_refused[256];
 
     pipe_t *next; /* in the idle list */
 };
 
-static void
+void
+pipe_ref(pipe_t *pipe)
+{
+    pthread_mutex_lock(&pipe->lock);
+    pipe->references++;
+    pthread_mutex_unlock(&pipe->lock);
+}
+
+void
 pipe_unref(pipe_t *pipe)
 {
     pthread_mutex_lock(&pipe->lock);
@@ -164,6 +177,27 @@ receive_run(pipe_t *pipe, const Attn__V1__RunReply *reply, const rpc_message_t *
     }
 }
 
+/* Of begin: the slot. Under the lock. */
+static void
+receive_begin(pipe_t *pipe, const Attn__V1__StepReply *reply)
+{
+    if (pipe->op == PIPE_BEGIN) {
+        pipe->slot = reply->worker_begin->slot;
+        snprintf(pipe->slot_refused, sizeof(pipe->slot_refused), "%s",
+                 reply->worker_begin->slot_refused);
+    }
+}
+
+bool
+pipe_has_slot(pipe_t *pipe, char *reason, size_t room)
+{
+    pthread_mutex_lock(&pipe->lock);
+    bool slot = pipe->slot;
+    snprintf(reason, room, "%s", pipe->slot_refused);
+    pthread_mutex_unlock(&pipe->lock);
+    return slot;
+}
+
 static void
 receive_reply(pipe_t *pipe, const Attn__V1__StepReply *reply, const rpc_message_t *message)
 {
@@ -174,10 +208,11 @@ receive_reply(pipe_t *pipe, const Attn__V1__StepReply *reply, const rpc_message_
         [PIPE_ABORT]  = ATTN__V1__STEP_REPLY__OP_ABORT,
     };
 
-    if (pipe->op == PIPE_NONE || pipe->replied) {
+    if (pipe->op == PIPE_NONE || pipe->replied || (pipe->op == PIPE_RUN && pipe->aside)) {
         set_astray(pipe, "the worker answered without being asked");
     } else if (reply->status != NULL && reply->status->code != 0) {
         bool known = attn_status_is_known(reply->status->code);
+        pipe->over = pipe->op == PIPE_BEGIN;
         set_reply(pipe, known ? (attn_status_t)reply->status->code : ATTN_ERR_INTERNAL,
                   reply->status->message);
     } else if (reply->op_case != wanted[pipe->op]) {
@@ -185,6 +220,8 @@ receive_reply(pipe_t *pipe, const Attn__V1__StepReply *reply, const rpc_message_
     } else if (pipe->op == PIPE_RUN) {
         receive_run(pipe, reply->run, message);
     } else {
+        receive_begin(pipe, reply);
+        pipe->over = pipe->op != PIPE_BEGIN;
         set_reply(pipe, ATTN_OK, "");
     }
 }
@@ -416,13 +453,14 @@ pipe_take(pipes_t *pipes, pipe_t **pipe_p)
     }
 }
 
-void
+bool
 pipe_give(pipe_t *pipe, bool clean)
 {
     pipes_t *pipes = pipe->pipes;
 
     pthread_mutex_lock(&pipe->lock);
-    clean = clean && !pipe->ended && !pipe->closed && !pipe->astray;
+    bool over = pipe->over;
+    clean     = clean && !pipe->ended && !pipe->closed && !pipe->astray;
     pthread_mutex_unlock(&pipe->lock);
     if (clean) {
         pthread_mutex_lock(&pipes->lock);
@@ -433,6 +471,7 @@ pipe_give(pipe_t *pipe, bool clean)
         pipe_close(pipe);
         pipe_unref(pipe);
     }
+    return over;
 }
 
 /* Start an operation: from now on done is called exactly once. The caller sends, and ends with
@@ -447,6 +486,7 @@ pipe_start(pipe_t *pipe, pipe_op_t op, link_done_fn done, void *arg)
     pipe->done    = done;
     pipe->arg     = arg;
     pipe->replied = false;
+    pipe->over    = false;
     if (pipe->ended) {
         set_reply(pipe, ATTN_ERR_UNAVAILABLE, "the stream to the worker broke");
     }
@@ -485,6 +525,7 @@ pipe_run(pipe_t *pipe, uint64_t step_id, const link_run_t *run, Attn__V1__EntryL
     pipe->step_id = step_id;
     pipe->walk =
         (walk_t){.lists = {run->q, run->k, run->v}, .counts = {run->n_q, run->n_k, run->n_v}};
+    pipe->aside    = false;
     pipe->offset   = 0;
     pipe->total    = total;
     pipe->received = 0;
@@ -496,6 +537,68 @@ pipe_run(pipe_t *pipe, uint64_t step_id, const link_run_t *run, Attn__V1__EntryL
     send_parts(pipe);
     pthread_mutex_unlock(&pipe->lock);
     pipe_started(pipe);
+}
+
+/* ---- runs that go another way ---- */
+
+uint64_t
+pipe_run_aside(pipe_t *pipe, const link_run_t *run, link_done_fn done, void *arg)
+{
+    pthread_mutex_lock(&pipe->lock);
+    pipe->run       = *run;
+    pipe->aside     = true;
+    pipe->more      = false;
+    pipe->expected  = run->n_q > 0 ? pieces_bytes(run->answer, run->n_answer) : 0;
+    uint64_t number = ++pipe->number;
+    pthread_mutex_unlock(&pipe->lock);
+    pipe_start(pipe, PIPE_RUN, done, arg);
+    return number;
+}
+
+void
+pipe_run_asked(pipe_t *pipe)
+{
+    pipe_started(pipe);
+}
+
+/* Copy an answer into the caller's pieces, whose memory is in use meanwhile. Under the lock, given
+ * up meanwhile. */
+static void
+take_answer(pipe_t *pipe, const uint8_t *data)
+{
+    pipe->copying = true;
+    pthread_mutex_unlock(&pipe->lock);
+    for (uint32_t i = 0; i < pipe->run.n_answer; i++) {
+        ucx_copy(pipe->run.answer[i].iov_base, data, pipe->run.answer[i].iov_len);
+        data += pipe->run.answer[i].iov_len;
+    }
+    pthread_mutex_lock(&pipe->lock);
+    pipe->copying = false;
+}
+
+void
+pipe_run_answered(pipe_t *pipe, uint64_t number, attn_status_t status, const char *sentence,
+                  const uint8_t *data, uint64_t bytes, uint64_t compute_ns)
+{
+    pthread_mutex_lock(&pipe->lock);
+    if (pipe->op != PIPE_RUN || !pipe->aside || pipe->number != number || pipe->replied) {
+        pthread_mutex_unlock(&pipe->lock);
+        return;
+    }
+    if (status == ATTN_OK && bytes != pipe->expected) {
+        status   = ATTN_ERR_INTERNAL;
+        sentence = "the worker's answer is not that of the run asked";
+    }
+    if (status == ATTN_OK && bytes > 0) {
+        take_answer(pipe, data);
+    }
+    if (status == ATTN_OK && !pipe->replied) {
+        *pipe->run.compute_ns = compute_ns;
+    }
+    set_reply(pipe, status, sentence);
+    pipe->references++; /* done may give the pipe up */
+    unlock_and_complete(pipe);
+    pipe_unref(pipe);
 }
 
 void

@@ -37,8 +37,9 @@ void pipes_fini(pipes_t *pipes); /* no pipe is taken any more */
  * opened with; so one of a former ticket is not taken again. */
 attn_status_t pipe_take(pipes_t *pipes, pipe_t **pipe_p);
 
-/** Give it up: to the idle list if its step ended in order (clean). Nothing is outstanding. */
-void pipe_give(pipe_t *pipe, bool clean);
+/** Give it up: to the idle list if its step ended in order (clean). Nothing is outstanding.
+ * @return whether the worker said that the step ended, or never began */
+bool pipe_give(pipe_t *pipe, bool clean);
 
 /** An operation of one message without tensors. */
 void pipe_call(pipe_t *pipe, pipe_op_t op, const Attn__V1__StepRequest *request, link_done_fn done,
@@ -48,6 +49,27 @@ void pipe_call(pipe_t *pipe, pipe_op_t op, const Attn__V1__StepRequest *request,
  * are read until done. */
 void pipe_run(pipe_t *pipe, uint64_t step_id, const link_run_t *run, Attn__V1__EntryLists **lists,
               link_done_fn done, void *arg);
+
+/**
+ * A run whose tensors and answer go another way than the stream: this starts the operation, which
+ * ends by pipe_run_answered(), or as any other if the stream ends first. The caller then sends what
+ * it has to, and says pipe_run_asked().
+ * @return the run's number
+ */
+uint64_t pipe_run_aside(pipe_t *pipe, const link_run_t *run, link_done_fn done, void *arg);
+void pipe_run_asked(pipe_t *pipe);
+
+/** What came of it: an answer of `bytes`, read before this returns, or a failure. Any thread; if
+ * the run is over already nothing happens. */
+void pipe_run_answered(pipe_t *pipe, uint64_t number, attn_status_t status, const char *sentence,
+                       const uint8_t *data, uint64_t bytes, uint64_t compute_ns);
+
+/** Keep a pipe's memory while another thread may give it up. */
+void pipe_ref(pipe_t *pipe);
+void pipe_unref(pipe_t *pipe);
+
+/** After begin: did the worker open the slot that was asked for? If not, why. */
+bool pipe_has_slot(pipe_t *pipe, char *reason, size_t room);
 
 /** As link_ops_t.cancel. */
 void pipe_cancel(pipe_t *pipe);

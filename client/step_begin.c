@@ -330,13 +330,19 @@ share_batch(share_t *share, const attn_batch_t *batch, uint64_t epoch, engine_ba
 static void
 share_begin(share_t *share, const attn_batch_t *batch, uint64_t epoch)
 {
+    uint64_t state   = 8 + 4 * (uint64_t)share->step->cache->geometry.head_dim_v;
+    link_room_t room = {.in = spans_bytes(share->q, share->n_q) +
+                              spans_bytes(share->k, share->n_k) + spans_bytes(share->v, share->n_v),
+                        .out = spans_bytes(share->o, share->n_o) +
+                               spans_bytes(share->lse, share->n_lse) + share->n_states * state};
     engine_batch_t words;
     link_step_t *remote  = NULL;
     attn_status_t status = share_link(share);
 
     step_share_start(share);
     if (status == ATTN_OK && (status = share_batch(share, batch, epoch, &words)) == ATTN_OK) {
-        status = share->link->ops->begin(share->link, &words, step_share_done, share, &remote);
+        status =
+            share->link->ops->begin(share->link, &words, &room, step_share_done, share, &remote);
         free((void *)words.entries);
     }
     pthread_mutex_lock(&share->step->lock);

@@ -197,7 +197,10 @@ static void
 share_run(share_t *share, void *q, void *k, void *v, const attn_lists_t *lists)
 {
     attn_step_t *step = share->step;
-    link_run_t run = {.layer = step->layer, .q = share->pieces, .compute_ns = &share->compute_ns};
+    link_run_t run    = {.layer      = step->layer,
+                         .q          = share->pieces,
+                         .compute_ns = &share->compute_ns,
+                         .waits      = step->done == NULL};
 
     run.n_q    = q != NULL ? share->n_q : 0;
     run.k      = pieces_put(share->pieces, share->q, run.n_q, q);

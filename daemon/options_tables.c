@@ -9,6 +9,7 @@
 #define TIB (UINT64_C(1) << 40)
 
 /* In the order of attn_log_level_t. */
+static const char *const transports[] = {"auto", "grpc", "ucx", NULL};
 static const char *const log_levels[] = {"debug", "info", "warn", "error", NULL};
 
 static const char *const sections[] = {"coordinator", "worker", "dev", NULL};
@@ -252,6 +253,20 @@ static const option_t worker_table[] = {
      .most    = 600000,
      .help    = "After SIGTERM, open steps get so long to end before they are aborted."},
     PEER_ROWS(worker_options_t),
+    {.name = "ucx-memory",
+     .kind = OPTION_BYTES,
+     OPTION_FIELD(worker_options_t, ucx_memory),
+     .initial = "1GiB",
+     .most    = 64 * TIB,
+     .help = "Shared memory to lend to clients of this host, of all of them together: their runs "
+             "go through it in place of gRPC. Pages count when they are used. 0: lend none."},
+    {.name = "ucx-slab",
+     .kind = OPTION_BYTES,
+     OPTION_FIELD(worker_options_t, ucx_slab),
+     .initial = "32MiB",
+     .least   = 64 << 10,
+     .most    = 1 << 30,
+     .help    = "Of that, for one client at most. Steps whose runs do not fit go over gRPC."},
     {.name = "check-store",
      .kind = OPTION_SWITCH,
      OPTION_FIELD(worker_options_t, check_store),
@@ -345,8 +360,17 @@ static const option_t coordinator_table[] = {
      OPTION_FIELD(coordinator_options_t, drain_ms),
      .initial = "5000",
      .most    = 600000,
-     .help    = "After SIGTERM, open steps of thin clients get so long to end before they are aborted."},
+     .help =
+         "After SIGTERM, open steps of thin clients get so long to end before they are aborted."},
     PEER_ROWS(coordinator_options_t),
+    {.name = "transport",
+     .kind = OPTION_CHOICE,
+     OPTION_FIELD(coordinator_options_t, transport),
+     .initial    = "auto",
+     .choices    = transports,
+     .value_name = "TRANSPORT",
+     .help = "Which way runs of thin clients go on to workers: ucx is shared memory, and steps on "
+             "workers that lend none fail; auto is ucx where it can be, else grpc."},
     METRICS_ROW(coordinator_options_t, METRICS_TEXT),
     LOG_LEVEL_ROW(coordinator_options_t),
     TLS_ROWS(coordinator_options_t),

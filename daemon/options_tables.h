@@ -27,6 +27,7 @@ typedef struct worker_options {
     uint64_t drain_ms;
     uint64_t stall_ms;
     uint64_t message_memory, run_memory; /**< bytes */
+    uint64_t ucx_memory, ucx_slab;       /**< bytes; ucx_memory 0: none */
     bool check_store;
     char metrics_listen[OPTIONS_TEXT_MAX]; /**< empty: no such port */
     uint32_t log_level;                    /**< attn_log_level_t */
@@ -45,6 +46,7 @@ typedef struct coordinator_options {
     uint64_t drain_ms;
     uint64_t stall_ms;
     uint64_t message_memory, run_memory; /**< bytes */
+    uint32_t transport;                  /**< attn_transport_t, less 1 */
     char metrics_listen[OPTIONS_TEXT_MAX];
     uint32_t log_level;
     tls_options_t tls;

@@ -346,6 +346,12 @@ steps_create(rpc_server_t *server, const char *prefix, const steps_ops_t *ops, v
 }
 
 void
+steps_set_lender(steps_t *steps, lender_t *lender)
+{
+    steps->lender = lender;
+}
+
+void
 steps_drain(steps_t *steps)
 {
     atomic_store(&steps->draining, true);

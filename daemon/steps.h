@@ -64,11 +64,15 @@ typedef struct steps_limits {
 } steps_limits_t;
 
 typedef struct steps steps_t;
+typedef struct lender lender_t; /* lender.h */
 
 /** Add the five methods of `prefix` ("/attn.v1.Worker") to the server. jobs may be NULL. */
 attn_status_t steps_create(rpc_server_t *server, const char *prefix, const steps_ops_t *ops,
                            void *service, jobs_t *jobs, const steps_limits_t *limits,
                            steps_t **steps_p);
+
+/** Where the slots of steps are opened: before the server starts. */
+void steps_set_lender(steps_t *steps, lender_t *lender);
 
 /** Give memory back that was kept for runs which did not come. Every 100 ms or so. */
 void steps_tick(steps_t *steps, uint64_t now_ns);

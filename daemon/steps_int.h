@@ -15,6 +15,7 @@ struct steps {
     jobs_t *jobs;
     tensors_t *tensors;
     unary_t *unary;
+    lender_t *lender; /* NULL: no shared memory */
     uint32_t part_ms; /* for the next part of a run to come */
     char *paths;      /* of the methods, one behind the other */
     atomic_bool draining;

@@ -38,13 +38,14 @@ stream_unref(stream_t *stream)
     }
     pthread_mutex_unlock(&steps->lock);
 
-    for (uint32_t i = 0; i < stream->n_ids; i++) {
-        steps->ops->abort(steps->service, stream->ids[i], ENGINE_BY_STREAM);
+    for (uint32_t i = 0; i < stream->n_open; i++) {
+        stream_step_close(&stream->open_steps[i]);
+        steps->ops->abort(steps->service, stream->open_steps[i].id, ENGINE_BY_STREAM);
     }
     steps_run_close(&stream->run);
     pthread_mutex_destroy(&stream->lock);
     atomic_fetch_sub(&meter.streams, 1);
-    free(stream->ids);
+    free(stream->open_steps);
     free(stream->ticket);
     free(stream);
 }

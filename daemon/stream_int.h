@@ -2,7 +2,14 @@
 #ifndef ATTN_DAEMON_STREAM_INT_H
 #define ATTN_DAEMON_STREAM_INT_H
 
+#include "daemon/lender.h"
 #include "daemon/steps_int.h"
+
+/* A step begun on a stream and not ended. */
+typedef struct stream_step {
+    uint64_t id;
+    ucx_slot_t *slot; /* NULL: none */
+} stream_step_t;
 
 struct stream {
     job_t message_job, end_job;
@@ -18,8 +25,8 @@ struct stream {
     rpc_message_t *message;
     steps_run_t run; /* whose parts are coming in, if run.data */
     bool skipping;   /* the rest of the parts of a run that failed */
-    uint64_t *ids;   /* steps begun here and not ended */
-    uint32_t n_ids, room;
+    stream_step_t *open_steps;
+    uint32_t n_open, room;
 };
 
 /* ---- stream.c: the call, as long as it is there ---- */
@@ -34,6 +41,9 @@ attn_status_t stream_send(stream_t *stream, const Attn__V1__StepReply *reply,
 void stream_refuse(stream_t *stream, attn_status_t code);
 
 /* ---- stream_ops.c ---- */
+
+/** No run of it comes through shared memory any more. */
+void stream_step_close(stream_step_t *step);
 
 /** Do the operation of stream->message, and reply. */
 void stream_operate(stream_t *stream, const Attn__V1__StepRequest *request);

@@ -10,12 +10,22 @@
 
 /* ---- the steps begun here ---- */
 
-static void
-ids_drop(stream_t *stream, uint64_t id)
+void
+stream_step_close(stream_step_t *step)
 {
-    for (uint32_t i = 0; i < stream->n_ids; i++) {
-        if (stream->ids[i] == id) {
-            stream->ids[i] = stream->ids[--stream->n_ids];
+    if (step->slot != NULL) {
+        ucx_slot_close(step->slot);
+        step->slot = NULL;
+    }
+}
+
+static void
+steps_drop(stream_t *stream, uint64_t id)
+{
+    for (uint32_t i = 0; i < stream->n_open; i++) {
+        if (stream->open_steps[i].id == id) {
+            stream_step_close(&stream->open_steps[i]);
+            stream->open_steps[i] = stream->open_steps[--stream->n_open];
             return;
         }
     }
@@ -23,54 +33,73 @@ ids_drop(stream_t *stream, uint64_t id)
 
 /* Forget the steps that ended without a word on this stream: by their deadline, say. */
 static void
-ids_prune(stream_t *stream)
+steps_prune(stream_t *stream)
 {
     steps_t *steps = stream->steps;
     steps_sizes_t sizes;
     uint32_t kept = 0;
 
-    for (uint32_t i = 0; i < stream->n_ids; i++) {
-        if (steps->ops->sizes(steps->service, stream->ids[i], &sizes) == ATTN_OK) {
-            stream->ids[kept++] = stream->ids[i];
+    for (uint32_t i = 0; i < stream->n_open; i++) {
+        stream_step_t *step = &stream->open_steps[i];
+        if (steps->ops->sizes(steps->service, step->id, &sizes) == ATTN_OK) {
+            stream->open_steps[kept++] = *step;
+        } else {
+            stream_step_close(step);
         }
     }
-    stream->n_ids = kept;
+    stream->n_open = kept;
 }
 
-/* Room for one id more. */
+/* Room for one step more. */
 static attn_status_t
-ids_reserve(stream_t *stream)
+steps_reserve(stream_t *stream)
 {
-    if (stream->n_ids < stream->room) {
+    if (stream->n_open < stream->room) {
         return ATTN_OK;
     }
-    ids_prune(stream);
-    if (stream->n_ids >= STREAM_STEPS_MAX) {
+    steps_prune(stream);
+    if (stream->n_open >= STREAM_STEPS_MAX) {
         return attn_fail(ATTN_ERR_EXHAUSTED,
                          "%u steps are open on this stream, and %u is the limit: end some",
-                         stream->n_ids, STREAM_STEPS_MAX);
+                         stream->n_open, STREAM_STEPS_MAX);
     }
-    if (stream->n_ids < stream->room / 2) {
+    if (stream->n_open < stream->room / 2) {
         return ATTN_OK;
     }
-    uint32_t room = stream->room > 0 ? 2 * stream->room : 16;
-    uint64_t *ids = realloc(stream->ids, room * sizeof(*ids));
-    if (ids == NULL) {
+    uint32_t room        = stream->room > 0 ? 2 * stream->room : 16;
+    stream_step_t *steps = realloc(stream->open_steps, room * sizeof(*steps));
+    if (steps == NULL) {
         return attn_fail(ATTN_ERR_NO_MEMORY, "no memory for %u open steps", room);
     }
-    stream->ids  = ids;
-    stream->room = room;
+    stream->open_steps = steps;
+    stream->room       = room;
     return ATTN_OK;
 }
 
-static void
-ids_add(stream_t *stream, uint64_t id)
+static stream_step_t *
+steps_add(stream_t *stream, uint64_t id)
 {
-    ids_drop(stream, id); /* begin may be repeated */
-    stream->ids[stream->n_ids++] = id;
+    steps_drop(stream, id); /* begin may be repeated */
+    stream->open_steps[stream->n_open] = (stream_step_t){.id = id};
+    return &stream->open_steps[stream->n_open++];
 }
 
 /* ---- operations ---- */
+
+/* The slot that begin asks for, if it does. A step without the one that it asked for is as good. */
+static void
+open_slot(steps_t *steps, stream_step_t *step, const Attn__V1__WorkerBeginRequest *request,
+          Attn__V1__WorkerBeginReply *reply)
+{
+    if (request->slot == NULL) {
+        return;
+    }
+    reply->slot = lender_slot_open(steps->lender, step->id, request->slot, &step->slot) == ATTN_OK;
+    if (!reply->slot) {
+        step->slot          = NULL;
+        reply->slot_refused = (char *)attn_last_error(); /* this thread's, until its next failure */
+    }
+}
 
 static void
 do_begin(stream_t *stream, const ProtobufCMessage *request, bool worker)
@@ -85,15 +114,16 @@ do_begin(stream_t *stream, const ProtobufCMessage *request, bool worker)
             attn_fail(ATTN_ERR_INVALID, worker ? "op is worker_begin: the coordinator takes begin"
                                                : "op is begin: a worker takes worker_begin");
     } else if ((status = steps_admit(steps, stream->ticket)) == ATTN_OK &&
-               (status = ids_reserve(stream)) == ATTN_OK) {
+               (status = steps_reserve(stream)) == ATTN_OK) {
         status = steps_begin(steps, request, &begun);
     }
     if (status != ATTN_OK) {
         stream_refuse(stream, status);
         return;
     }
-    ids_add(stream, begun.step_id);
+    stream_step_t *step = steps_add(stream, begun.step_id);
     if (worker) {
+        open_slot(steps, step, (const Attn__V1__WorkerBeginRequest *)request, &begun.reply.worker);
         reply.op_case      = ATTN__V1__STEP_REPLY__OP_WORKER_BEGIN;
         reply.worker_begin = &begun.reply.worker;
     } else {
@@ -111,7 +141,7 @@ do_end(stream_t *stream, uint64_t id, attn_status_t status, Attn__V1__StepReply_
     Attn__V1__StepReply reply = ATTN__V1__STEP_REPLY__INIT;
 
     if (status == ATTN_OK || status == ATTN_ERR_ABORTED || status == ATTN_ERR_NOT_FOUND) {
-        ids_drop(stream, id);
+        steps_drop(stream, id);
     }
     if (status != ATTN_OK) {
         stream_refuse(stream, status);

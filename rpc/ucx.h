@@ -78,6 +78,9 @@ typedef struct ucx_offer {
 /** Bytes that a slot takes. UINT64_MAX: more than there are. */
 uint64_t ucx_place_bytes(const ucx_place_t *place);
 
+/** As memcpy(), which is slow for some offsets of some cores (rpc_copy()). */
+void ucx_copy(void *to, const void *from, uint64_t bytes);
+
 /** This host, as ucx_offer_t.host has it. */
 void ucx_host(char host[96]);
 
@@ -214,8 +217,8 @@ void ucx_place_give(ucx_peer_t *peer, const ucx_place_t *place);
 /** Where the request's data goes: place.in bytes. */
 uint8_t *ucx_place_data(ucx_peer_t *peer, const ucx_place_t *place);
 
-/** Ask: head's tag, bytes, number and flags are the user's. ask->place is set, and nothing was
- * asked there that was not answered. */
+/** Ask: head's tag, bytes, number and flags are the user's. ask->place is set. What was asked by it
+ * before and not answered is forgotten. */
 void ucx_ask(ucx_ask_t *ask, ucx_peer_t *peer, const ucx_head_t *head);
 
 /** Wait no more. Returns when `answered` does not run; not to be called from it. */

@@ -7,6 +7,7 @@
 
 #include "base/checked.h"
 #include "base/status.h"
+#include "rpc/rpc_int.h"
 
 #include <errno.h>
 #include <stdio.h>
@@ -40,6 +41,12 @@ ucx_place_bytes(const ucx_place_t *place)
         return UINT64_MAX;
     }
     return 2 * UCX_LINE + UCX_SENTENCE_ROOM + ucx_lines(place->in) + ucx_lines(place->out);
+}
+
+void
+ucx_copy(void *to, const void *from, uint64_t bytes)
+{
+    rpc_copy(to, from, bytes);
 }
 
 static uint64_t

@@ -154,6 +154,10 @@ start_cluster(coordinator_t *c)
         status = links_create(c->rpc, &c->links);
     }
     if (status == ATTN_OK) {
+        status = links_set_transport(
+            c->links, (attn_transport_t)(c->options.transport + ATTN_TRANSPORT_AUTO));
+    }
+    if (status == ATTN_OK) {
         status = cluster_create(&directory, c->links, &c->cluster);
     }
     if (status == ATTN_OK) {
@@ -272,8 +276,10 @@ destroy(coordinator_t *c)
     thin_destroy(c->thin);
     attn_client_close(c->door);
     cluster_destroy(c->cluster);
+    ucx_asks_t *asks = c->links != NULL ? links_asks(c->links) : NULL;
     links_destroy(c->links);
     rpc_client_destroy(c->rpc);
+    ucx_asks_destroy(asks);
     certs_close(&c->certs);
 }
 

@@ -412,5 +412,12 @@ worker_serve(worker_t *worker)
         status = steps_create(worker->server, "/attn.v1.Worker", &step_ops, worker, NULL, &limits,
                               &worker->steps);
     }
+    if (status == ATTN_OK) {
+        status = lender_create(worker->server, worker->steps,
+                               &(lender_options_t){.memory     = worker->options.ucx_memory,
+                                                   .slab_bytes = worker->options.ucx_slab,
+                                                   .spin_us    = (uint32_t)worker->options.spin_us},
+                               &worker->lender);
+    }
     return status;
 }

@@ -191,6 +191,7 @@ destroy(worker_t *worker)
     registrar_stop(worker->registrar);
     rpc_server_destroy(worker->server);
     unary_destroy(worker->unary);
+    lender_destroy(worker->lender);
     steps_destroy(worker->steps);
     engine_destroy(worker->engine);
     certs_close(&worker->certs);

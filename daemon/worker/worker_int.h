@@ -5,6 +5,7 @@
 #include "daemon/certs.h"
 #include "daemon/monitor/monitor.h"
 #include "daemon/process.h"
+#include "daemon/lender.h"
 #include "daemon/steps.h"
 #include "daemon/worker/gate.h"
 #include "engine/engine.h"
@@ -24,6 +25,7 @@ typedef struct worker {
     rpc_server_t *server;
     unary_t *unary;
     steps_t *steps;
+    lender_t *lender;
     registrar_t *registrar;
     gate_t gate;
     atomic_uint id; /* as the coordinator knows us; 0: not joined yet */

@@ -117,6 +117,7 @@ LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t n)
     options.timeout_ms      = 50;
     options.step_timeout_ms = 50;
     options.spin_us         = 0;
+    options.transport       = ATTN_TRANSPORT_GRPC; /* the seeds are answers of its streams */
     fake_answers(&in);
     if (attn_client_open("127.0.0.1:1", &options, &client) == ATTN_OK) {
         use(client, flags);

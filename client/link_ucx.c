@@ -1,0 +1,248 @@
+/*
+ * link_ucx.c: the row over UCX: the gRPC link with another way for runs. Begin says on the stream,
+ * besides, where in the slab (slab.h) the step's runs will be; a run is then copied there, and its
+ * answer from there, and nothing of it goes over the stream. Everything else does: so a step ends
+ * by its deadline, is cancelled and breaks off as over gRPC, and a run that is over by then is one
+ * whose answer nobody takes.
+ *
+ * Over gRPC go the runs of a step that the slab has no room for, and those with lists of their own,
+ * for a slot holds nothing whose size changes.
+ */
+#include "client/slab.h"
+
+#include "base/log.h"
+#include "base/status.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+typedef struct ucx_link {
+    grpc_link_t grpc;
+    bool strict;
+    atomic_uint_fast64_t runs, steps_no_slot;
+} ucx_link_t;
+
+static ucx_link_t *
+ucx_of(grpc_link_t *link)
+{
+    return (ucx_link_t *)(void *)link;
+}
+
+/* ---- begin ---- */
+
+static void
+answered(void *arg, const ucx_head_t *reply, const char *sentence, const uint8_t *data)
+{
+    link_step_t *step    = arg;
+    attn_status_t status = reply->status == ATTN_OK              ? ATTN_OK
+                           : attn_status_is_known(reply->status) ? (attn_status_t)reply->status
+                                                                 : ATTN_ERR_INTERNAL;
+
+    slab_await_no_more(step);
+    pipe_run_answered(step->pipe, step->number, status, sentence, data, reply->bytes,
+                      reply->took_ns);
+}
+
+/* Shared memory for this step, if there is some. @return a failure where it is insisted on */
+static attn_status_t
+take_place(ucx_link_t *link, const link_room_t *room, uint64_t deadline_ns, link_step_t *step)
+{
+    attn_status_t status = slabs_take(link->grpc.slabs, deadline_ns, &step->slab);
+
+    if (status != ATTN_OK) {
+        step->slab = NULL;
+        return link->strict
+                   ? attn_fail_in(status,
+                                  "transport is ucx, but worker %s lends no shared memory: ",
+                                  link->grpc.pipes.address)
+                   : ATTN_OK;
+    }
+    if (!ucx_place_take(slab_peer(step->slab), room->in, room->out, &step->ask.place)) {
+        atomic_fetch_add(&link->steps_no_slot, 1);
+        slab_release(step->slab);
+        step->slab = NULL;
+    }
+    step->ask.answered = answered;
+    step->ask.arg      = step;
+    return ATTN_OK;
+}
+
+static attn_status_t
+ucx_link_begin(link_t *base, const engine_batch_t *batch, const link_room_t *room,
+               link_done_fn done, void *arg, link_step_t **step_p)
+{
+    ucx_link_t *link  = ucx_of(grpc_of(base));
+    link_step_t *step = calloc(1, sizeof(*step));
+    Attn__V1__Slot slot;
+
+    if (step == NULL) {
+        return attn_fail(ATTN_ERR_NO_MEMORY, "no memory for a step");
+    }
+    *step_p              = step;
+    attn_status_t status = take_place(link, room, batch->deadline_ns, step);
+    if (status == ATTN_OK && step->slab != NULL) {
+        slab_slot(step->slab, &step->ask.place, &slot);
+    }
+    if (status == ATTN_OK) {
+        status =
+            link_grpc_begin_with(base, batch, step->slab != NULL ? &slot : NULL, done, arg, step);
+    }
+    if (status != ATTN_OK) {
+        if (step->slab != NULL) {
+            ucx_place_give(slab_peer(step->slab), &step->ask.place);
+            slab_release(step->slab);
+        }
+        *step_p = NULL;
+        free(step);
+    }
+    return status;
+}
+
+/* ---- run ---- */
+
+/* Has the worker opened the step's slot? If not, its runs go over gRPC. */
+static bool
+has_slot(ucx_link_t *link, link_step_t *step)
+{
+    char reason[256];
+
+    if (step->slab == NULL || step->slot) {
+        return step->slot;
+    }
+    step->slot = pipe_has_slot(step->pipe, reason, sizeof(reason));
+    if (!step->slot) {
+        attn_log(ATTN_LOG_WARN, "client.no_slot", "worker=%s reason=\"%s\"",
+                 link->grpc.pipes.address, reason);
+        atomic_fetch_add(&link->steps_no_slot, 1);
+        ucx_place_give(slab_peer(step->slab), &step->ask.place);
+        slab_release(step->slab);
+        step->slab = NULL;
+    }
+    return step->slot;
+}
+
+static uint8_t *
+put(uint8_t *at, const struct iovec *pieces, uint32_t n)
+{
+    for (uint32_t i = 0; i < n; i++) {
+        ucx_copy(at, pieces[i].iov_base, pieces[i].iov_len);
+        at += pieces[i].iov_len;
+    }
+    return at;
+}
+
+static void
+ucx_link_run(link_step_t *step, const link_run_t *run, link_done_fn done, void *arg)
+{
+    ucx_link_t *link = ucx_of(step->link);
+
+    if (!has_slot(link, step) || run->n_lists > 0) {
+        link_grpc_run(step, run, done, arg);
+        return;
+    }
+    atomic_fetch_add_explicit(&link->runs, 1, memory_order_relaxed);
+    uint64_t number = pipe_run_aside(step->pipe, run, done, arg);
+    uint8_t *data   = ucx_place_data(slab_peer(step->slab), &step->ask.place);
+    uint8_t *at     = put(data, run->q, run->n_q);
+    at              = put(at, run->k, run->n_k);
+    at              = put(at, run->v, run->n_v);
+    ucx_head_t head = {.tag    = step->id,
+                       .bytes  = (uint64_t)(at - data),
+                       .number = run->layer,
+                       .flags = (run->n_q == 0 ? LINK_NO_Q : 0) | (run->n_k == 0 ? LINK_NO_KV : 0) |
+                                (run->waits ? 0 : UCX_RING)};
+    slab_await(step->slab, step, number);
+    ucx_ask(&step->ask, slab_peer(step->slab), &head);
+    pipe_run_asked(step->pipe);
+}
+
+/* ---- the end ---- */
+
+static void
+ucx_link_step_free(link_step_t *step)
+{
+    if (step == NULL) {
+        return;
+    }
+    slab_t *slab = step->slab;
+    if (slab != NULL) {
+        slab_await_no_more(step);
+        ucx_forget(&step->ask);
+    }
+    bool over = pipe_give(step->pipe, step->ended);
+    if (slab != NULL && over) {
+        ucx_place_give(slab_peer(slab), &step->ask.place);
+    } else if (slab != NULL) { /* the worker may write there still */
+        slab_spoil(slab);
+    }
+    if (slab != NULL) {
+        slab_release(slab);
+    }
+    wire_free(&step->lists);
+    free(step);
+}
+
+static void
+ucx_link_describe(link_t *base, attn_link_info_t *info)
+{
+    ucx_link_t *link = ucx_of(grpc_of(base));
+
+    link_grpc_ops.describe(base, info);
+    bool slab =
+        slabs_describe(link->grpc.slabs, info->reason, sizeof(info->reason), &info->slabs_lost);
+    snprintf(info->transport, sizeof(info->transport), slab ? "ucx" : "grpc");
+    info->runs_ucx      = atomic_load(&link->runs);
+    info->steps_no_slot = atomic_load(&link->steps_no_slot);
+}
+
+static void
+ucx_link_close(link_t *base)
+{
+    slabs_destroy(grpc_of(base)->slabs);
+    link_grpc_fini(grpc_of(base));
+    free(base);
+}
+
+/* The gRPC row's functions, but for those above: filled when the first link is made. */
+static link_ops_t ucx_ops;
+static pthread_once_t ucx_ops_once = PTHREAD_ONCE_INIT;
+
+static void
+fill_ops(void)
+{
+    ucx_ops           = link_grpc_ops;
+    ucx_ops.name      = "ucx";
+    ucx_ops.close     = ucx_link_close;
+    ucx_ops.begin     = ucx_link_begin;
+    ucx_ops.run       = ucx_link_run;
+    ucx_ops.step_free = ucx_link_step_free;
+    ucx_ops.describe  = ucx_link_describe;
+}
+
+attn_status_t
+link_ucx_open(rpc_client_t *rpc, ucx_asks_t *asks, const char *address, bool strict,
+              link_t **link_p)
+{
+    ucx_link_t *link = calloc(1, sizeof(*link));
+
+    if (link == NULL) {
+        return attn_fail(ATTN_ERR_NO_MEMORY, "no memory for a link");
+    }
+    pthread_once(&ucx_ops_once, fill_ops);
+    link->strict         = strict;
+    link->grpc.link.ops  = &ucx_ops;
+    attn_status_t status = link_grpc_init(&link->grpc, rpc, address);
+    if (status != ATTN_OK) {
+        free(link);
+        return status;
+    }
+    status = slabs_create(rpc, asks, link->grpc.control, address, &link->grpc.slabs);
+    if (status != ATTN_OK) {
+        link_grpc_fini(&link->grpc);
+        free(link);
+        return status;
+    }
+    *link_p = &link->grpc.link;
+    return ATTN_OK;
+}

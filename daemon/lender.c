@@ -1,0 +1,304 @@
+#include "daemon/lender.h"
+
+#include "base/checked.h"
+#include "base/log.h"
+#include "base/status.h"
+#include "client/link.h"
+#include "daemon/meter.h"
+#include "daemon/steps_int.h"
+#include "daemon/ticket.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+struct lender {
+    steps_t *steps;
+    lender_options_t options;
+    ucx_crew_t *crew; /* NULL: none are lent, because ... */
+    char reason[256];
+};
+
+/* A stream that a slab is lent on. */
+typedef struct lending {
+    rpc_call_t *call;
+    ucx_session_t *session;
+} lending_t;
+
+/* ---- the streams ---- */
+
+/* The client sleeps: any message wakes it. The session does not call this after it was closed. */
+static void
+ring(void *arg)
+{
+    lending_t *lending        = arg;
+    Attn__V1__SlabReply reply = ATTN__V1__SLAB_REPLY__INIT;
+
+    rpc_call_send(lending->call, &(rpc_outgoing_t){.head = &reply.base});
+}
+
+static attn_status_t
+lend(lender_t *lender, rpc_call_t *call, const Attn__V1__SlabRequest *request,
+     lending_t **lending_p)
+{
+    char host[96];
+
+    if (lender->crew == NULL) {
+        return attn_fail(ATTN_ERR_UNSUPPORTED, "%s", lender->reason);
+    }
+    ucx_host(host);
+    if (strcmp(request->host, host) != 0) {
+        return attn_fail(ATTN_ERR_UNSUPPORTED,
+                         "the client is on another host, or in another IPC namespace");
+    }
+    lending_t *lending = calloc(1, sizeof(*lending));
+    if (lending == NULL) {
+        return attn_fail(ATTN_ERR_NO_MEMORY, "no memory for a session");
+    }
+    lending->call = call;
+    attn_status_t status =
+        ucx_session_open(lender->crew, attn_min(request->bytes, lender->options.slab_bytes), ring,
+                         lending, &lending->session);
+    if (status != ATTN_OK) {
+        free(lending);
+        return status;
+    }
+    *lending_p = lending;
+    return ATTN_OK;
+}
+
+static attn_status_t
+offer(const lending_t *lending)
+{
+    Attn__V1__SlabReply reply = ATTN__V1__SLAB_REPLY__INIT;
+    ucx_offer_t offered;
+
+    ucx_session_offer(lending->session, &offered);
+    reply.session      = offered.session;
+    reply.secret       = offered.secret;
+    reply.host         = offered.host;
+    reply.address.data = (uint8_t *)offered.address;
+    reply.address.len  = offered.address_size;
+    reply.key.data     = (uint8_t *)offered.key;
+    reply.key.len      = offered.key_size;
+    reply.at           = offered.base;
+    reply.bytes        = offered.bytes;
+    return rpc_call_send(lending->call, &(rpc_outgoing_t){.head = &reply.base});
+}
+
+/* The first message of a stream. */
+static attn_status_t
+begin_lending(lender_t *lender, rpc_call_t *call, rpc_message_t *message)
+{
+    ProtobufCMessage *head;
+    lending_t *lending = NULL;
+
+    attn_status_t status = steps_admit(lender->steps, rpc_call_metadata(call, TICKET_HEADER));
+    if (status == ATTN_OK) {
+        status = rpc_message_unpack(message, &attn__v1__slab_request__descriptor, &head);
+    }
+    if (status == ATTN_OK) {
+        status = lend(lender, call, (const Attn__V1__SlabRequest *)head, &lending);
+    }
+    if (status == ATTN_OK) {
+        rpc_call_set_context(call, lending); /* from here on slab_closed() gives it back */
+        status = offer(lending);
+    }
+    return status;
+}
+
+static void
+slab_handle(void *service, rpc_call_t *call, rpc_message_t *message)
+{
+    attn_status_t status;
+
+    if (message == NULL) {
+        rpc_call_end(call, ATTN_OK, "");
+        return;
+    }
+    status = rpc_call_context(call) == NULL
+                 ? begin_lending(service, call, message)
+                 : attn_fail(ATTN_ERR_INVALID, "a slab is asked for once a stream");
+    rpc_message_free(message);
+    if (status == ATTN_OK) {
+        rpc_call_next(call, 0); /* none comes: this is to hear of the end */
+    } else {
+        meter_refused(status);
+        rpc_call_end(call, status, attn_last_error());
+    }
+}
+
+static void
+slab_closed(void *service, rpc_call_t *call)
+{
+    lending_t *lending = rpc_call_context(call);
+
+    (void)service;
+    if (lending != NULL) {
+        ucx_session_close(lending->session);
+        free(lending);
+    }
+}
+
+/* ---- the slots of steps ---- */
+
+/* What runs of a slot need; gone with it. */
+typedef struct step_slot {
+    steps_t *steps;
+    uint64_t step_id;
+    steps_sizes_t sizes;
+} step_slot_t;
+
+static attn_status_t
+run(void *arg, const ucx_head_t *head, const uint8_t *data, uint8_t *answer, ucx_head_t *reply)
+{
+    const step_slot_t *slot = arg;
+    const steps_sizes_t *s  = &slot->sizes;
+    uint64_t start          = attn_now_ns();
+    uint64_t q              = (head->flags & LINK_NO_Q) != 0 ? 0 : s->q;
+    uint64_t k              = (head->flags & LINK_NO_KV) != 0 ? 0 : s->k;
+    uint64_t v              = k > 0 ? s->v : 0;
+
+    if (head->bytes != q + k + v || q + k == 0) {
+        return attn_fail(
+            ATTN_ERR_INVALID,
+            "data has %llu bytes: this run of step %016llx takes %llu (q %llu, k and v "
+            "%llu)",
+            (unsigned long long)head->bytes, (unsigned long long)slot->step_id,
+            (unsigned long long)(q + k + v), (unsigned long long)q, (unsigned long long)(k + v));
+    }
+    bool answers = q > 0 && s->answer > 0;
+    attn_status_t status =
+        slot->steps->ops->run(slot->steps->service, &(steps_layer_t){
+                                                        .step_id    = slot->step_id,
+                                                        .layer      = head->number,
+                                                        .q          = q > 0 ? data : NULL,
+                                                        .k          = k > 0 ? data + q : NULL,
+                                                        .v          = k > 0 ? data + q + k : NULL,
+                                                        .answer     = answers ? answer : NULL,
+                                                        .sizes      = s,
+                                                        .compute_ns = &reply->took_ns,
+                                                    });
+    if (status != ATTN_OK) {
+        meter_refused(status);
+        return status;
+    }
+    reply->number = head->number;
+    reply->bytes  = answers ? s->answer : 0;
+    meter_took(&meter.run, start);
+    meter_add(&meter.bytes_in, head->bytes);
+    meter_add(&meter.bytes_out, reply->bytes);
+    return ATTN_OK;
+}
+
+static attn_status_t
+room_check(const step_slot_t *slot, const ucx_place_t *place)
+{
+    const steps_sizes_t *s = &slot->sizes;
+
+    return place->in == s->q + s->k + s->v && place->out == s->answer
+               ? ATTN_OK
+               : attn_fail(ATTN_ERR_INVALID,
+                           "the slot has room for %llu and %llu bytes: runs of this step take %llu "
+                           "and %llu",
+                           (unsigned long long)place->in, (unsigned long long)place->out,
+                           (unsigned long long)(s->q + s->k + s->v), (unsigned long long)s->answer);
+}
+
+attn_status_t
+lender_slot_open(lender_t *lender, uint64_t step_id, const Attn__V1__Slot *asked,
+                 ucx_slot_t **slot_p)
+{
+    ucx_place_t place = {.offset = asked->offset, .in = asked->in, .out = asked->out};
+    ucx_session_t *session;
+
+    if (lender == NULL || lender->crew == NULL) {
+        return attn_fail(ATTN_ERR_UNSUPPORTED, "there is no shared memory here");
+    }
+    step_slot_t *slot = calloc(1, sizeof(*slot));
+    if (slot == NULL) {
+        return attn_fail(ATTN_ERR_NO_MEMORY, "no memory for a slot");
+    }
+    slot->steps          = lender->steps;
+    slot->step_id        = step_id;
+    attn_status_t status = lender->steps->ops->sizes(lender->steps->service, step_id, &slot->sizes);
+    if (status == ATTN_OK) {
+        status = room_check(slot, &place);
+    }
+    if (status == ATTN_OK) {
+        status = ucx_session_find(lender->crew, asked->session, asked->secret, &session);
+    }
+    if (status == ATTN_OK) {
+        status = ucx_slot_open(session, &place, step_id, run, free, slot, slot_p);
+        ucx_session_release(session);
+    }
+    if (status != ATTN_OK) {
+        free(slot);
+    }
+    return status;
+}
+
+/* ---- life ---- */
+
+bool
+lender_are_lent(const lender_t *lender, const char **reason_p)
+{
+    *reason_p = lender->reason;
+    return lender->crew != NULL;
+}
+
+void
+lender_describe(lender_t *lender, ucx_figures_t *figures)
+{
+    if (lender->crew != NULL) {
+        ucx_crew_describe(lender->crew, figures);
+    } else {
+        *figures = (ucx_figures_t){0};
+    }
+}
+
+static attn_status_t
+crew_start(lender_t *lender)
+{
+    return lender->options.memory == 0
+               ? attn_fail(ATTN_ERR_UNSUPPORTED,
+                           "this worker lends no shared memory: ucx-memory is 0")
+               : ucx_crew_create(&(ucx_crew_options_t){.spin_us    = lender->options.spin_us,
+                                                       .memory_max = lender->options.memory},
+                                 &lender->crew);
+}
+
+attn_status_t
+lender_create(rpc_server_t *server, steps_t *steps, const lender_options_t *options,
+              lender_t **lender_p)
+{
+    static const rpc_method_t method = {.path      = "/attn.v1.Worker/Slab",
+                                        .streaming = true,
+                                        .handle    = slab_handle,
+                                        .closed    = slab_closed};
+    lender_t *lender                 = calloc(1, sizeof(*lender));
+
+    if (lender == NULL) {
+        return attn_fail(ATTN_ERR_NO_MEMORY, "no memory for the Slab method");
+    }
+    lender->steps   = steps;
+    lender->options = *options;
+    *lender_p = lender; /* also when it fails: the server may know of it, so destroy it after */
+    if (crew_start(lender) != ATTN_OK) {
+        lender->crew = NULL;
+        snprintf(lender->reason, sizeof(lender->reason), "%s", attn_last_error());
+        attn_log(options->memory > 0 ? ATTN_LOG_WARN : ATTN_LOG_INFO, "worker.no_ucx",
+                 "reason=\"%s\"", lender->reason);
+    }
+    steps_set_lender(steps, lender);
+    return rpc_server_add(server, &method, 1, lender);
+}
+
+void
+lender_destroy(lender_t *lender)
+{
+    if (lender != NULL) {
+        ucx_crew_destroy(lender->crew);
+        free(lender);
+    }
+}

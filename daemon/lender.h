@@ -1,0 +1,42 @@
+/*
+ * lender.h: the worker's side of shared memory (rpc/ucx.h): the Slab method, on whose streams slabs
+ * are lent, and the slots of steps. A slab lives as long as its stream, a slot as long as its step
+ * is open on the stream that began it.
+ */
+#ifndef ATTN_DAEMON_LENDER_H
+#define ATTN_DAEMON_LENDER_H
+
+#include "daemon/steps.h"
+#include "rpc/ucx.h"
+
+typedef struct lender_options {
+    uint64_t memory;     /**< bytes of all slabs; 0: none are lent */
+    uint64_t slab_bytes; /**< of one, at most */
+    uint32_t spin_us;    /**< look for runs so long in vain before sleeping */
+} lender_options_t;
+
+/** Add Slab to the server, whose other methods are those of steps. Without UCX here streams are
+ * refused with the reason, and so is every one if the options say so; that is no failure. */
+attn_status_t lender_create(rpc_server_t *server, steps_t *steps, const lender_options_t *options,
+                            lender_t **lender_p);
+
+/** After the server, before its steps. Waits for runs. NULL is allowed. */
+void lender_destroy(lender_t *lender);
+
+/** Are slabs lent? If not, why: valid while the lender is. */
+bool lender_are_lent(const lender_t *lender, const char **reason_p);
+
+/** Zeros where none are lent. */
+void lender_describe(lender_t *lender, ucx_figures_t *figures);
+
+/* ---- for stream_ops.c ---- */
+
+/**
+ * Open the slot that begin asked for.
+ * @return ATTN_ERR_NOT_FOUND session, ATTN_ERR_INVALID place, or its room is not what the step's
+ * runs take; ATTN_ERR_EXHAUSTED too many, ATTN_ERR_UNSUPPORTED no slabs here
+ */
+attn_status_t lender_slot_open(lender_t *lender, uint64_t step_id, const Attn__V1__Slot *slot,
+                               ucx_slot_t **slot_p);
+
+#endif
