@@ -36,7 +36,7 @@
 #define LOOK_MAX_NS (8 * ATTN_NS_PER_MS) /* between its looks while there are always waiters */
 #define LOOKS_MAX 20                    /* with nothing to do, before it sleeps until it is woken */
 #define POLLER_NS (10 * ATTN_NS_PER_US) /* looked at the poller, before the queue has its turn */
-#define POLLER_LOOKS 32                 /* before others may have the core */
+#define POLLER_LOOKS 16                 /* before others may have the core */
 
 typedef struct waiter {
     struct waiter *next, *previous;
