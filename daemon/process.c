@@ -55,6 +55,16 @@ signals_thread(void *arg)
 
 #define TRIM_BYTES (UINT64_C(8) << 20) /* of free memory that is worth giving back */
 
+/* malloc_trim() leaves the last free chunk of every arena but the first one alone; free() gives it
+ * back when it is larger than a threshold. By itself that grows to 64 MiB with the largest block
+ * that was freed, in each arena: what one peer sent would be kept for good. */
+static void
+bound_what_free_keeps(void)
+{
+    mallopt(M_TRIM_THRESHOLD, (int)TRIM_BYTES);
+    mallopt(M_MMAP_THRESHOLD, (int)TRIM_BYTES);
+}
+
 void
 process_trim(void)
 {
@@ -78,6 +88,7 @@ process_start(void)
     pthread_cond_init(&came, &monotonic);
     pthread_condattr_destroy(&monotonic);
 
+    bound_what_free_keeps();
     signal(SIGPIPE, SIG_IGN);
     sigemptyset(&set);
     sigaddset(&set, SIGTERM);
