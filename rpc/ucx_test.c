@@ -698,15 +698,17 @@ test_many_threads(void **state)
 
 /* ---- peers that are killed ---- */
 
+/* Segments that this process made and that still are. */
 static unsigned
 segments(void)
 {
     char line[512];
     unsigned n = 0;
+    int maker;
     FILE *file = fopen("/proc/sysvipc/shm", "r");
 
     while (file != NULL && fgets(line, sizeof(line), file) != NULL) {
-        n++;
+        n += sscanf(line, "%*d %*d %*o %*u %d", &maker) == 1 && maker == getpid();
     }
     if (file != NULL) {
         fclose(file);
@@ -801,6 +803,7 @@ test_a_client_that_is_killed(void **state)
     fixture_open(&f, 50, 50);
     question_open(&f, &f.sides[0], &q, 4096, 4096);
     question_open(&f, &f.sides[1], &good, 64, 64);
+    assert_int_equal(segments(), before + 2);
     ucx_session_offer(f.sides[0].session, &offer);
     pid_t pid = start_other(&fd);
     pass_offer(fd, &offer, &q.ask.place, true);
