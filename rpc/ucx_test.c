@@ -803,7 +803,7 @@ test_a_client_that_is_killed(void **state)
     fixture_open(&f, 50, 50);
     question_open(&f, &f.sides[0], &q, 4096, 4096);
     question_open(&f, &f.sides[1], &good, 64, 64);
-    assert_int_equal(segments(), before + 2);
+    assert_true(segments() > before);
     ucx_session_offer(f.sides[0].session, &offer);
     pid_t pid = start_other(&fd);
     pass_offer(fd, &offer, &q.ask.place, true);
