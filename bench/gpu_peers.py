@@ -45,7 +45,7 @@ class Batch:
     """K, V, queries and page lists of all rotations of a point."""
 
     def __init__(self, point, device):
-        self.point, self.device, self.scratch = point, device, None
+        self.point, self.device, self.scratch = point, device, {}
         self.heads, self.kv_heads = point["q_heads"], point["kv_heads"]
         self.d, self.page, self.turns = point["d"], point["page"], point["turns"]
         self.queries = point["queries"]
@@ -150,17 +150,17 @@ def error_of(batch, turn, answer, contiguous):
 # Each is a function of a batch and a rotation that returns (call, plan, keep): call() answers and
 # returns the answer; plan() plans, or is None; keep is what must outlive the call.
 
-def scratch(batch):
-    """Memory that wrappers work in: one after the other, so they share it."""
-    if batch.scratch is None:
-        batch.scratch = torch.zeros(WORKSPACE, dtype=torch.uint8, device=batch.device)
-    return batch.scratch
+def scratch(batch, name):
+    """Memory that a peer works in: its rotations come one after the other, so they share it."""
+    if name not in batch.scratch:
+        batch.scratch[name] = torch.zeros(WORKSPACE, dtype=torch.uint8, device=batch.device)
+    return batch.scratch[name]
 
 
 def decode_wrapper(tensor_cores):
     def peer(batch, turn):
         wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
-            scratch(batch), "NHD", use_tensor_cores=tensor_cores, backend="fa2")
+            scratch(batch, "decode"), "NHD", use_tensor_cores=tensor_cores, backend="fa2")
         where = (batch.ints(batch.indptr), batch.index[turn].to(batch.device), batch.last())
         q, o = batch.q[turn], batch.o[turn]
         plan = lambda: wrapper.plan(*where, batch.heads, batch.kv_heads, batch.d, batch.page,
@@ -204,7 +204,8 @@ def cascade(batch, turn):
     ends = [sum(suffixes[:i]) for i in range(n + 1)]
     index = batch.index[turn].to(batch.device)
     own = torch.cat([index[batch.indptr[i] + batch.prefix:batch.indptr[i + 1]] for i in range(n)])
-    wrapper = flashinfer.MultiLevelCascadeAttentionWrapper(2, scratch(batch), "NHD")
+    wrapper = flashinfer.MultiLevelCascadeAttentionWrapper(2, scratch(batch, "cascade"),
+                                                           "NHD")
     q = batch.q[turn]
     plan = lambda: wrapper.plan(
         [batch.ints([0, n]), batch.ints(batch.starts())],
@@ -216,8 +217,8 @@ def cascade(batch, turn):
 
 def prefill_wrapper(backend):
     def peer(batch, turn):
-        wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(scratch(batch), "NHD",
-                                                                 backend=backend)
+        wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(
+            scratch(batch, "prefill"), "NHD", backend=backend)
         where = (batch.ints(batch.starts()), batch.ints(batch.indptr),
                  batch.index[turn].to(batch.device), batch.last())
         q, o = batch.q[turn], batch.o[turn]
@@ -237,7 +238,7 @@ def fmha_v2(batch, turn):
     q_ends, kv_ends = batch.ints(batch.starts()), batch.ints(tokens)
     q, o = batch.q[turn], batch.o[turn]
     call = lambda: flashinfer.prefill.trtllm_fmha_v2_prefill(
-        (q, batch.pool), "Q_PAGED_KV_NHD", scratch(batch), lengths, max(batch.queries),
+        (q, batch.pool), "Q_PAGED_KV_NHD", scratch(batch, "fmha_v2"), lengths, max(batch.queries),
         max(batch.lengths), batch.d ** -0.5, 1.0, len(batch.lengths), q_ends, kv_ends,
         block_tables=table, out=o)
 

@@ -1,6 +1,6 @@
-"""Compiles the FlashInfer kernels that the points of the grid want: bench_gpu --list | gpu_prebuild.py
+"""Compiles the FlashInfer kernels that the grid wants: bench_gpu --list | gpu_prebuild.py
 
-Run by pack-flashinfer; needs FlashInfer, its compilers, and no GPU. Kernels that are compiled
+Run by gpu_pack; needs FlashInfer, its compilers, and no GPU. Kernels that are compiled
 already are passed over.
 """
 

@@ -134,8 +134,13 @@ def find_ours():
 def points_of(program, options):
     listed = subprocess.run([program, "--list"], capture_output=True, text=True, check=True)
     points = [json.loads(line) for line in listed.stdout.splitlines()]
-    chosen = [point for point in points if (point["quick"] or not options.quick) and
-              (not options.points or any(point["case"].startswith(p) for p in options.points))]
+    names = {point["case"] for point in points}
+
+    def is_meant(case):
+        return not options.points or any(case == word if word in names else case.startswith(word)
+                                         for word in options.points)
+    chosen = [point for point in points
+              if (point["quick"] or not options.quick) and is_meant(point["case"])]
     if not chosen:
         sys.exit("bench/gpu: no point is called so; see bench/gpu --list")
     return chosen
@@ -307,14 +312,14 @@ def report(run, out):
 def parse(arguments):
     parser = argparse.ArgumentParser(prog="bench/gpu", description="Times attnd's GPU kernels "
                                      "beside others' on this machine's GPU.")
-    parser.add_argument("points", nargs="*", metavar="POINT", help="those whose name begins so")
+    parser.add_argument("points", nargs="*", metavar="POINT", help="that one, or those whose name begins so")
     parser.add_argument("--quick", action="store_true", help="the points that have a target")
     parser.add_argument("--out", default=os.path.join(HERE, "out"), metavar="DIR",
                         help="for gpu.json, gpu.md and the pictures; default: bench/out")
     parser.add_argument("--seconds", type=int, metavar="S", help="begin no point after so many: "
                         f"default {MEASURE_S[True]} with --quick, {MEASURE_S[False]} without")
-    parser.add_argument("--without", nargs="+", default=[], metavar="PEER",
-                        help=", ".join(gpu_report.PEERS))
+    parser.add_argument("--without", type=lambda text: text.split(","), default=[],
+                        metavar="PEER,...", help=", ".join(gpu_report.PEERS))
     packed = os.path.join(HERE, "flashinfer")
     parser.add_argument("--flashinfer", metavar="DIR", help="FlashInfer as bench/gpu_pack packs it; "
                         "default: what lies beside this script, else Python's own",
@@ -364,7 +369,8 @@ def run_all(options, work):
 
 def main():
     options = parse(sys.argv[1:])
-    os.makedirs(options.out, exist_ok=True)
+    if not options.list:
+        os.makedirs(options.out, exist_ok=True)
     if options.report:
         with open(options.report, encoding="utf-8") as file:
             report(json.load(file), options.out)
