@@ -185,7 +185,8 @@ turn_lay(turn_t *t, const gpu_point_t *p, const uint32_t *perm, uint64_t *next)
                                   .causal     = true};
 }
 
-/* The plan and its tables. Microseconds of each, where asked. */
+/* The plan, in the memory of the one before if there is one, and its tables. Microseconds of each,
+ * where asked. */
 static void
 turn_plan(turn_t *t, double *plan_us, double *tables_us)
 {
@@ -194,7 +195,7 @@ turn_plan(turn_t *t, double *plan_us, double *tables_us)
 
     device->ops->leaf_sizes(device, &few, &many);
     result_must(
-        attn_plan_build(&t->problem, device->ops->parallelism(device), few, many, &t->plan));
+        attn_plan_renew(&t->problem, device->ops->parallelism(device), few, many, &t->plan));
     middle = attn_now_ns();
     result_must(device->ops->workspace_create(device, t->plan, ATTN_BF16, ATTN_BF16, &t->space));
     if (plan_us != NULL) {
@@ -204,16 +205,10 @@ turn_plan(turn_t *t, double *plan_us, double *tables_us)
 }
 
 static void
-turn_unplan(turn_t *t)
+turn_close(turn_t *t)
 {
     device->ops->workspace_destroy(device, t->space);
     attn_plan_free(t->plan);
-}
-
-static void
-turn_close(turn_t *t)
-{
-    turn_unplan(t);
     free(t->entries);
     free(t->runs);
     free(t->pages);
@@ -276,7 +271,7 @@ time_plans(trial_t *t)
 
     turn_plan(&t->turns[0], NULL, NULL);
     for (int i = 0; i < PLANS; i++) {
-        turn_unplan(&t->turns[0]);
+        device->ops->workspace_destroy(device, t->turns[0].space);
         turn_plan(&t->turns[0], &plan[i], &tables[i]);
     }
     t->plan_us   = result_quantile(plan, PLANS, 0.5);
