@@ -140,6 +140,44 @@ join_later(void *arg)
     return NULL;
 }
 
+/* What was let in is known, and known only for what it was. */
+static void
+test_known_tickets(void **state)
+{
+    enum { TICKETS = 3 * GATE_KNOWN };
+    static char texts[TICKETS][TICKET_MAX];
+    char changed[TICKET_MAX];
+    gate_t gate;
+
+    (void)state;
+    gate_init(&gate);
+    gate_joined(&gate, secret, 5);
+    for (int round = 0; round < 2; round++) { /* more than there are places for */
+        for (uint32_t i = 0; i < TICKETS; i++) {
+            write_ticket(TICKET_CLIENT, i, 5, texts[i]);
+            for (int again = 0; again < 2; again++) {
+                assert_int_equal(gate_admit(&gate, texts[i], false), ATTN_OK);
+                refused(gate_admit(&gate, texts[i], true), "only the coordinator");
+            }
+        }
+    }
+    const char *last = texts[TICKETS - 1];
+    for (size_t i = 0; last[i] != '\0'; i++) { /* its place is found by its end */
+        memcpy(changed, last, sizeof(changed));
+        changed[i] = last[i] == '0' ? '1' : '0';
+        assert_int_equal(gate_admit(&gate, changed, false), ATTN_ERR_DENIED);
+    }
+    gate_period(&gate, 6);
+    assert_int_equal(gate_admit(&gate, last, false), ATTN_OK);
+    gate_period(&gate, 7);
+    refused(gate_admit(&gate, last, false), "of period 5");
+    gate_period(&gate, 5);
+    assert_int_equal(gate_admit(&gate, last, false), ATTN_OK);
+    gate_joined(&gate, other, 5);
+    refused(gate_admit(&gate, last, false), "not of the coordinator");
+    gate_destroy(&gate);
+}
+
 static void
 test_a_coordinator_may_be_faster_than_its_answer(void **state)
 {
@@ -247,6 +285,7 @@ main(void)
         cmocka_unit_test(test_every_changed_byte_counts),
         cmocka_unit_test(test_age),
         cmocka_unit_test(test_the_gate),
+        cmocka_unit_test(test_known_tickets),
         cmocka_unit_test(test_a_coordinator_may_be_faster_than_its_answer),
         cmocka_unit_test(test_a_few_wait),
         cmocka_unit_test(test_equal_texts),

@@ -6,6 +6,9 @@
  * A coordinator may call before its answer to Join has been read here; so a call that is refused
  * while joining waits for the end of that and is looked at again. Anybody may show a text that only
  * then turns out to be no ticket, so a few wait at once, and others are told to come again.
+ *
+ * Tickets that were let in are known by their whole text for as long as the secret and their period
+ * hold: each begin of a step shows one, and to make its MAC anew took as long as a small message.
  */
 #ifndef ATTN_DAEMON_GATE_H
 #define ATTN_DAEMON_GATE_H
@@ -15,6 +18,12 @@
 #include <pthread.h>
 
 #define GATE_WAITING_MAX 4u /* calls: of a worker's 16 handlers */
+#define GATE_KNOWN 64u /* tickets; two may want the same place, and then the later one has it */
+
+typedef struct gate_known {
+    char text[TICKET_MAX]; /* "": none */
+    ticket_t ticket;
+} gate_known_t;
 
 typedef struct gate {
     pthread_mutex_t lock;
@@ -23,6 +32,7 @@ typedef struct gate {
     uint32_t waiting; /* calls, for the end of joining */
     uint8_t secret[TICKET_SECRET];
     uint64_t period;
+    gate_known_t known[GATE_KNOWN]; /* with this secret */
 } gate_t;
 
 void gate_init(gate_t *gate);
