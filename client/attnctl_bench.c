@@ -514,6 +514,17 @@ run_sweep(const bench_options_t *b, const char *target)
     return verdict(sweep.verified, sweep.wrong);
 }
 
+/*
+ * Clients of one process share an epoll set in C core: one of their threads waits there for all
+ * and wakes the others, which clients in processes of their own never do. With poll() each waits
+ * for itself. Before C core starts, and after the daemons were started, which have one queue each.
+ */
+static void
+poll_apart(void)
+{
+    setenv("GRPC_POLL_STRATEGY", "poll", 0);
+}
+
 int
 attnctl_bench(int argc, char **argv, const char *target, const attn_client_options_t *options_all)
 {
@@ -546,6 +557,7 @@ attnctl_bench(int argc, char **argv, const char *target, const attn_client_optio
         }
         b.target = address;
     }
+    poll_apart();
     code = b.sweep ? run_sweep(&b, b.target) : run_one(&b, b.target);
     if (pid >= 0) {
         bench_dev_stop(pid);
