@@ -1,4 +1,6 @@
-"""Compiles the FlashInfer kernels that the grid wants: bench_gpu --list | gpu_prebuild.py
+"""Compiles the FlashInfer kernels that the grid wants: bench_gpu --list | gpu_prebuild.py [NOT ...]
+
+NOT is a kernel to leave out, by the name that is printed: "fa3 hd 256".
 
 Run by gpu_pack; needs FlashInfer, its compilers, and no GPU. Kernels that are compiled
 already are passed over.
@@ -50,6 +52,9 @@ def main():
     points = [json.loads(line) for line in sys.stdin if line.strip()]
     failed = 0
     for name, make in wanted(points):
+        if name in sys.argv[1:]:
+            print(f"left out  {name}", flush=True)
+            continue
         start = time.monotonic()
         try:
             make().build(False)
