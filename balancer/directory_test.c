@@ -111,6 +111,9 @@ test_heartbeats_keep_a_worker_alive(void **state)
                             .kv_bytes     = 6,
                             .device_free  = 7,
                             .kv_rate      = 8,
+                            .ucx          = true,
+                            .ucx_clients  = 9,
+                            .ucx_runs     = 10,
                             .slab_bytes   = 7};
     (void)state;
     fixture_open(&f, 0);
@@ -127,6 +130,7 @@ test_heartbeats_keep_a_worker_alive(void **state)
     assert_int_equal(worker->kv_bytes, 6);
     assert_int_equal(worker->device_free, 7);
     assert_true(worker->kv_rate == 8);
+    assert_true(worker->ucx && worker->ucx_clients == 9 && worker->ucx_runs == 10);
     assert_int_equal(worker->slab_bytes, 1 << 20); /* told by hello alone */
 
     directory_tick(f.directory, f.now_ns + 2 * SECOND - 1);

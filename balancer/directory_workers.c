@@ -151,6 +151,9 @@ directory_worker_heartbeat(directory_t *directory, uint32_t id, uint64_t incarna
     worker->kv_bytes     = figures->kv_bytes;
     worker->device_free  = figures->device_free;
     worker->kv_rate      = figures->kv_rate;
+    worker->ucx          = figures->ucx;
+    worker->ucx_clients  = figures->ucx_clients;
+    worker->ucx_runs     = figures->ucx_runs;
     worker->seen_ns      = now_ns;
     return ATTN_OK;
 }

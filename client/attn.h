@@ -117,6 +117,9 @@ typedef struct attn_worker_info {
     uint64_t device_bytes, device_free_bytes; /**< memory of the device; 0: not known */
     double kv_bytes_per_s;                    /**< read by attention in the last ten seconds */
     double read_bandwidth; /**< bytes/s that the device reads, as measured at its start */
+    bool ucx;              /**< it lends shared memory to clients of its host ... */
+    uint32_t ucx_clients;  /**< ... to so many now */
+    uint64_t ucx_runs;     /**< layers asked through it since start */
 } attn_worker_info_t;
 
 /** The cluster as the coordinator sees it. */

@@ -350,6 +350,56 @@ check_trip(doctor_t *d, uint32_t alive)
     }
 }
 
+/* ---- which way runs go ---- */
+
+static const attn_worker_info_t *
+worker_at(const doctor_t *d, const char *address)
+{
+    for (uint32_t i = 0; i < d->info.n_workers; i++) {
+        const attn_worker_info_t *w = &d->info.workers[i];
+        if (w->alive && strcmp(w->address, address) == 0) {
+            return w;
+        }
+    }
+    return NULL;
+}
+
+/* Of the step that was taken. A worker of another host has no shared memory for us, which is well;
+ * UCX on one side alone is not. */
+static void
+check_transport(doctor_t *d)
+{
+    uint32_t shared = 0, elsewhere = 0;
+    attn_links_info_t info;
+
+    if (attn_client_links(d->client, &info) != ATTN_OK) {
+        return;
+    }
+    for (uint32_t i = 0; i < info.n_links; i++) {
+        const attn_link_info_t *l   = &info.links[i];
+        const attn_worker_info_t *w = worker_at(d, l->address);
+        if (strcmp(l->transport, "ucx") == 0) {
+            shared++;
+        } else if (l->reason[0] == '\0' || strstr(l->reason, "another host") != NULL) {
+            elsewhere++;
+        } else {
+            found(d, WARN, "transport",
+                  w != NULL && w->ucx
+                      ? "UCX is on the worker's side only: install libucx0 here, run "
+                        "as its user, and see UCX_TLS; runs go over gRPC"
+                      : "the worker lends no shared memory: install libucx0 there, "
+                        "and see its ucx-memory; runs go over gRPC",
+                  "worker at %s: %s", l->address, l->reason);
+        }
+    }
+    if (shared + elsewhere > 0) {
+        found(d, FINE, "transport", NULL,
+              "shared memory to %u workers, gRPC to %u of other hosts, or by choice", shared,
+              elsewhere);
+    }
+    attn_links_info_free(&info);
+}
+
 /* ---- all of it ---- */
 
 static void
@@ -375,6 +425,7 @@ examine(doctor_t *d)
     }
     if (well) {
         check_trip(d, alive);
+        check_transport(d);
     } else {
         found(d, WARN, "step", "mend what failed above, and ask again",
               "not taken: a worker would not answer");

@@ -24,12 +24,24 @@ print_time(uint64_t ms)
     }
 }
 
+/* Which way layers were asked. */
+static void
+print_ucx(const attn_worker_info_t *w)
+{
+    if (!w->ucx) {
+        printf("  not lent: gRPC\n");
+    } else {
+        printf("  %u clients, %.0f %% of layers\n", w->ucx_clients,
+               w->runs > 0 ? 100.0 * (double)w->ucx_runs / (double)w->runs : 0);
+    }
+}
+
 /* What the workers run on, and how near attention is to what that reads. */
 static void
 print_devices(const attn_cluster_info_t *info)
 {
-    printf("\n%6s  %-32s %10s %10s %14s %12s %9s\n", "worker", "device", "memory", "free",
-           "KV read/s, 10s", "limit/s", "of limit");
+    printf("\n%6s  %-32s %10s %10s %14s %12s %9s  %s\n", "worker", "device", "memory", "free",
+           "KV read/s, 10s", "limit/s", "of limit", "shared memory");
     for (uint32_t i = 0; i < info->n_workers; i++) {
         const attn_worker_info_t *w = &info->workers[i];
         if (!w->alive) {
@@ -39,10 +51,11 @@ print_devices(const attn_cluster_info_t *info)
                BYTES(w->device_bytes), BYTES(w->device_free_bytes),
                BYTES((uint64_t)w->kv_bytes_per_s), BYTES((uint64_t)w->read_bandwidth));
         if (w->read_bandwidth > 0) {
-            printf("%7.1f %%\n", 100 * w->kv_bytes_per_s / w->read_bandwidth);
+            printf("%7.1f %%", 100 * w->kv_bytes_per_s / w->read_bandwidth);
         } else {
-            printf("%9s\n", "-");
+            printf("%9s", "-");
         }
+        print_ucx(w);
     }
 }
 
@@ -96,6 +109,9 @@ worker_json(const attn_worker_info_t *w, rates_t rates)
     attnctl_json_u64(object, "device_free_bytes", w->device_free_bytes);
     cJSON_AddNumberToObject(object, "kv_bytes_per_s_10s", w->alive ? w->kv_bytes_per_s : 0);
     cJSON_AddNumberToObject(object, "read_bandwidth", w->read_bandwidth);
+    cJSON_AddBoolToObject(object, "ucx", w->ucx);
+    attnctl_json_u64(object, "ucx_clients", w->ucx_clients);
+    attnctl_json_u64(object, "ucx_runs", w->ucx_runs);
     cJSON_AddNumberToObject(object, "runs_per_s", w->alive ? rates.runs : 0);
     cJSON_AddNumberToObject(object, "kv_bytes_per_s", w->alive ? rates.kv_bytes : 0);
     return object;

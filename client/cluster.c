@@ -555,7 +555,10 @@ cluster_describe(cluster_t *cluster, attn_cluster_info_t *info)
                                      .device_bytes      = w->device_bytes,
                                      .device_free_bytes = w->device_free,
                                      .kv_bytes_per_s    = w->kv_rate,
-                                     .read_bandwidth    = w->read_bandwidth};
+                                     .read_bandwidth    = w->read_bandwidth,
+                                     .ucx               = w->ucx,
+                                     .ucx_clients       = w->ucx_clients,
+                                     .ucx_runs          = w->ucx_runs};
         memcpy(into->address, w->address, sizeof(into->address));
         memcpy(into->kind, w->kind, sizeof(into->kind));
         memcpy(into->device, w->device, sizeof(into->device));

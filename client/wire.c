@@ -621,6 +621,9 @@ wire_worker_decode(const Attn__V1__WorkerInfo *message, attn_worker_info_t *info
         .device_free_bytes = message->device_free_bytes,
         .kv_bytes_per_s    = message->kv_bytes_per_s,
         .read_bandwidth    = message->read_bandwidth,
+        .ucx               = message->ucx,
+        .ucx_clients       = message->ucx_clients,
+        .ucx_runs          = message->ucx_runs,
     };
     strncpy(info->address, message->address, sizeof(info->address) - 1);
     strncpy(info->kind, message->kind, sizeof(info->kind) - 1);

@@ -492,6 +492,7 @@ test_figures_and_long_texts_of_a_worker(void **state)
     message.device       = device;
     message.device_bytes = 8, message.device_free_bytes = 9;
     message.kv_bytes_per_s = 10, message.read_bandwidth = 11;
+    message.ucx = true, message.ucx_clients = 12, message.ucx_runs = 13;
     wire_worker_decode(&message, &info);
     assert_int_equal(info.id, 3);
     assert_true(info.alive && info.chunks == UINT64_MAX);
@@ -499,6 +500,7 @@ test_figures_and_long_texts_of_a_worker(void **state)
     assert_true(info.open_steps == 5 && info.runs == 6 && info.kv_bytes == 7);
     assert_true(info.device_bytes == 8 && info.device_free_bytes == 9);
     assert_true(info.kv_bytes_per_s == 10 && info.read_bandwidth == 11);
+    assert_true(info.ucx && info.ucx_clients == 12 && info.ucx_runs == 13);
     assert_int_equal(strlen(info.device), 95); /* cut to what there is room for */
     assert_int_equal(strlen(info.address), 63);
     assert_string_equal(info.kind, kind);

@@ -241,7 +241,7 @@ lender_slot_open(lender_t *lender, uint64_t step_id, const Attn__V1__Slot *asked
 /* ---- life ---- */
 
 bool
-lender_are_lent(const lender_t *lender, const char **reason_p)
+lender_lends(const lender_t *lender, const char **reason_p)
 {
     *reason_p = lender->reason;
     return lender->crew != NULL;

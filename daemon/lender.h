@@ -24,7 +24,7 @@ attn_status_t lender_create(rpc_server_t *server, steps_t *steps, const lender_o
 void lender_destroy(lender_t *lender);
 
 /** Are slabs lent? If not, why: valid while the lender is. */
-bool lender_are_lent(const lender_t *lender, const char **reason_p);
+bool lender_lends(const lender_t *lender, const char **reason_p);
 
 /** Zeros where none are lent. */
 void lender_describe(lender_t *lender, ucx_figures_t *figures);

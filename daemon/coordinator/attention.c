@@ -294,6 +294,9 @@ encode_workers(wire_block_t *block, const attn_cluster_info_t *info,
         m->device_free_bytes = from[i].device_free_bytes;
         m->kv_bytes_per_s    = from[i].kv_bytes_per_s;
         m->read_bandwidth    = from[i].read_bandwidth;
+        m->ucx               = from[i].ucx;
+        m->ucx_clients       = from[i].ucx_clients;
+        m->ucx_runs          = from[i].ucx_runs;
         reply->workers[i]    = m;
     }
     reply->n_workers = info->n_workers;

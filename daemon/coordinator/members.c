@@ -162,7 +162,10 @@ take_worker(const Attn__V1__WorkerInfo *info, dir_worker_t *worker)
                              .kv_bytes     = info->kv_bytes,
                              .device_bytes = info->device_bytes,
                              .device_free  = info->device_free_bytes,
-                             .kv_rate      = info->kv_bytes_per_s};
+                             .kv_rate      = info->kv_bytes_per_s,
+                             .ucx          = info->ucx,
+                             .ucx_clients  = info->ucx_clients,
+                             .ucx_runs     = info->ucx_runs};
     attn_status_t status =
         coordinator_take_text("address", info->address, worker->address, sizeof(worker->address));
     if (status == ATTN_OK) {

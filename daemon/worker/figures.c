@@ -23,6 +23,27 @@ silence_s(const worker_t *worker)
     return (double)(attn_now_ns() - atomic_load(&worker->heard_ns)) / 1e9;
 }
 
+/* Runs through shared memory. */
+static void
+expose_ucx(worker_t *worker, expose_t *e)
+{
+    ucx_figures_t ucx;
+
+    lender_describe(worker->lender, &ucx);
+    expose_gauge(e, "attnd_ucx_clients", "Clients that shared memory is lent to.", ucx.sessions);
+    expose_gauge(e, "attnd_ucx_slab_bytes", "Shared memory that is lent.", (double)ucx.slab_bytes);
+    expose_gauge(e, "attnd_ucx_slots", "Open steps with a place in it.", ucx.slots);
+    expose_counter(e, "attnd_ucx_runs_total", "Layers asked through shared memory.", ucx.requests);
+    expose_counter(e, "attnd_ucx_received_bytes_total", "q, k and v of them.", ucx.bytes_in);
+    expose_counter(e, "attnd_ucx_sent_bytes_total", "Their answers.", ucx.bytes_out);
+    expose_counter(e, "attnd_ucx_dropped_total",
+                   "Requests in shared memory with a wrong secret, owner, size or number.",
+                   ucx.dropped);
+    expose_counter(e, "attnd_ucx_sleeps_total", "Times that nothing came for spin-us.", ucx.sleeps);
+    expose_counter(e, "attnd_ucx_rings_total", "Clients woken by a message for their answer.",
+                   ucx.rings);
+}
+
 static void
 metrics(void *service, expose_t *e)
 {
@@ -59,6 +80,7 @@ metrics(void *service, expose_t *e)
     expose_gauge(e, "attnd_device_bytes", "Memory of the device.",
                  (double)engine.device.total_bytes);
     expose_gauge(e, "attnd_device_free_bytes", "Of that, free.", (double)engine.device.free_bytes);
+    expose_ucx(worker, e);
     expose_times(e, "attnd_compute_seconds", "Layers: storing k, v, and attention.",
                  engine.times.total_ns, engine.times.counts, ENGINE_TIMES, ENGINE_TIME_LEAST_NS);
 }
@@ -69,6 +91,7 @@ status(void *service)
     worker_t *worker = service;
     engine_info_t engine;
     figures_t figures;
+    ucx_figures_t ucx;
 
     gather(worker, &engine, &figures);
     cJSON *object = figures_status(&figures);
@@ -89,6 +112,9 @@ status(void *service)
     cJSON_AddNumberToObject(object, "runs", (double)engine.runs);
     cJSON_AddNumberToObject(object, "kv_bytes", (double)engine.kv_bytes);
     cJSON_AddNumberToObject(object, "read_bandwidth", engine.read_bandwidth);
+    lender_describe(worker->lender, &ucx);
+    cJSON_AddNumberToObject(object, "ucx_clients", ucx.sessions);
+    cJSON_AddNumberToObject(object, "ucx_runs", (double)ucx.requests);
     cJSON_AddNumberToObject(object, "kv_bytes_per_s", engine.kv_rate);
     cJSON_AddStringToObject(object, "device", worker->device);
     cJSON_AddNumberToObject(object, "device_bytes", (double)engine.device.total_bytes);

@@ -319,9 +319,12 @@ serve_export_chunk(const unary_call_t *u)
 void
 worker_describe(worker_t *worker, Attn__V1__WorkerInfo *info)
 {
+    ucx_figures_t ucx;
     engine_info_t engine;
+    const char *reason;
 
     engine_describe(worker->engine, &engine);
+    lender_describe(worker->lender, &ucx);
     attn__v1__worker_info__init(info);
     info->id           = atomic_load(&worker->id);
     info->incarnation  = atomic_load(&worker->incarnation);
@@ -341,6 +344,10 @@ worker_describe(worker_t *worker, Attn__V1__WorkerInfo *info)
     info->device_free_bytes = engine.device.free_bytes;
     info->kv_bytes_per_s    = engine.kv_rate;
     info->read_bandwidth    = engine.read_bandwidth;
+
+    info->ucx         = lender_lends(worker->lender, &reason);
+    info->ucx_clients = ucx.sessions;
+    info->ucx_runs    = ucx.requests;
 }
 
 static attn_status_t
