@@ -24,6 +24,9 @@
 #define MERGE_SEGMENT 16u
 #define MERGE_WARPS 16u
 
+/* Larger tables leave no memory for the next ones. */
+#define IMAGE_KEPT_BYTES (UINT64_C(16) << 20)
+
 #define STATIC_SHARED 1536u /* of attend.cu, and some room */
 
 static uint64_t
@@ -85,11 +88,49 @@ lay_out(attn_workspace_t *w)
     w->end  = end;
 }
 
-/* The tables of the plan as it is now, and a block that holds them and the rest. */
+/* ---- memory that images are made in: kept from step to step ---- */
+
+static void
+take_image(cuda_backend_t *backend, cuda_image_t *image)
+{
+    pthread_mutex_lock(&backend->lock);
+    if (backend->n_images > 0) {
+        *image = backend->images[--backend->n_images];
+    }
+    pthread_mutex_unlock(&backend->lock);
+}
+
+static void
+give_image(cuda_backend_t *backend, cuda_image_t *image)
+{
+    bool kept = false;
+
+    if (image->memory != NULL && image->bytes <= IMAGE_KEPT_BYTES) {
+        pthread_mutex_lock(&backend->lock);
+        kept = backend->n_images < CUDA_IMAGES_KEPT;
+        if (kept) {
+            backend->images[backend->n_images++] = *image;
+        }
+        pthread_mutex_unlock(&backend->lock);
+    }
+    if (!kept) {
+        cuda_image_free(image);
+    }
+}
+
+void
+cuda_images_free(cuda_backend_t *backend)
+{
+    while (backend->n_images > 0) {
+        cuda_image_free(&backend->images[--backend->n_images]);
+    }
+}
+
+/* The tables of the plan as it is now, and a block that holds them and the rest. They are written
+ * to its pinned memory, where that reaches, so that one copy takes them to the device. */
 static attn_status_t
 make_image(attn_workspace_t *w)
 {
-    cuda_image_free(&w->image);
     attn_status_t status = cuda_image_build(w->plan, (uint32_t)w->backend->cut_for, &w->image);
     if (status != ATTN_OK) {
         return status;
@@ -100,7 +141,13 @@ make_image(attn_workspace_t *w)
         cuda_block_give(w->backend, w->block);
         w->block = NULL;
     }
-    return w->block != NULL ? ATTN_OK : cuda_block_take(w->backend, w->end, &w->block);
+    if (w->block == NULL && (status = cuda_block_take(w->backend, w->end, &w->block)) != ATTN_OK) {
+        return status;
+    }
+    if (w->image.bytes <= w->block->host_bytes) {
+        cuda_image_write(&w->image, w->block->host);
+    }
+    return ATTN_OK;
 }
 
 attn_status_t
@@ -119,6 +166,7 @@ cuda_workspace_create(attn_backend_t *backend, const attn_plan_t *plan, attn_dty
                                               .q_parts = QUERY_PARTS};
     attn_status_t status = plan->n_works > 0 ? cuda_enter(w->backend) : ATTN_OK;
     if (status == ATTN_OK && plan->n_works > 0) {
+        take_image(w->backend, &w->image);
         status = make_image(w);
     }
     if (status != ATTN_OK) {
@@ -137,7 +185,7 @@ cuda_workspace_destroy(attn_backend_t *backend, attn_workspace_t *w)
         if (w->block != NULL) {
             cuda_block_give(w->backend, w->block);
         }
-        cuda_image_free(&w->image);
+        give_image(w->backend, &w->image);
         free(w);
     }
 }
@@ -353,6 +401,24 @@ check_error(const attn_workspace_t *w)
         (unsigned long long)(error & 0xfff));
 }
 
+/* The tables of the plan, in one copy. Beyond what is pinned, through memory of their own. */
+static attn_status_t
+upload_image(const attn_workspace_t *w)
+{
+    if (w->image.bytes <= w->block->host_bytes) {
+        return CUDA_CALL(
+            cuMemcpyHtoDAsync(w->block->device, w->block->host, w->image.bytes, w->block->stream));
+    }
+    uint8_t *tables = malloc(w->image.bytes);
+    if (tables == NULL) {
+        return attn_fail(ATTN_ERR_NO_MEMORY, "no memory for the tables of a step");
+    }
+    cuda_image_write(&w->image, tables);
+    attn_status_t status = upload(w, 0, tables, w->image.bytes); /* returns when they are read */
+    free(tables);
+    return status;
+}
+
 /* The tables of the plan and the queries, on their way to the device. */
 static attn_status_t
 upload_all(attn_workspace_t *w, const attn_layer_t *layer, const void *q, cuda_args_t *x)
@@ -365,7 +431,7 @@ upload_all(attn_workspace_t *w, const attn_layer_t *layer, const void *q, cuda_a
         return status;
     }
     if (!w->uploaded) {
-        if ((status = upload(w, 0, w->image.block, w->image.bytes)) != ATTN_OK ||
+        if ((status = upload_image(w)) != ATTN_OK ||
             (status = upload(w, w->error, &none, sizeof(none))) != ATTN_OK) {
             return status;
         }

@@ -377,6 +377,7 @@ cuda_close(attn_backend_t *base)
         free_kept(backend);
         cuda_modules_unload(backend);
     }
+    cuda_images_free(backend);
     backend->cu->cuDevicePrimaryCtxRelease(backend->device);
     pthread_mutex_destroy(&backend->lock);
     free(backend);

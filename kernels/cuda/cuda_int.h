@@ -12,6 +12,9 @@
 /** Stages of all teams of a CTA together: what is left of shared memory holds stacks. */
 #define CUDA_STAGES 20u
 
+/** Workspaces that are gone and whose tables' memory is kept. */
+#define CUDA_IMAGES_KEPT 8u
+
 /** Heads of a cache at most. */
 #define CUDA_HEADS_MAX 1024u
 
@@ -49,6 +52,8 @@ typedef struct cuda_backend {
     cuda_shape_t *shapes;
     cuda_block_t *free_blocks;
     uint64_t free_bytes; /**< of those */
+    cuda_image_t images[CUDA_IMAGES_KEPT];
+    uint32_t n_images;
 } cuda_backend_t;
 
 /** A plan's tables on the device, and memory for its attends. */
@@ -122,6 +127,9 @@ attn_status_t cuda_attend_prepare(attn_workspace_t *w, const attn_kv_t *kv,
                                   const attn_answer_t *answer, cuda_args_t *x);
 attn_status_t cuda_attend_enqueue(const attn_workspace_t *w, const attn_kv_t *kv, cuda_args_t *x,
                                   CUstream stream);
+
+/** What is kept of workspaces that are gone. */
+void cuda_images_free(cuda_backend_t *backend);
 
 attn_status_t cuda_workspace_create(attn_backend_t *backend, const attn_plan_t *plan,
                                     attn_dtype_t q_dtype, attn_dtype_t o_dtype,

@@ -1,67 +1,30 @@
 /*
- * A plan becomes tables: leaves with their pages, the queries of each work, and pieces.
- *
- * Pieces: all leaves of all works of a class and all KV heads are laid in one line, and each team
- * gets an equal stretch of it, so that all teams finish together whatever the lengths are. What a
- * stretch holds of a work is a piece. Cuts are rounded to small aligned subtrees, which keeps the
- * number of states between the kernels low.
+ * A plan becomes tables: leaves with their pages, the queries of each work, pieces (image_cut.c),
+ * and items. The tables of the next plan are made in the memory of these.
  */
-#include "kernels/cuda/image_host.h"
+#include "kernels/cuda/image_int.h"
 
 #include "base/checked.h"
 #include "base/status.h"
 
-#include <assert.h>
 #include <stdlib.h>
 #include <string.h>
 
-/* A cut may miss its place by so small a part of a team's stretch. */
-#define CUT_FRACTION 64u
+static const cuda_class_t classes[CUDA_CLASSES] = {
+    {.columns = 8, .row_blocks = 1},
+    {.columns = 16, .row_blocks = 1},
+    {.columns = 16, .row_blocks = 2},
+    {.columns = 16, .row_blocks = 4},
+};
 
-#define VECTOR(type)                                                                               \
-    struct {                                                                                       \
-        type *at;                                                                                  \
-        uint64_t n, room;                                                                          \
-    }
+static uint32_t
+class_of(uint32_t rows)
+{
+    return rows <= 8 ? 0 : rows <= 16 ? 1 : rows <= 32 ? 2 : 3;
+}
 
-/* A work on its way into pieces. */
-typedef struct work {
-    uint32_t query_first, leaf_first, n_leaves, present_at, n_lists;
-} work_t;
-
-/* A state that a piece leaves in memory. */
-typedef struct left {
-    uint32_t slot;  /* of row 0 of the work */
-    uint32_t level; /* as in cuda_ref_t, within the unit */
-} left_t;
-
-/* What one head of a work comes to. */
-typedef struct unit {
-    uint32_t left_first, n_left; /* none: it answers itself */
-} unit_t;
-
-typedef struct builder {
-    const attn_plan_t *plan;
-    cuda_image_t *image;
-    bool no_memory;
-    VECTOR(cuda_leaf_t) leaves;
-    VECTOR(uint64_t) keys;    /* of leaves */
-    VECTOR(uint32_t) run_end; /* the leaf behind the last one that follows without a gap */
-    VECTOR(cuda_query_t) queries;
-    VECTOR(work_t) works;
-    VECTOR(left_t) left;
-    VECTOR(cuda_piece_t) pieces[CUDA_CLASSES];
-    VECTOR(cuda_item_t) items;
-    VECTOR(cuda_ref_t) refs;
-    VECTOR(uint32_t) pages;
-    VECTOR(uint64_t) present;
-    VECTOR(uint8_t) masks;
-    unit_t *units;     /* [works][kv_heads] */
-    uint32_t *mask_at; /* [entries] */
-} builder_t;
-
-static void *
-grow(builder_t *b, void *at, uint64_t *room, uint64_t wanted, size_t size)
+void *
+image_room(builder_t *b, void *at, uint64_t *room, uint64_t wanted, size_t size)
 {
     uint64_t more = attn_max(attn_max(*room * 2, wanted), 64);
     void *grown   = realloc(at, more * size);
@@ -73,32 +36,6 @@ grow(builder_t *b, void *at, uint64_t *room, uint64_t wanted, size_t size)
     *room = more;
     return grown;
 }
-
-/* Room for m more at the end of a vector; false without memory. */
-#define RESERVE(b, v, m)                                                                           \
-    ((v).n + (m) <= (v).room ||                                                                    \
-     ((v).at = grow((b), (v).at, &(v).room, (v).n + (m), sizeof(*(v).at)),                         \
-      (v).n + (m) <= (v).room))
-
-#define PUSH(b, v, ...)                                                                            \
-    do {                                                                                           \
-        if (RESERVE(b, v, 1)) {                                                                    \
-            (v).at[(v).n++] = (__VA_ARGS__);                                                       \
-        }                                                                                          \
-    } while (0)
-
-static uint32_t
-class_of(uint32_t rows)
-{
-    return rows <= 8 ? 0 : rows <= 16 ? 1 : rows <= 32 ? 2 : 3;
-}
-
-static const cuda_class_t classes[CUDA_CLASSES] = {
-    {.columns = 8, .row_blocks = 1},
-    {.columns = 16, .row_blocks = 1},
-    {.columns = 16, .row_blocks = 2},
-    {.columns = 16, .row_blocks = 4},
-};
 
 /* ---- leaves ---- */
 
@@ -137,33 +74,71 @@ tokens_of_list(const attn_problem_t *problem, const attn_problem_entry_t *entry,
     return bits & all;
 }
 
-/* The place of a run's pages in the page table. */
+/* Where the pages of one of the plan's spans are in the page table: those of its whole run. */
 static uint32_t
-place_pages(builder_t *b, const attn_kv_run_t *run)
+place_pages(builder_t *b, uint32_t span, const attn_kv_run_t *run)
 {
-    uint32_t at = (uint32_t)b->pages.n;
-    uint64_t n  = attn_div_up(run->length, b->plan->problem.page_size);
+    uint64_t n = attn_div_up(run->length, b->plan->problem.page_size);
 
-    if (RESERVE(b, b->pages, n)) {
-        memcpy(b->pages.at + at, run->pages, n * sizeof(uint32_t));
-        b->pages.n += n;
+    if (b->page_at.at[span] == CUDA_NONE) { /* tiles of an entry have their spans in common */
+        b->page_at.at[span] = (uint32_t)b->n_pages;
+        PUSH(b, b->lists, (page_list_t){run->pages, n});
+        b->n_pages += n;
     }
-    return at;
+    return b->page_at.at[span];
+}
+
+/* The leaves of a span, which are known to have room. */
+static void
+add_span_leaves(builder_t *b, const span_t *span, uint32_t tokens, const attn_kv_run_t *run,
+                uint32_t table)
+{
+    const attn_problem_t *problem = &b->plan->problem;
+    const uint32_t size = problem->page_size, shift = (uint32_t)__builtin_ctz(size);
+    const bool shifts = (size & (size - 1)) == 0;
+    cuda_leaf_t *leaf = b->leaves.at + b->leaves.n;
+    int64_t start     = (int64_t)run->chunk * problem->chunk_size;
+
+    for (uint32_t i = span->leaf_first; i < span->leaf_end; i++) {
+        uint32_t first = i * tokens, page = shifts ? first >> shift : first / size;
+        uint32_t rest = run->length - first;
+        *leaf++       = (cuda_leaf_t){.page     = table + page,
+                                      .position = (int32_t)(start + first),
+                                      .tokens   = (uint16_t)(rest < tokens ? rest : tokens),
+                                      .offset   = (uint16_t)(first - page * size),
+                                      .level    = 1 + (uint32_t)__builtin_ctz(i | 1u << 31)};
+    }
+    b->leaves.at[b->leaves.n].level = span->level;
+    b->leaves.n += span->leaf_end - span->leaf_first;
+}
+
+/* The token sets of a span's leaves, one of each list. */
+static void
+add_present(builder_t *b, const attn_problem_entry_t *entry, const span_t *span, uint32_t tokens,
+            const attn_kv_run_t *run)
+{
+    const attn_problem_t *problem = &b->plan->problem;
+
+    for (uint32_t i = span->leaf_first; i < span->leaf_end; i++) {
+        attn_leaf_t leaf = {.run = run, .first = i * tokens};
+        leaf.position    = (int64_t)run->chunk * problem->chunk_size + leaf.first;
+        leaf.tokens      = (uint32_t)attn_min(run->length - leaf.first, tokens);
+        for (uint32_t list = 0; list < entry->n_lists; list++) {
+            PUSH(b, b->present, tokens_of_list(problem, entry, list, &leaf));
+        }
+    }
 }
 
 static void
 add_leaves(builder_t *b, const attn_work_t *work, work_t *to)
 {
-    const attn_problem_t *problem     = &b->plan->problem;
     const attn_member_t *member       = &b->plan->members[work->member_first];
-    const attn_problem_entry_t *entry = &problem->entries[member->entry];
-    const attn_kv_run_t *run          = NULL;
-    uint64_t last                     = 0;
-    uint32_t table                    = 0;
+    const attn_problem_entry_t *entry = &b->plan->problem.entries[member->entry];
+    const uint32_t tokens             = b->plan->entries[member->entry].leaf_tokens;
     attn_walk_t walk;
-    attn_leaf_t leaf;
 
     to->leaf_first = (uint32_t)b->leaves.n;
+    to->span_first = (uint32_t)b->spans.n;
     to->present_at = CUDA_NONE;
     to->n_lists    = entry->n_lists;
     if (entry->n_lists > 0) {
@@ -171,31 +146,30 @@ add_leaves(builder_t *b, const attn_work_t *work, work_t *to)
         b->image->general = true;
     }
     attn_walk_init(&walk, b->plan, work);
-    while (attn_walk_next(&walk, &leaf) && !b->no_memory) {
-        if (leaf.run != run) {
-            run   = leaf.run;
-            table = place_pages(b, run);
+    for (; walk.span < work->n_spans; walk.span++) {
+        attn_walk_span(&walk);
+        uint32_t index           = work->span_first + walk.span;
+        const attn_kv_run_t *run = &entry->runs[b->plan->spans[index].run];
+        if (walk.leaf >= walk.leaf_end || !RESERVE(b, b->leaves, walk.leaf_end - walk.leaf)) {
+            continue;
         }
-        PUSH(b, b->leaves,
-             (cuda_leaf_t){.page     = table + leaf.first / problem->page_size,
-                           .position = (int32_t)leaf.position,
-                           .tokens   = (uint16_t)leaf.tokens,
-                           .offset   = (uint16_t)(leaf.first % problem->page_size),
-                           .level    = to->n_leaves == 0 ? 64 : attn_key_lca(last, leaf.key)});
-        PUSH(b, b->keys, leaf.key);
-        PUSH(b, b->run_end, 0);
-        for (uint32_t list = 0; list < entry->n_lists; list++) {
-            PUSH(b, b->present, tokens_of_list(problem, entry, list, &leaf));
+        uint64_t key = attn_leaf_key(walk.entry, run->chunk, 0);
+        span_t span  = {.key        = key,
+                        .leaf_first = walk.leaf,
+                        .leaf_end   = walk.leaf_end,
+                        .at         = to->n_leaves,
+                        .level      = to->n_leaves == 0 ? ATTN_LEVEL_NONE
+                                                        : attn_key_lca(to->last_key, key | walk.leaf)};
+        add_span_leaves(b, &span, tokens, run, place_pages(b, index, run));
+        if (entry->n_lists > 0) {
+            add_present(b, entry, &span, tokens, run);
         }
-        last = leaf.key;
-        to->n_leaves++;
+        PUSH(b, b->spans, span);
+        to->n_leaves += walk.leaf_end - walk.leaf;
+        to->last_key  = key | (walk.leaf_end - 1);
+        to->first_key = to->span_first + 1 == b->spans.n ? key | walk.leaf : to->first_key;
     }
-    /* Where each stretch without a gap ends: for counting states a subtree at a time. */
-    for (uint32_t i = to->n_leaves; i-- > 0 && !b->no_memory;) {
-        uint32_t at       = to->leaf_first + i;
-        bool gap          = i + 1 == to->n_leaves || b->keys.at[at + 1] != b->keys.at[at] + 1;
-        b->run_end.at[at] = gap ? i + 1 : b->run_end.at[at + 1];
-    }
+    to->span_end = (uint32_t)b->spans.n;
 }
 
 /* ---- queries ---- */
@@ -226,7 +200,7 @@ add_queries(builder_t *b, const attn_work_t *work, work_t *to)
             }
             if (entry->mask != NULL) {
                 const uint8_t *row = entry->mask + at * attn_mask_row_bytes(entry->mask_tokens);
-                q.mask             = b->mask_at[member->entry] +
+                q.mask             = b->mask_at.at[member->entry] +
                          (uint32_t)(at * attn_mask_row_bytes(entry->mask_tokens));
                 q.mask_base   = (int32_t)((int64_t)entry->kv_length - entry->mask_tokens);
                 q.mask_tokens = entry->mask_tokens;
@@ -242,7 +216,7 @@ add_masks(builder_t *b)
 {
     for (uint32_t i = 0; i < b->plan->problem.n; i++) {
         const attn_problem_entry_t *entry = &b->plan->problem.entries[i];
-        b->mask_at[i]                     = (uint32_t)b->masks.n;
+        b->mask_at.at[i]                  = (uint32_t)b->masks.n;
         if (entry->mask == NULL) {
             continue;
         }
@@ -255,342 +229,234 @@ add_masks(builder_t *b)
     }
 }
 
-/* ---- pieces ---- */
-
-/* The states that a piece leaves: its fold, a subtree at a time (plan_cut.c, fold_span()). */
-static void
-fold_piece(const builder_t *b, const work_t *work, uint32_t first, uint32_t end,
-           const cuda_piece_t *piece, attn_fold_t *fold)
-{
-    attn_fold_init(fold, piece->levels & 255);
-    for (uint32_t i = first; i < end;) {
-        const uint64_t key = b->keys.at[work->leaf_first + i];
-        uint32_t stop      = (uint32_t)attn_min(b->run_end.at[work->leaf_first + i], end);
-        uint32_t bits      = key == 0 ? 31 : (uint32_t)__builtin_ctzll(key);
-        uint32_t room      = 31u - (uint32_t)__builtin_clz(stop - i);
-        bits               = bits < room ? bits : room;
-        while (attn_fold_pops(fold, attn_fold_level(fold, key))) {
-        }
-        b->image->depth = (uint32_t)attn_max(b->image->depth, fold->n + 1 + bits);
-        attn_fold_push(fold, key);
-        i += 1u << bits;
-    }
-    while (attn_fold_pops(fold, piece->levels >> 8)) {
-    }
-}
-
-/* Room in memory for what a piece leaves there. */
-static void
-leave_states(builder_t *b, uint32_t w, uint32_t head, uint32_t first, uint32_t end,
-             cuda_piece_t *piece)
-{
-    const work_t *work = &b->works.at[w];
-    unit_t *unit       = &b->units[(uint64_t)w * b->plan->problem.kv_heads + head];
-    attn_fold_t fold;
-
-    fold_piece(b, work, first, end, piece, &fold);
-    piece->slot = (uint32_t)b->image->slots;
-    for (uint32_t i = 0; i < fold.n; i++) {
-        uint32_t level = i > 0 ? attn_key_lca(fold.keys[i - 1], fold.keys[i])
-                               : b->leaves.at[work->leaf_first + first].level;
-        PUSH(b, b->left,
-             (left_t){.slot  = (uint32_t)(b->image->slots + (uint64_t)i * piece->rows),
-                      .level = level});
-    }
-    unit->n_left += fold.n;
-    b->image->slots += (uint64_t)fold.n * piece->rows;
-}
-
-/* Leaves [first, end) of a head of a work, as a piece. */
-static cuda_piece_t
-make_piece(builder_t *b, uint32_t w, uint32_t head, uint32_t first, uint32_t end)
-{
-    const attn_work_t *planned = &b->plan->works[w];
-    const work_t *work         = &b->works.at[w];
-    const cuda_leaf_t *leaves  = b->leaves.at + work->leaf_first;
-    uint32_t left              = first == 0 ? planned->left_level : leaves[first].level;
-    uint32_t right             = end == work->n_leaves ? planned->right_level : leaves[end].level;
-    uint32_t entry             = b->plan->members[planned->member_first].entry;
-
-    assert(left <= ATTN_LEVEL_NONE && right <= ATTN_LEVEL_NONE);
-    cuda_piece_t piece = {.next        = CUDA_NONE,
-                          .kv_head     = head,
-                          .leaf_first  = work->leaf_first + first,
-                          .n_leaves    = end - first,
-                          .levels      = left | right << 8,
-                          .slot        = CUDA_NONE,
-                          .states      = b->plan->problem.entries[entry].n_nodes > 0,
-                          .query_first = work->query_first,
-                          .rows        = planned->rows,
-                          .head_first  = planned->head_first,
-                          .n_heads     = planned->n_heads,
-                          .present_at  = CUDA_NONE,
-                          .n_lists     = work->n_lists};
-    if (first < end) {
-        piece.page   = leaves[first].page;
-        piece.tokens = leaves[first].tokens;
-        piece.offset = leaves[first].offset;
-    }
-    if (work->present_at != CUDA_NONE) {
-        piece.present_at = work->present_at + first * work->n_lists;
-    }
-    if (first > 0 || end < work->n_leaves || planned->n_out > 0) {
-        leave_states(b, w, head, first, end, &piece);
-    } else if (first < end) {
-        attn_fold_t fold; /* for its depth */
-        fold_piece(b, work, first, end, &piece, &fold);
-    }
-    return piece;
-}
-
-/* The line of all leaves of a class on its way to the teams. */
-typedef struct line {
-    uint32_t class;
-    uint64_t teams, team; /* of the grid, and the one that is being filled */
-    uint64_t total, done; /* leaves */
-    uint64_t grain;       /* of cuts */
-    uint32_t last;        /* the team's last piece, or CUDA_NONE */
-} line_t;
-
-static uint64_t
-stretch_end(const line_t *line)
-{
-    return (line->total * (line->team + 1) + line->teams - 1) / line->teams;
-}
-
-static void
-give_piece(builder_t *b, line_t *line, cuda_piece_t piece, uint64_t leaves)
-{
-    uint32_t at = (uint32_t)line->team;
-
-    if (line->last == CUDA_NONE) {
-        b->pieces[line->class].at[at] = piece;
-    } else {
-        at                                         = (uint32_t)b->pieces[line->class].n;
-        b->pieces[line->class].at[line->last].next = at;
-        PUSH(b, b->pieces[line->class], piece);
-    }
-    line->last = at;
-    line->done += leaves;
-    while (line->team + 1 < line->teams && line->done + line->grain / 2 >= stretch_end(line)) {
-        line->team++;
-        line->last = CUDA_NONE;
-    }
-}
-
-static void
-cut_unit(builder_t *b, line_t *line, uint32_t w, uint32_t head)
-{
-    uint32_t n   = b->works.at[w].n_leaves;
-    unit_t *unit = &b->units[(uint64_t)w * b->plan->problem.kv_heads + head];
-
-    unit->left_first = (uint32_t)b->left.n;
-    if (n == 0) {
-        give_piece(b, line, make_piece(b, w, head, 0, 0), 1);
-    }
-    for (uint32_t at = 0, cut; at < n && !b->no_memory; at = cut) {
-        uint64_t room = stretch_end(line) - line->done;
-        cut           = n;
-        if (room < n - at) {
-            cut = (uint32_t)((at + room + line->grain / 2) / line->grain * line->grain);
-            cut = cut <= at ? (uint32_t)attn_min(at + line->grain, n) : cut < n ? cut : n;
-        }
-        give_piece(b, line, make_piece(b, w, head, at, cut), cut - at);
-    }
-}
-
-static void
-cut_class(builder_t *b, uint32_t class, uint32_t ctas)
-{
-    cuda_class_t *to = &b->image->classes[class];
-    uint32_t heads = b->plan->problem.kv_heads, teams = CUDA_WARPS / to->row_blocks;
-    line_t line = {.class = class, .grain = 1, .last = CUDA_NONE};
-
-    for (uint32_t w = 0; w < b->plan->n_works; w++) {
-        if (class_of(b->plan->works[w].rows) == class) {
-            line.total += attn_max(b->works.at[w].n_leaves, 1) * heads;
-        }
-    }
-    if (line.total == 0) {
-        return;
-    }
-    /* Few leaves go to as many CTAs as there are, one to each of their teams after the other. */
-    to->grid   = (uint32_t)attn_min(ctas, line.total);
-    line.teams = (uint64_t)to->grid * teams;
-    while (line.grain * 2 * CUT_FRACTION <= line.total / line.teams) {
-        line.grain *= 2;
-    }
-    for (uint64_t t = 0; t < line.teams && !b->no_memory; t++) {
-        PUSH(b, b->pieces[class], (cuda_piece_t){.next = CUDA_NONE, .kv_head = CUDA_NONE});
-    }
-    for (uint32_t w = 0; w < b->plan->n_works; w++) {
-        for (uint32_t head = 0; class_of(b->plan->works[w].rows) == class && head < heads; head++) {
-            cut_unit(b, &line, w, head);
-        }
-    }
-}
-
 /* ---- items ---- */
 
+/* The states of all parts of a reduction for one head, in the order of the tree. */
 static void
-add_item(builder_t *b, const attn_reduction_t *reduction, uint32_t head)
+add_refs(builder_t *b, const attn_reduction_t *reduction, uint32_t head, cuda_item_t *item)
+{
+    uint64_t last = 0;
+
+    for (uint32_t p = 0; p < reduction->n_parts; p++) {
+        const attn_part_t *part = &b->plan->parts[reduction->part_first + p];
+        const work_t *work      = &b->works.at[part->work];
+        const cut_t *cut        = &b->cuts[work->class];
+        const unit_t *unit      = &b->units.at[work->unit_first + head % cut->heads];
+        const left_t *left      = &b->left.at[unit->left_first];
+        uint32_t slot           = part->row_first + (uint32_t)(head / cut->heads * cut->slots);
+        if (!RESERVE(b, b->refs, unit->n_left)) {
+            return;
+        }
+        cuda_ref_t *refs = b->refs.at + b->refs.n;
+        for (uint32_t i = 0; i < unit->n_left; i++) {
+            refs[i] = (cuda_ref_t){.slot = left[i].slot + slot, .level = left[i].level};
+        }
+        if (unit->n_left > 0) {
+            refs[0].level =
+                item->n_refs == 0 ? ATTN_LEVEL_NONE : attn_key_lca(last, work->first_key);
+        }
+        b->refs.n += unit->n_left;
+        item->n_refs += unit->n_left;
+        last = work->n_leaves > 0 ? work->last_key : last;
+    }
+}
+
+/* What puts a reduction together, for each head that did not come out of one piece. */
+static void
+add_items(builder_t *b, const attn_reduction_t *reduction)
 {
     const attn_plan_t *plan           = b->plan;
     const attn_problem_entry_t *entry = &plan->problem.entries[reduction->entry];
     const attn_plan_entry_t *planned  = &plan->entries[reduction->entry];
-    uint64_t last                     = 0;
-    cuda_item_t item                  = {
-                         .ref_first = (uint32_t)b->refs.n,
-                         .rows      = reduction->n_q * reduction->n_heads,
-                         .n_heads   = reduction->n_heads,
-                         .head      = head * plan->group + reduction->head_first,
-                         .answer    = (uint32_t)(planned->o_row + reduction->q_first),
-                         .states    = entry->n_nodes > 0,
-                         .entry     = reduction->entry,
-                         .query     = reduction->q_first,
-    };
+    uint64_t answer                   = planned->o_row + reduction->q_first;
 
     if (entry->n_nodes > 0) {
-        item.answer = (uint32_t)(planned->state / plan->problem.q_heads +
-                                 (uint64_t)reduction->node * entry->n_q + reduction->q_first);
+        answer = planned->state / plan->problem.q_heads + (uint64_t)reduction->node * entry->n_q +
+                 reduction->q_first;
     }
-    for (uint32_t p = 0; p < reduction->n_parts; p++) {
-        const attn_part_t *part = &plan->parts[reduction->part_first + p];
-        const work_t *work      = &b->works.at[part->work];
-        const unit_t *unit      = &b->units[(uint64_t)part->work * plan->problem.kv_heads + head];
-        for (uint32_t i = 0; i < unit->n_left; i++) {
-            const left_t *left = &b->left.at[unit->left_first + i];
-            uint32_t level     = left->level;
-            if (i == 0) {
-                level = item.n_refs == 0 ? ATTN_LEVEL_NONE
-                                         : attn_key_lca(last, b->keys.at[work->leaf_first]);
-            }
-            PUSH(b, b->refs, (cuda_ref_t){.slot = left->slot + part->row_first, .level = level});
-            item.n_refs++;
+    for (uint32_t head = 0; head < plan->problem.kv_heads && !b->no_memory; head++) {
+        cuda_item_t item = {.ref_first = (uint32_t)b->refs.n,
+                            .rows      = reduction->n_q * reduction->n_heads,
+                            .n_heads   = reduction->n_heads,
+                            .head      = head * plan->group + reduction->head_first,
+                            .answer    = (uint32_t)answer,
+                            .states    = entry->n_nodes > 0,
+                            .entry     = reduction->entry,
+                            .query     = reduction->q_first};
+        add_refs(b, reduction, head, &item);
+        if (item.n_refs > 0) { /* otherwise one piece was all, and answered itself */
+            b->image->item_rows = (uint32_t)attn_max(b->image->item_rows, item.rows);
+            b->image->item_refs = (uint32_t)attn_max(b->image->item_refs, item.n_refs);
+            PUSH(b, b->items, item);
         }
-        last = work->n_leaves > 0 ? b->keys.at[work->leaf_first + work->n_leaves - 1] : last;
-    }
-    if (item.n_refs > 0) { /* otherwise one piece was all, and answered itself */
-        b->image->item_rows = (uint32_t)attn_max(b->image->item_rows, item.rows);
-        b->image->item_refs = (uint32_t)attn_max(b->image->item_refs, item.n_refs);
-        PUSH(b, b->items, item);
     }
 }
 
 /* ---- the whole ---- */
 
-/* Put a table into the block. */
 static uint64_t
-put(cuda_image_t *image, const void *from, uint64_t bytes)
+take(cuda_image_t *image, uint64_t n, uint64_t size)
 {
-    uint64_t at = image->bytes;
-    if (image->block != NULL && bytes > 0) {
-        memcpy(image->block + at, from, bytes);
-    }
-    image->bytes = (at + bytes + 15) / 16 * 16;
+    uint64_t at  = image->bytes;
+    image->bytes = attn_div_up(at + n * size, 16) * 16;
     return at;
 }
 
-#define PUT(v) put(image, (v).at, (v).n * sizeof(*(v).at))
+#define TAKE(v) take(image, (v).n, sizeof(*(v).at))
 
-/* All tables one after the other; without a block, for their size alone. */
+/* All tables one after the other. */
 static void
-put_all(builder_t *b, cuda_image_t *image)
+lay_out(const builder_t *b, cuda_image_t *image)
 {
     image->bytes   = 0;
-    image->leaves  = PUT(b->leaves);
-    image->queries = PUT(b->queries);
-    image->items   = PUT(b->items);
-    image->refs    = PUT(b->refs);
-    image->present = PUT(b->present);
-    image->pages   = PUT(b->pages);
-    image->masks   = PUT(b->masks);
+    image->leaves  = TAKE(b->leaves);
+    image->queries = TAKE(b->queries);
+    image->items   = TAKE(b->items);
+    image->refs    = TAKE(b->refs);
+    image->present = TAKE(b->present);
+    image->masks   = TAKE(b->masks);
     for (uint32_t c = 0; c < CUDA_CLASSES; c++) {
-        image->classes[c].pieces = PUT(b->pieces[c]);
+        image->classes[c].pieces = take(image, image_pieces(&b->cuts[c]), sizeof(cuda_piece_t));
     }
+    image->pages = take(image, b->n_pages, sizeof(uint32_t));
+}
+
+/* What has a row for each of the plan's spans, works or entries. */
+static bool
+reserve(builder_t *b)
+{
+    const attn_plan_t *plan = b->plan;
+    uint64_t spans          = 0;
+
+    for (uint32_t w = 0; w < plan->n_works; w++) {
+        spans = attn_max(spans, (uint64_t)plan->works[w].span_first + plan->works[w].n_spans);
+    }
+    if (!RESERVE(b, b->page_at, spans + 1) || !RESERVE(b, b->works, plan->n_works + 1) ||
+        !RESERVE(b, b->mask_at, plan->problem.n + 1)) {
+        return false;
+    }
+    memset(b->page_at.at, 0xff, spans * sizeof(*b->page_at.at)); /* CUDA_NONE */
+    return true;
 }
 
 static void
 build(builder_t *b, uint32_t ctas)
 {
     const attn_plan_t *plan = b->plan;
-    uint32_t heads          = plan->problem.kv_heads;
 
+    if (!reserve(b)) {
+        return;
+    }
     add_masks(b);
     for (uint32_t w = 0; w < plan->n_works && !b->no_memory; w++) {
         const attn_work_t *work = &plan->works[w];
-        work_t to               = {0};
+        work_t to               = {.class = class_of(work->rows)};
         add_leaves(b, work, &to);
         add_queries(b, work, &to);
         PUSH(b, b->works, to);
     }
     for (uint32_t c = 0; c < CUDA_CLASSES && !b->no_memory; c++) {
-        cut_class(b, c, ctas);
+        image_cut_class(b, c, ctas);
     }
     for (uint32_t i = 0; i < plan->n_reductions && !b->no_memory; i++) {
-        for (uint32_t head = 0; head < heads; head++) {
-            add_item(b, &plan->reductions[i], head);
-        }
+        add_items(b, &plan->reductions[i]);
     }
     b->image->n_items = (uint32_t)b->items.n;
+}
+
+/* Every vector, for what is done to all of them. */
+#define EACH_VECTOR(DO)                                                                            \
+    DO(spans)                                                                                      \
+    DO(leaves)                                                                                     \
+    DO(queries)                                                                                    \
+    DO(works)                                                                                      \
+    DO(units) DO(left) DO(pieces) DO(items) DO(refs) DO(lists) DO(page_at) DO(present) DO(masks)   \
+        DO(mask_at)
+
+/* As new, but for the memory. */
+static void
+begin_anew(builder_t *b, const attn_plan_t *plan, cuda_image_t *image)
+{
+    b->plan      = plan;
+    b->image     = image;
+    b->no_memory = false;
+    b->n_pages   = 0;
+#define EMPTY(v) b->v.n = 0;
+    EACH_VECTOR(EMPTY)
+#undef EMPTY
+    *image = (cuda_image_t){.memory = b, .depth = plan->max_depth + 1};
+    memcpy(image->classes, classes, sizeof(classes));
+    for (uint32_t i = 0; i < plan->problem.n; i++) {
+        image->changes = image->changes || plan->problem.entries[i].lists_change;
+    }
 }
 
 attn_status_t
 cuda_image_build(const attn_plan_t *plan, uint32_t ctas, cuda_image_t *image)
 {
-    uint64_t units = (uint64_t)plan->n_works * plan->problem.kv_heads;
-    builder_t b    = {.plan = plan, .image = image};
+    builder_t *b = image->memory != NULL ? image->memory : calloc(1, sizeof(*b));
 
-    *image = (cuda_image_t){.depth = plan->max_depth + 1};
-    memcpy(image->classes, classes, sizeof(classes));
-    for (uint32_t i = 0; i < plan->problem.n; i++) {
-        image->changes = image->changes || plan->problem.entries[i].lists_change;
+    if (b == NULL) {
+        return attn_fail(ATTN_ERR_NO_MEMORY, "no memory for the tables of a step");
     }
-    b.units     = calloc(units + 1, sizeof(*b.units));
-    b.mask_at   = malloc((plan->problem.n + 1) * sizeof(*b.mask_at));
-    b.no_memory = b.units == NULL || b.mask_at == NULL;
-    if (!b.no_memory) {
-        build(&b, ctas);
+    begin_anew(b, plan, image);
+    build(b, ctas);
+    if (b->no_memory) {
+        return attn_fail(ATTN_ERR_NO_MEMORY, "no memory for the tables of a step");
     }
-    if (!b.no_memory) {
-        put_all(&b, image);
-        image->block = malloc(image->bytes + 1);
-        b.no_memory  = image->block == NULL;
+    if (b->leaves.n >= CUDA_NONE || b->queries.n >= CUDA_NONE || b->n_pages >= CUDA_NONE ||
+        b->present.n >= CUDA_NONE || image->slots >= CUDA_NONE ||
+        plan->states / plan->problem.q_heads >= CUDA_NONE) {
+        return attn_fail(ATTN_ERR_TOO_LARGE,
+                         "the step has more leaves, queries or states than 32 bits number");
     }
-    if (!b.no_memory) {
-        put_all(&b, image);
-    }
-    bool too_large = b.leaves.n >= CUDA_NONE || b.queries.n >= CUDA_NONE ||
-                     b.pages.n >= CUDA_NONE || b.present.n >= CUDA_NONE ||
-                     image->slots >= CUDA_NONE || plan->states / plan->problem.q_heads >= CUDA_NONE;
-    free(b.leaves.at);
-    free(b.keys.at);
-    free(b.run_end.at);
-    free(b.queries.at);
-    free(b.works.at);
-    free(b.left.at);
-    for (uint32_t c = 0; c < CUDA_CLASSES; c++) {
-        free(b.pieces[c].at);
-    }
-    free(b.items.at);
-    free(b.refs.at);
-    free(b.pages.at);
-    free(b.present.at);
-    free(b.masks.at);
-    free(b.units);
-    free(b.mask_at);
-    if (b.no_memory || too_large) {
-        cuda_image_free(image);
-        return too_large ? attn_fail(ATTN_ERR_TOO_LARGE, "the step has more leaves, queries or "
-                                                         "states than 32 bits number")
-                         : attn_fail(ATTN_ERR_NO_MEMORY, "no memory for the tables of a step");
-    }
+    lay_out(b, image);
     return ATTN_OK;
+}
+
+void
+cuda_image_write_tables(const cuda_image_t *image, uint8_t *to)
+{
+    const builder_t *b = image->memory;
+
+#define PUT(v, offset)                                                                             \
+    if ((v).n > 0) {                                                                               \
+        memcpy(to + (offset), (v).at, (v).n * sizeof(*(v).at));                                    \
+    }
+    PUT(b->leaves, image->leaves)
+    PUT(b->queries, image->queries)
+    PUT(b->items, image->items)
+    PUT(b->refs, image->refs)
+    PUT(b->present, image->present)
+    PUT(b->masks, image->masks)
+#undef PUT
+    for (uint32_t c = 0; c < CUDA_CLASSES; c++) {
+        image_write_pieces(b, c, (cuda_piece_t *)(void *)(to + image->classes[c].pieces));
+    }
+}
+
+void
+cuda_image_write_pages(const cuda_image_t *image, uint8_t *to)
+{
+    const builder_t *b = image->memory;
+    uint32_t *pages    = (uint32_t *)(void *)(to + image->pages);
+
+    for (uint64_t i = 0; i < b->lists.n; i++) {
+        memcpy(pages, b->lists.at[i].from, b->lists.at[i].n * sizeof(*pages));
+        pages += b->lists.at[i].n;
+    }
 }
 
 void
 cuda_image_free(cuda_image_t *image)
 {
-    free(image->block);
-    image->block = NULL;
+    builder_t *b = image->memory;
+
+    if (b != NULL) {
+#define FREE(v) free(b->v.at);
+        EACH_VECTOR(FREE)
+#undef FREE
+        free(b);
+    }
+    image->memory = NULL;
 }

@@ -17,7 +17,7 @@ typedef struct cuda_class {
 
 /** Offsets in the block, and sizes. */
 typedef struct cuda_image {
-    uint8_t *block; /**< host memory, free()d by cuda_image_free() */
+    struct cuda_image_memory *memory; /**< what it is made in */
     uint64_t bytes;
     uint64_t leaves, queries, items, refs, pages, present, masks;
     cuda_class_t classes[CUDA_CLASSES];
@@ -30,11 +30,29 @@ typedef struct cuda_image {
 } cuda_image_t;
 
 /**
- * @param plan  made for a parallelism of 1: this cuts it anew, for `ctas` CTAs
+ * The tables of a plan, in the memory of those before: *image is one that was built, or zeros. From
+ * one step of a batch to the next it allocates nothing.
+ *
+ * @param plan  made for a parallelism of 1: this cuts it anew, for `ctas` CTAs. It, its page lists
+ *              and its sparse lists stay as they are until the image is written
  * @return ATTN_ERR_NO_MEMORY
  * @return ATTN_ERR_TOO_LARGE  more leaves, states or rows than 32 bits number
  */
 attn_status_t cuda_image_build(const attn_plan_t *plan, uint32_t ctas, cuda_image_t *image);
+
+/** All tables to one block of image->bytes, aligned to 16 bytes, which is what goes to the device:
+ * those that follow from lengths alone, and the page lists behind them. */
+void cuda_image_write_tables(const cuda_image_t *image, uint8_t *to);
+void cuda_image_write_pages(const cuda_image_t *image, uint8_t *to);
+
+static inline void
+cuda_image_write(const cuda_image_t *image, uint8_t *to)
+{
+    cuda_image_write_tables(image, to);
+    cuda_image_write_pages(image, to);
+}
+
+/** Zeros, and an image that was freed, are allowed. */
 void cuda_image_free(cuda_image_t *image);
 
 #endif

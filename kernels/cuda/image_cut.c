@@ -1,0 +1,288 @@
+/*
+ * Works to pieces. All leaves of all works of a class and all KV heads are laid in one line, and
+ * each team gets an equal stretch of it, so that all teams finish together whatever the lengths
+ * are. What a stretch holds of a work is a piece. Cuts are rounded to small aligned subtrees, which
+ * keeps the number of states between the kernels low.
+ *
+ * The line has one head after the other, and where the number of teams allows it each head gets as
+ * many teams as the next: then all are cut in the same places, and one is cut in place of all. In
+ * general heads and teams fall into as many blocks as divide both.
+ */
+#include "kernels/cuda/image_int.h"
+
+#include "base/checked.h"
+
+#include <assert.h>
+
+/* A cut may miss its place by so small a part of a team's stretch. */
+#define CUT_FRACTION 64u
+
+/* The line of a block on its way to its teams. */
+typedef struct line {
+    cut_t *cut;
+    uint64_t team;        /* that is being filled */
+    uint64_t total, done; /* leaves */
+    uint64_t end;         /* of the team's stretch */
+    uint64_t grain;       /* of cuts */
+    uint32_t last;        /* the team's last piece, or CUDA_NONE */
+} line_t;
+
+/* A place between two leaves of a work: before leaf `at` of it, which lies in a span. */
+typedef struct place {
+    const span_t *span;
+    uint32_t at;
+} place_t;
+
+static void
+set_end(line_t *line)
+{
+    line->end = attn_div_up(line->total * (line->team + 1), line->cut->teams);
+}
+
+/* Level of the node with the leaf behind a place and the one before it in its work. */
+static uint32_t
+level_at(const place_t *place)
+{
+    uint32_t leaf = place->at - place->span->at + place->span->leaf_first;
+    return leaf == place->span->leaf_first ? place->span->level : 1 + (uint32_t)__builtin_ctz(leaf);
+}
+
+/* The states that leaves from one place to another leave, a subtree at a time (plan_cut.c). */
+static void
+fold_piece(builder_t *b, const place_t *from, uint32_t end, uint32_t left, uint32_t right,
+           attn_fold_t *fold)
+{
+    uint32_t depth = 0;
+
+    attn_fold_init(fold, left);
+    for (const span_t *span = from->span; span->at < end; span++) {
+        uint32_t leaf = span->leaf_first + (span == from->span ? from->at - span->at : 0);
+        uint32_t stop = (uint32_t)attn_min(span->leaf_end, span->leaf_first + (end - span->at));
+        while (leaf < stop) {
+            uint64_t key  = span->key | leaf;
+            uint32_t room = 31u - (uint32_t)__builtin_clz(stop - leaf);
+            uint32_t bits = leaf == 0 ? room : (uint32_t)__builtin_ctz(leaf);
+            bits          = bits < room ? bits : room;
+            while (attn_fold_pops(fold, attn_fold_level(fold, key))) {
+            }
+            depth = fold->n + 1 + bits > depth ? fold->n + 1 + bits : depth;
+            attn_fold_push(fold, key);
+            leaf += 1u << bits;
+        }
+        if (span->at + (span->leaf_end - span->leaf_first) >= end) {
+            break;
+        }
+    }
+    while (attn_fold_pops(fold, right)) {
+    }
+    b->image->depth = depth > b->image->depth ? depth : b->image->depth;
+}
+
+/* Room in memory for what a piece leaves there. */
+static void
+leave_states(builder_t *b, cut_t *cut, unit_t *unit, const place_t *from, uint32_t end,
+             cuda_piece_t *piece)
+{
+    attn_fold_t fold;
+
+    fold_piece(b, from, end, piece->levels & 255, piece->levels >> 8, &fold);
+    if (!RESERVE(b, b->left, fold.n)) {
+        return;
+    }
+    piece->slot = (uint32_t)(b->image->slots + cut->slots);
+    for (uint32_t i = 0; i < fold.n; i++) {
+        uint32_t level = i > 0 ? attn_key_lca(fold.keys[i - 1], fold.keys[i]) : level_at(from);
+        b->left.at[b->left.n++] = (left_t){.slot = piece->slot + i * piece->rows, .level = level};
+    }
+    unit->n_left += fold.n;
+    cut->slots += (uint64_t)fold.n * piece->rows;
+}
+
+/* To the team whose turn it is; others follow when it has its stretch. */
+static void
+give_piece(builder_t *b, line_t *line, const cuda_piece_t *piece, uint64_t leaves)
+{
+    cut_t *cut  = line->cut;
+    uint32_t at = (uint32_t)line->team;
+
+    if (line->last == CUDA_NONE) {
+        b->pieces.at[cut->first + at] = *piece;
+    } else {
+        at                                         = (uint32_t)(cut->teams + cut->n_more++);
+        b->pieces.at[cut->first + line->last].next = at;
+        PUSH(b, b->pieces, *piece);
+    }
+    line->last = at;
+    line->done += leaves;
+    while (line->team + 1 < cut->teams && line->done + line->grain / 2 >= line->end) {
+        line->team++;
+        line->last = CUDA_NONE;
+        set_end(line);
+    }
+}
+
+/* Leaves of a head of a work, from a place on, as a piece. */
+static void
+add_piece(builder_t *b, line_t *line, uint32_t w, uint32_t head, const place_t *from, uint32_t end)
+{
+    const attn_work_t *planned = &b->plan->works[w];
+    const work_t *work         = &b->works.at[w];
+    uint32_t entry = b->plan->members[planned->member_first].entry, first = from->at;
+    cuda_piece_t piece = {.next        = CUDA_NONE,
+                          .kv_head     = head,
+                          .leaf_first  = work->leaf_first + first,
+                          .n_leaves    = end - first,
+                          .slot        = CUDA_NONE,
+                          .states      = b->plan->problem.entries[entry].n_nodes > 0,
+                          .query_first = work->query_first,
+                          .rows        = planned->rows,
+                          .head_first  = planned->head_first,
+                          .n_heads     = planned->n_heads,
+                          .present_at  = work->present_at,
+                          .n_lists     = work->n_lists};
+    uint32_t left = planned->left_level, right = planned->right_level;
+
+    if (first > 0) {
+        left = level_at(from);
+    }
+    if (end < work->n_leaves) {
+        const span_t *span = from->span;
+        while (span->at + (span->leaf_end - span->leaf_first) <= end) {
+            span++;
+        }
+        right = level_at(&(place_t){span, end});
+    }
+    piece.levels = left | right << 8;
+    if (first < end) {
+        const cuda_leaf_t *leaf = &b->leaves.at[work->leaf_first + first];
+        piece.page              = leaf->page;
+        piece.tokens            = leaf->tokens;
+        piece.offset            = leaf->offset;
+    }
+    if (work->present_at != CUDA_NONE) {
+        piece.present_at += first * work->n_lists;
+    }
+    if (first > 0 || end < work->n_leaves || planned->n_out > 0) {
+        leave_states(b, line->cut, &b->units.at[work->unit_first + head], from, end, &piece);
+    }
+    give_piece(b, line, &piece, attn_max(end - first, 1));
+}
+
+/* A head of a work: one piece, or as many as the ends of stretches make of it. */
+static void
+cut_unit(builder_t *b, line_t *line, uint32_t w, uint32_t head)
+{
+    const work_t *work = &b->works.at[w];
+    place_t place      = {.span = b->spans.at + work->span_first};
+
+    b->units.at[work->unit_first + head] = (unit_t){.left_first = (uint32_t)b->left.n};
+    if (work->n_leaves == 0) {
+        add_piece(b, line, w, head, &place, 0);
+    }
+    while (place.at < work->n_leaves && !b->no_memory) {
+        uint64_t room = line->end - line->done, grain = line->grain;
+        uint32_t n = work->n_leaves, cut = n, at = place.at;
+        if (room < n - at) {
+            cut = (uint32_t)((at + room + grain / 2) / grain * grain);
+            cut = cut <= at ? (uint32_t)attn_min(at + grain, n) : cut < n ? cut : n;
+        }
+        add_piece(b, line, w, head, &place, cut);
+        place.at = cut;
+        while (cut < n && place.span->at + (place.span->leaf_end - place.span->leaf_first) <= cut) {
+            place.span++;
+        }
+    }
+}
+
+static uint32_t
+common_divisor(uint32_t a, uint32_t b)
+{
+    while (b != 0) {
+        uint32_t rest = a % b;
+        a             = b;
+        b             = rest;
+    }
+    return a;
+}
+
+/* Leaves of the works of a class, all heads; works without any count as one. */
+static uint64_t
+leaves_of_class(builder_t *b, uint32_t class)
+{
+    uint64_t total = 0;
+
+    for (uint32_t w = 0; w < b->plan->n_works; w++) {
+        if (b->works.at[w].class == class) {
+            total += attn_max(b->works.at[w].n_leaves, 1);
+        }
+    }
+    return total * b->plan->problem.kv_heads;
+}
+
+void
+image_cut_class(builder_t *b, uint32_t class, uint32_t ctas)
+{
+    cuda_class_t *to = &b->image->classes[class];
+    cut_t *cut       = &b->cuts[class];
+    uint32_t heads   = b->plan->problem.kv_heads;
+    line_t line      = {.cut = cut, .total = leaves_of_class(b, class), .grain = 1};
+
+    *cut = (cut_t){0};
+    if (line.total == 0) {
+        return;
+    }
+    /* Few leaves go to as many CTAs as there are, one to each of their teams after the other. */
+    to->grid       = (uint32_t)attn_min(ctas, line.total);
+    uint32_t teams = to->grid * (CUDA_WARPS / to->row_blocks);
+    *cut           = (cut_t){.blocks = common_divisor(teams, heads), .first = b->pieces.n};
+    cut->heads     = heads / cut->blocks;
+    cut->teams     = teams / cut->blocks;
+    line.total /= cut->blocks;
+    line.last = CUDA_NONE;
+    set_end(&line);
+    while (line.grain * 2 * CUT_FRACTION <= line.total / cut->teams) {
+        line.grain *= 2;
+    }
+    if (!RESERVE(b, b->pieces, cut->teams) ||
+        !RESERVE(b, b->units, (uint64_t)b->plan->n_works * cut->heads)) {
+        return;
+    }
+    for (uint64_t t = 0; t < cut->teams; t++) {
+        b->pieces.at[b->pieces.n++] = (cuda_piece_t){.next = CUDA_NONE, .kv_head = CUDA_NONE};
+    }
+    for (uint32_t w = 0; w < b->plan->n_works; w++) {
+        if (b->works.at[w].class == class) {
+            b->works.at[w].unit_first = (uint32_t)b->units.n;
+            b->units.n += cut->heads;
+        }
+    }
+    for (uint32_t head = 0; head < cut->heads; head++) {
+        for (uint32_t w = 0; w < b->plan->n_works && !b->no_memory; w++) {
+            if (b->works.at[w].class == class) {
+                cut_unit(b, &line, w, head);
+            }
+        }
+    }
+    b->image->slots += cut->slots * cut->blocks;
+}
+
+void
+image_write_pieces(const builder_t *b, uint32_t class, cuda_piece_t *to)
+{
+    const cut_t *cut          = &b->cuts[class];
+    const cuda_piece_t *first = b->pieces.at + cut->first;
+
+    for (uint32_t block = 0; block < cut->blocks; block++) {
+        cuda_piece_t *firsts = to + block * cut->teams;
+        cuda_piece_t *others = to + cut->blocks * cut->teams + block * cut->n_more;
+        /* A piece's number in the block becomes that among all. */
+        uint32_t next = (uint32_t)((cut->blocks - 1) * cut->teams + block * cut->n_more);
+        for (uint64_t i = 0; i < cut->teams + cut->n_more; i++) {
+            cuda_piece_t piece = first[i];
+            piece.kv_head += piece.kv_head != CUDA_NONE ? block * cut->heads : 0;
+            piece.next += piece.next != CUDA_NONE ? next : 0;
+            piece.slot += piece.slot != CUDA_NONE ? (uint32_t)(block * cut->slots) : 0;
+            *(i < cut->teams ? firsts + i : others + (i - cut->teams)) = piece;
+        }
+    }
+}

@@ -1,0 +1,113 @@
+/* image_int.h: between image.c, which makes tables, and image_cut.c, which cuts works into pieces.
+ */
+#ifndef ATTN_KERNELS_CUDA_IMAGE_INT_H
+#define ATTN_KERNELS_CUDA_IMAGE_INT_H
+
+#include "kernels/cuda/image_host.h"
+
+/** A vector that keeps its memory from image to image. */
+#define VECTOR(type)                                                                               \
+    struct {                                                                                       \
+        type *at;                                                                                  \
+        uint64_t n, room;                                                                          \
+    }
+
+/** Room for m more at the end of a vector; false without memory. */
+#define RESERVE(b, v, m)                                                                           \
+    ((v).room - (v).n >= (m) ||                                                                    \
+     ((v).at = image_room((b), (v).at, &(v).room, (v).n + (m), sizeof(*(v).at)),                   \
+      (v).room - (v).n >= (m)))
+
+#define PUSH(b, v, ...)                                                                            \
+    do {                                                                                           \
+        if (RESERVE(b, v, 1)) {                                                                    \
+            (v).at[(v).n++] = (__VA_ARGS__);                                                       \
+        }                                                                                          \
+    } while (0)
+
+/** Leaves of a work, side by side in one run. */
+typedef struct span {
+    uint64_t key;                  /**< of leaf 0 of the run */
+    uint32_t leaf_first, leaf_end; /**< in the run */
+    uint32_t at;                   /**< leaves of the work before these */
+    uint32_t level;                /**< of the first one, as in cuda_leaf_t */
+} span_t;
+
+/** A work on its way into pieces. */
+typedef struct work {
+    uint32_t query_first, leaf_first, n_leaves, present_at, n_lists;
+    uint32_t span_first, span_end;
+    uint32_t unit_first; /**< of its heads in the first block of them */
+    uint32_t class;
+    uint64_t first_key, last_key; /**< of its first and last leaf */
+} work_t;
+
+/** A state that a piece of the first block leaves in memory. */
+typedef struct left {
+    uint32_t slot;  /**< of row 0 of the work */
+    uint32_t level; /**< as in cuda_ref_t, within the unit */
+} left_t;
+
+/** What one head of a work comes to. */
+typedef struct unit {
+    uint32_t left_first, n_left; /**< none: it answers itself */
+} unit_t;
+
+/**
+ * The pieces of a class. Its heads fall into blocks of equal numbers, and so do its teams: all
+ * blocks are cut alike, so that the pieces of the first one stand for those of all.
+ */
+typedef struct cut {
+    uint32_t blocks, heads; /**< heads of a block */
+    uint64_t teams;         /**< of a block; 0: no work is of this class */
+    uint64_t first;         /**< the first block's pieces: one a team, in image pieces ... */
+    uint64_t more, n_more;  /**< ... and those that these lead on to */
+    uint64_t slots;         /**< of a block */
+} cut_t;
+
+/** Pages of a run, to be copied. */
+typedef struct page_list {
+    const uint32_t *from;
+    uint64_t n;
+} page_list_t;
+
+struct cuda_image_memory {
+    const attn_plan_t *plan;
+    cuda_image_t *image;
+    bool no_memory;
+    VECTOR(span_t) spans;
+    VECTOR(cuda_leaf_t) leaves;
+    VECTOR(cuda_query_t) queries;
+    VECTOR(work_t) works;
+    VECTOR(unit_t) units;
+    VECTOR(left_t) left;
+    VECTOR(cuda_piece_t) pieces; /**< of first blocks */
+    cut_t cuts[CUDA_CLASSES];
+    VECTOR(cuda_item_t) items;
+    VECTOR(cuda_ref_t) refs;
+    VECTOR(page_list_t) lists; /**< of pages */
+    VECTOR(uint32_t) page_at; /**< of the plan's spans: where their run's pages are, or CUDA_NONE */
+    uint64_t n_pages;
+    VECTOR(uint64_t) present;
+    VECTOR(uint8_t) masks;
+    VECTOR(uint32_t) mask_at; /**< [entries] */
+};
+
+typedef struct cuda_image_memory builder_t;
+
+/** Memory for at least `wanted` of a vector. */
+void *image_room(builder_t *b, void *at, uint64_t *room, uint64_t wanted, size_t size);
+
+/** Cut all works of a class for so many CTAs: fills cuts, pieces, units and left. */
+void image_cut_class(builder_t *b, uint32_t class, uint32_t ctas);
+
+/** The pieces of all blocks of a class to memory: image_pieces() of them. */
+void image_write_pieces(const builder_t *b, uint32_t class, cuda_piece_t *to);
+
+static inline uint64_t
+image_pieces(const cut_t *cut)
+{
+    return cut->blocks * (cut->teams + cut->n_more);
+}
+
+#endif
