@@ -4,12 +4,14 @@
  *
  *     worker_plan     the planner alone, 8 KV heads of 4 query heads, 16 threads, on page lists;
  *                     chunks of 2,048 tokens, as all others here, and (_8k) of 8,192
- *     worker_unpack   a worker's request from protobuf bytes to the engine's structs
- *     worker_store    kv_step_begin() alone
- *     worker_begin    the engine's begin: checks, copies, kv_step_begin(), one plan
- *     coordinator     libattn's part with layouts at hand, over engines inside the process: checks,
- *                     layouts, split, spans, the workers' words; without what the engines do
- *     client_layout   the same sequences' layouts fetched anew
+ *     gpu_plan        the same for a GPU's tables: leaves of 64, chunks of 8,192, no cuts
+ *     gpu_tables      a GPU's tables of it, for 132 multiprocessors, written to where one copy
+ * takes them to the device; without the lists of pages, which follow as gpu_pages       the whole,
+ * page lists too: their bytes grow with the context worker_unpack   a worker's request from
+ * protobuf bytes to the engine's structs worker_store    kv_step_begin() alone worker_begin    the
+ * engine's begin: checks, copies, kv_step_begin(), one plan coordinator     libattn's part with
+ * layouts at hand, over engines inside the process: checks, layouts, split, spans, the workers'
+ * words; without what the engines do client_layout   the same sequences' layouts fetched anew
  *     client_begin    the whole begin over gRPC: a cluster of two workers on this machine, or the
  *                     one of --target
  *
@@ -21,7 +23,6 @@
  */
 #include "bench/begin.h"
 
-#include "balancer/plan.h"
 #include "base/clock.h"
 #include "bench/processes.h"
 #include "client/wire.h"
@@ -31,8 +32,7 @@
 #include <string.h>
 
 #define CHUNK 2048u
-#define PAGE 16u
-#define FEW 128u /* leaves of the cpu backend */
+#define PAGE BEGIN_PAGE
 #define PREFIX_MAX 8192u
 #define CLUSTER_WORKERS 2u
 #define COLD_BYTES (UINT64_C(16) << 20)
@@ -88,59 +88,6 @@ samples_report(samples_t *samples, const begin_options_t *options, const begin_c
     printf(" %9.1f", p50);
     fflush(stdout);
     samples->n = 0;
-}
-
-/* ---- the planner alone ---- */
-
-static void
-time_plan(const begin_options_t *options, const begin_case_t *c, uint32_t chunk, const char *side)
-{
-    static samples_t samples;
-    uint32_t runs = (c->context + chunk - 1) / chunk, pages = chunk / PAGE;
-    attn_problem_entry_t *entries = calloc(c->sequences, sizeof(*entries));
-    attn_kv_run_t *run            = calloc((size_t)c->sequences * runs, sizeof(*run));
-    uint32_t *page = calloc((size_t)c->sequences * runs * pages, sizeof(*page)), next = 0;
-    attn_problem_t problem = {.n          = c->sequences,
-                              .entries    = entries,
-                              .q_heads    = 32,
-                              .kv_heads   = 8,
-                              .head_dim_k = 128,
-                              .head_dim_v = 128,
-                              .page_size  = PAGE,
-                              .chunk_size = chunk,
-                              .causal     = true};
-
-    for (uint32_t e = 0; e < c->sequences; e++) {
-        uint32_t length = c->context - e % 64; /* decode loops have no equal lengths */
-        entries[e]      = (attn_problem_entry_t){
-                 .kv_length = length, .n_q = 1, .n_runs = runs, .runs = run + (size_t)e * runs};
-        for (uint32_t r = 0; r < runs; r++) {
-            uint32_t *list = page + ((size_t)e * runs + r) * pages;
-            run[(size_t)e * runs + r] =
-                (attn_kv_run_t){.chunk  = r,
-                                .length = length - r * chunk < chunk ? length - r * chunk : chunk,
-                                .pages  = list};
-            for (uint32_t p = 0; p < pages; p++) {
-                bool common = e > 0 && r * chunk + (p + 1) * PAGE <= c->shared;
-                list[p]     = common ? page[r * pages + p] : next++;
-            }
-            if ((r + 1) * chunk <= c->shared) { /* forks share the chunk, and so its list */
-                run[(size_t)e * runs + r].pages = page + r * pages;
-            }
-        }
-    }
-    attn_plan_t *plan = NULL;
-    for (uint32_t i = 0; i < options->rounds;
-         i++) { /* as an engine does: in the last one's memory */
-        samples_start(&samples, options);
-        result_must(attn_plan_renew(&problem, 16, FEW, FEW, &plan));
-        samples_stop(&samples, 0);
-    }
-    attn_plan_free(plan);
-    samples_report(&samples, options, c, side, 50);
-    free(entries);
-    free(run);
-    free(page);
 }
 
 /* ---- the engine ---- */
@@ -390,8 +337,9 @@ run_cases(const begin_options_t *options, bool shared)
                 continue;
             }
             printf("%9u %8u %8u", c.sequences, c.context, c.shared);
-            time_plan(options, &c, 8192, "worker_plan_8k");
-            time_plan(options, &c, CHUNK, "worker_plan");
+            begin_plan_time(options, &c, 8192, "worker_plan_8k");
+            begin_plan_time(options, &c, CHUNK, "worker_plan");
+            begin_image_time(options, &c);
             time_worker(options, &c, &w);
             if (client != NULL && !shared) {
                 begin_client_time(client, &c);
@@ -400,6 +348,12 @@ run_cases(const begin_options_t *options, bool shared)
         }
         engine_destroy(w.engine);
         begin_client_close(client);
+    }
+    if (!shared) {
+        begin_case_t c = {.sequences = 1, .context = 1u << 20};
+        printf("%9u %8u %8u %9s %9s", c.sequences, c.context, c.shared, "", "");
+        begin_image_time(options, &c);
+        printf("\n");
     }
 }
 

@@ -1,10 +1,12 @@
-/* begin.h: between begin.c, the worker's side, and begin_client.c, the client's. */
+/* begin.h: between begin.c, the worker's side, begin_plan.c, the planner alone, and begin_client.c,
+ * the client's. */
 #ifndef ATTN_BENCH_BEGIN_H
 #define ATTN_BENCH_BEGIN_H
 
 #include "bench/result.h"
 
 #define SAMPLES_MAX 4096u
+#define BEGIN_PAGE 16u /* tokens of a page */
 
 typedef struct begin_options {
     result_options_t result;
@@ -33,6 +35,13 @@ void samples_report(samples_t *samples, const begin_options_t *options, const be
 
 /** What the engines' begins, and kv_step_begin(), took last: calls are wrapped by the linker. */
 extern uint64_t begin_engine_ns, begin_store_ns;
+
+/** The planner alone, for chunks of so many tokens. */
+void begin_plan_time(const begin_options_t *options, const begin_case_t *c, uint32_t chunk,
+                     const char *side);
+
+/** Planner and tables for a GPU: three columns. */
+void begin_image_time(const begin_options_t *options, const begin_case_t *c);
 
 typedef struct begin_client begin_client_t;
 
