@@ -1,5 +1,5 @@
-"""A token of examples/runner: attention in its own process, on four workers, and what a bare
-fan-out of the same bytes takes, in turns, on the same machine.
+"""A token of examples/runner: attention in its own process, on four workers over gRPC and through
+shared memory, and what a bare fan-out of the same bytes takes, in turns, on the same machine.
 
 The target: a token through four workers takes at most the local one plus, for every layer, 1.5
 round trips of the bare echo to four processes.
@@ -53,13 +53,14 @@ def stop_cluster(process):
         process.wait()
 
 
-def run_model(build, root, model, target, tokens):
+def run_model(build, root, model, target, tokens, transport):
     """One run of the runner: its row `generation`, in microseconds a token."""
     command = [os.path.join(build, "examples", "runner", "runner"), "--model", model, "--target",
                target, "--chunk", str(CHUNK), "--spread", "--prompt-file",
                os.path.join(root, "examples", "runner", "document.txt"), "--question", QUESTION,
                "--max-tokens", str(tokens)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False,
+                          env={**os.environ, "ATTN_TRANSPORT": transport})
     row = re.search(r"^  generation +(.*)$", done.stdout, re.M)
     if done.returncode != 0 or row is None:
         return None
@@ -85,7 +86,7 @@ def record(case, value, unit="us", **more):
     return {"bench": "token", "case": case, "value": value, "unit": unit, **more}
 
 
-def report(local, remote, busy, idle):
+def report(local, remote, shared, busy, idle):
     token_local, token = middle(local, "token"), middle(remote, "token")
     allowed = token_local + LAYERS * TARGET * busy
     over = (token - token_local) / LAYERS
@@ -93,6 +94,10 @@ def report(local, remote, busy, idle):
           f"allowed {allowed / 1e3:.1f} ms")
     print(f"  a layer: four workers take {over:.0f} us more than local; a bare fan-out {busy:.0f} us"
           f" between two layers of computing, {idle:.0f} us back to back")
+    beside = (middle(shared, "token") - token_local) / LAYERS if shared else None
+    if shared:
+        print(f"  through shared memory: {middle(shared, 'token') / 1e3:.1f} ms, "
+              f"{beside:.0f} us a layer more than local")
     results = [
         record("four workers, over local, a layer", over, bound=busy, ratio=over / busy,
                target=TARGET),
@@ -102,7 +107,12 @@ def report(local, remote, busy, idle):
         record("bare fan-out, cores busy between", busy),
         record("bare fan-out, back to back", idle),
     ]
-    for name, rows in (("local", local), ("four workers", remote)):
+    if shared:
+        results.append(record("shared memory, over local, a layer", beside))
+        results.append(record("shared memory", middle(shared, "token")))
+    for name, rows in (("local", local), ("four workers", remote), ("shared memory", shared)):
+        if not rows:
+            continue
         computed, run, edges = (middle(rows, key) for key in ("computed", "run", "edges"))
         model = middle(rows, "token") - run - edges
         results.append(record(f"{name}: run p50", middle(rows, "run_p50")))
@@ -122,7 +132,7 @@ def run(root, build, quick):
     if fetched.returncode != 0:
         return None, "no model: " + fetched.stderr.strip()
     model = fetched.stdout.strip().split("\n")[-1]
-    local, remote, busy, idle = [], [], [], []
+    local, remote, shared, busy, idle = [], [], [], [], []
     with tempfile.TemporaryDirectory() as folder:
         cluster, address = start_cluster(build, folder)
         if cluster is None:
@@ -130,8 +140,9 @@ def run(root, build, quick):
         try:
             for _ in range(1 if quick else 3):
                 tokens = 24 if quick else 64
-                local.append(run_model(build, root, model, "inproc://cpu", tokens))
-                remote.append(run_model(build, root, model, address, tokens))
+                local.append(run_model(build, root, model, "inproc://cpu", tokens, "auto"))
+                remote.append(run_model(build, root, model, address, tokens, "grpc"))
+                shared.append(run_model(build, root, model, address, tokens, "ucx"))
                 if local[-1] is None or remote[-1] is None:
                     return None, "the runner failed"
                 # As long as the model computes between two layers.
@@ -142,4 +153,6 @@ def run(root, build, quick):
             stop_cluster(cluster)
     if None in idle or None in busy:
         return None, "bench_echo failed"
-    return report(local, remote, statistics.median(busy), statistics.median(idle)), None
+    # Without UCX here there is nothing to show of it.
+    shared = [row for row in shared if row is not None]
+    return report(local, remote, shared, statistics.median(busy), statistics.median(idle)), None

@@ -8,6 +8,7 @@
 #include "daemon/steps_int.h"
 #include "daemon/ticket.h"
 
+#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -17,12 +18,15 @@ struct lender {
     lender_options_t options;
     ucx_crew_t *crew; /* NULL: none are lent, because ... */
     char reason[256];
+    pthread_mutex_t lock;
+    struct lending *lendings; /* under the lock */
 };
 
 /* A stream that a slab is lent on. */
 typedef struct lending {
     rpc_call_t *call;
     ucx_session_t *session;
+    struct lending *next, **link;
 } lending_t;
 
 /* ---- the streams ---- */
@@ -63,6 +67,14 @@ lend(lender_t *lender, rpc_call_t *call, const Attn__V1__SlabRequest *request,
         free(lending);
         return status;
     }
+    pthread_mutex_lock(&lender->lock);
+    lending->next = lender->lendings;
+    lending->link = &lender->lendings;
+    if (lending->next != NULL) {
+        lending->next->link = &lending->next;
+    }
+    lender->lendings = lending;
+    pthread_mutex_unlock(&lender->lock);
     *lending_p = lending;
     return ATTN_OK;
 }
@@ -131,13 +143,29 @@ slab_handle(void *service, rpc_call_t *call, rpc_message_t *message)
 static void
 slab_closed(void *service, rpc_call_t *call)
 {
+    lender_t *lender   = service;
     lending_t *lending = rpc_call_context(call);
 
-    (void)service;
     if (lending != NULL) {
+        pthread_mutex_lock(&lender->lock); /* so long the call is ended by nobody else */
+        *lending->link = lending->next;
+        if (lending->next != NULL) {
+            lending->next->link = lending->link;
+        }
+        pthread_mutex_unlock(&lender->lock);
         ucx_session_close(lending->session);
         free(lending);
     }
+}
+
+void
+lender_end_streams(lender_t *lender)
+{
+    pthread_mutex_lock(&lender->lock);
+    for (lending_t *l = lender->lendings; l != NULL; l = l->next) {
+        rpc_call_end(l->call, ATTN_ERR_CANCELLED, "draining: this daemon is going down");
+    }
+    pthread_mutex_unlock(&lender->lock);
 }
 
 /* ---- the slots of steps ---- */
@@ -283,6 +311,7 @@ lender_create(rpc_server_t *server, steps_t *steps, const lender_options_t *opti
     }
     lender->steps   = steps;
     lender->options = *options;
+    pthread_mutex_init(&lender->lock, NULL);
     *lender_p = lender; /* also when it fails: the server may know of it, so destroy it after */
     if (crew_start(lender) != ATTN_OK) {
         lender->crew = NULL;
@@ -299,6 +328,7 @@ lender_destroy(lender_t *lender)
 {
     if (lender != NULL) {
         ucx_crew_destroy(lender->crew);
+        pthread_mutex_destroy(&lender->lock);
         free(lender);
     }
 }

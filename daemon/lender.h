@@ -20,6 +20,9 @@ typedef struct lender_options {
 attn_status_t lender_create(rpc_server_t *server, steps_t *steps, const lender_options_t *options,
                             lender_t **lender_p);
 
+/** End every stream that a slab is lent on, as cancelled: after steps_end_streams(). */
+void lender_end_streams(lender_t *lender);
+
 /** After the server, before its steps. Waits for runs. NULL is allowed. */
 void lender_destroy(lender_t *lender);
 

@@ -181,6 +181,7 @@ drain(worker_t *worker)
     }
     process_end_within(GRACE_MS + SPARE_MS);
     steps_end_streams(worker->steps);
+    lender_end_streams(worker->lender);
     rpc_server_stop(worker->server, GRACE_MS);
 }
 

@@ -43,16 +43,24 @@ totals(attn_client_t *client)
     return all;
 }
 
-/* Shared memory of the whole machine: tests of others may run beside, so it is waited for. */
+/* Shared memory that these processes made and that still is: ours, a cluster's, and another one's.
+ */
 static unsigned
-segments(void)
+segments(const test_cluster_t *cluster, pid_t other)
 {
     char line[512];
     unsigned n = 0;
+    int maker;
     FILE *file = fopen("/proc/sysvipc/shm", "r");
 
     while (file != NULL && fgets(line, sizeof(line), file) != NULL) {
-        n++;
+        if (sscanf(line, "%*d %*d %*o %*u %d", &maker) != 1) {
+            continue; /* the heading */
+        }
+        n += maker == getpid() || maker == other || maker == cluster->coordinator.pid;
+        for (uint32_t i = 0; i < cluster->options.workers; i++) {
+            n += maker == cluster->workers[i].pid;
+        }
     }
     if (file != NULL) {
         fclose(file);
@@ -61,14 +69,14 @@ segments(void)
 }
 
 static void
-await_segments(unsigned n)
+await_segments(const test_cluster_t *cluster, pid_t other, unsigned n)
 {
-    uint64_t end = now_ms() + 15000;
+    uint64_t end = now_ms() + 5000;
 
-    while (segments() > n && now_ms() < end) {
+    while (segments(cluster, other) > n && now_ms() < end) {
         sleep_ms(20);
     }
-    assert_true(segments() <= n);
+    assert_int_equal(segments(cluster, other), n);
 }
 
 /* ---- which way ---- */
@@ -268,7 +276,6 @@ test_steps_beyond_the_slots_go_over_grpc(void **state)
 static void
 test_a_worker_that_stops_amid_a_run(void **state)
 {
-    unsigned before = segments();
     fixture_t f;
     attn_step_t *step;
 
@@ -276,6 +283,7 @@ test_a_worker_that_stops_amid_a_run(void **state)
     fixture_up(&f, 1, "ucx");
     model_create(&f.model, 0);
     OK(model_append(&f.model, 0, 100));
+    unsigned before = segments(&f.cluster, 0);
     OK(begin_one(&f, f.model.seqs[0].seq, 100, 600, &step));
     OK(run_zeros(step, 0));
     uint64_t start = now_ms();
@@ -298,14 +306,13 @@ test_a_worker_that_stops_amid_a_run(void **state)
     assert_int_equal(links.slabs_lost, 1);
     assert_int_equal(links.runs_grpc, 0);
     assert_string_equal(links.transport, "ucx");
+    await_segments(&f.cluster, 0, before); /* the former slab is gone */
     fixture_down(&f);
-    await_segments(before);
 }
 
 static void
 test_a_worker_that_is_killed_leaves_no_memory(void **state)
 {
-    unsigned before = segments();
     fixture_t f;
     attn_step_t *step;
 
@@ -315,6 +322,8 @@ test_a_worker_that_is_killed_leaves_no_memory(void **state)
     OK(model_append(&f.model, 0, 100));
     OK(begin_one(&f, f.model.seqs[0].seq, 100, 5000, &step));
     OK(run_zeros(step, 0));
+    pid_t worker = f.cluster.workers[0].pid;
+    assert_true(segments(&f.cluster, worker) >= 2);
     process_kill(&f.cluster.workers[0]);
     uint64_t start = now_ms();
     assert_int_not_equal(run_zeros(step, 1), ATTN_OK);
@@ -322,7 +331,7 @@ test_a_worker_that_is_killed_leaves_no_memory(void **state)
     attn_step_abort(step);
     fixture_close(&f);
     cluster_kill(&f.cluster);
-    await_segments(before);
+    await_segments(&f.cluster, worker, 0);
 }
 
 /* What the other client does until it is killed or stopped: steps on a sequence of its own. */
@@ -384,7 +393,7 @@ test_a_client_that_is_killed_harms_nobody(void **state)
     fixture_up(&f, 2, "ucx");
     model_create(&f.model, 0);
     OK(model_append(&f.model, 0, 600)); /* on both workers */
-    unsigned before = segments();
+    unsigned before = segments(&f.cluster, 0);
     for (int round = 0; round < 3; round++) {
         pid_t pid = start_other(f.cluster.coordinator.address);
         OK(model_append(&f.model, 0, 2));
@@ -392,7 +401,7 @@ test_a_client_that_is_killed_harms_nobody(void **state)
         kill(pid, SIGKILL);
         assert_int_equal(waitpid(pid, NULL, 0), pid);
         OK(model_append(&f.model, 0, 2));
-        await_segments(before);
+        await_segments(&f.cluster, pid, before);
     }
     assert_int_equal(totals(f.client).runs_grpc, 0);
     fixture_down(&f);
