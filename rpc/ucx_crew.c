@@ -43,11 +43,11 @@ ucx_futex_wake(_Atomic uint32_t *word)
     syscall(SYS_futex, word, FUTEX_WAKE, 1, NULL, NULL, 0);
 }
 
-/* Sleep until a word is not what it was. @return false: the kernel cannot */
-static bool
+/* Sleep until a word is not what it was, or for another reason, or for none. */
+static long
 futex_wait_any(struct futex_waitv *words, unsigned n, const struct timespec *until)
 {
-    return syscall(WAITV_NUMBER, words, n, 0, until, CLOCK_MONOTONIC) >= 0 || errno != ENOSYS;
+    return syscall(WAITV_NUMBER, words, n, 0, until, CLOCK_MONOTONIC);
 }
 
 static struct futex_waitv
@@ -64,10 +64,12 @@ futex_check(void)
     struct futex_waitv wait  = futex_word(&word);
     struct timespec long_ago = {0};
 
-    return futex_wait_any(&wait, 1, &long_ago)
+    return futex_wait_any(&wait, 1, &long_ago) >= 0 || errno == ETIMEDOUT
                ? ATTN_OK
                : attn_fail(ATTN_ERR_UNSUPPORTED,
-                           "the kernel has no futex_waitv: Linux 5.16 or later has");
+                           "futex_waitv cannot be used (%s): Linux has it from 5.16 on, and a "
+                           "sandbox may forbid it",
+                           strerror(errno));
 }
 
 /* ---- looking ---- */
