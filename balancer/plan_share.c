@@ -250,6 +250,9 @@ plan_find_shared(builder_t *b)
     while (bits < 31 && 1u << bits < 2 * n) {
         bits++;
     }
+    if (n == 0) { /* and so no memory for any */
+        return;
+    }
     memset(b->segment_first, 0, 2 * (size_t)n * sizeof(uint32_t)); /* and segment_last */
     if (!RESERVE(b, b->table, 1u << bits)) {
         return;
