@@ -54,15 +54,16 @@ signals_thread(void *arg)
 /* ---- memory ---- */
 
 #define TRIM_BYTES (UINT64_C(8) << 20) /* of free memory that is worth giving back */
+#define KEPT_BYTES (1 << 20)           /* that free() keeps of an arena's end */
 
 /* malloc_trim() leaves the last free chunk of every arena but the first one alone; free() gives it
  * back when it is larger than a threshold. By itself that grows to 64 MiB with the largest block
- * that was freed, in each arena: what one peer sent would be kept for good. */
+ * that was freed, in each of eight arenas a core: what one peer sent would be kept for good. */
 static void
 bound_what_free_keeps(void)
 {
-    mallopt(M_TRIM_THRESHOLD, (int)TRIM_BYTES);
-    mallopt(M_MMAP_THRESHOLD, (int)TRIM_BYTES);
+    mallopt(M_TRIM_THRESHOLD, KEPT_BYTES);
+    mallopt(M_MMAP_THRESHOLD, KEPT_BYTES);
 }
 
 void

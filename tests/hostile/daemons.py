@@ -64,9 +64,11 @@ class Daemon:
         return self.process.poll() is None
 
     def rss(self):
-        """MiB of memory in use."""
+        """MiB of memory in use, but for what is shared with clients: slabs have a size, and keep
+        what was once used of it (--ucx-memory)."""
         with open(f"/proc/{self.process.pid}/status") as f:
-            return int(re.search(r"VmRSS:\s+(\d+)", f.read())[1]) / 1024
+            text = f.read()
+        return sum(int(re.search(rf"Rss{kind}:\s+(\d+)", text)[1]) for kind in ("Anon", "File")) / 1024
 
     def descriptors(self):
         return len(os.listdir(f"/proc/{self.process.pid}/fd"))
