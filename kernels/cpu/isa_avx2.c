@@ -29,12 +29,6 @@ v_bf16(const uint16_t *p)
     return (vf)_mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
 }
 
-static inline __attribute__((always_inline)) float
-s_fma(float a, float b, float c)
-{
-    return __builtin_fmaf(a, b, c);
-}
-
 static inline __attribute__((always_inline)) vf
 v_max(vf a, vf b)
 {

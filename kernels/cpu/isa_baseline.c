@@ -33,12 +33,6 @@ v_bf16(const uint16_t *p)
     return (vf)(wide << 16);
 }
 
-static inline __attribute__((always_inline)) float
-s_fma(float a, float b, float c)
-{
-    return a * b + c;
-}
-
 static inline __attribute__((always_inline)) vf
 v_max(vf a, vf b)
 {

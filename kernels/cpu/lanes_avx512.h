@@ -15,12 +15,6 @@ v_fma(vf a, vf b, vf c)
     return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 }
 
-static inline __attribute__((always_inline)) float
-s_fma(float a, float b, float c)
-{
-    return __builtin_fmaf(a, b, c);
-}
-
 static inline __attribute__((always_inline)) vf
 v_f16(const uint16_t *p)
 {
