@@ -19,7 +19,8 @@ static void
 fixture_up(fixture_t *f, uint32_t workers, const char *transport)
 {
     setenv("ATTN_TRANSPORT", transport, 1);
-    fixture_open(f, &(cluster_options_t){.workers = workers}, 2000, 11);
+    /* A worker that stops for a while is not lost. */
+    fixture_open(f, &(cluster_options_t){.workers = workers, .lost_ms = "8000"}, 2000, 11);
 }
 
 /* Over all links. */
@@ -240,9 +241,10 @@ test_steps_beyond_the_slots_go_over_grpc(void **state)
     (void)state;
     setenv("ATTN_TRANSPORT", "ucx", 1);
     fixture_open(&f, &(cluster_options_t){.workers = 1, .slab = "128MiB"}, 2000, 11);
-    attn_geometry_t geometry = *attn_cache_geometry(f.cache);
-    geometry.region_bytes    = 96u << 20;
     attn_cache_close(f.cache);
+    attn_geometry_t geometry;
+    model_geometry(&geometry);
+    geometry.region_bytes = 96u << 20;
     OK(attn_cache_open(f.client, "large", &geometry, &f.cache));
     for (uint32_t i = 0; i < STEPS; i++) {
         OK(attn_seq_create(f.cache, NULL, &seqs[i]));
