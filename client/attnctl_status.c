@@ -4,6 +4,7 @@
 #include "client/attnctl_sample.h"
 
 #include <inttypes.h>
+#include <math.h>
 #include <stdio.h>
 #include <string.h>
 #include <unistd.h>
@@ -32,7 +33,7 @@ print_ucx(const attn_worker_info_t *w)
         printf("  not lent: gRPC\n");
     } else {
         printf("  %u clients, %.0f %% of layers\n", w->ucx_clients,
-               w->runs > 0 ? 100.0 * (double)w->ucx_runs / (double)w->runs : 0);
+               w->runs > 0 ? fmin(100.0 * (double)w->ucx_runs / (double)w->runs, 100) : 0);
     }
 }
 

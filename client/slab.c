@@ -293,6 +293,9 @@ note_try(slabs_t *slabs, attn_status_t status)
     slabs->tries++;
     slabs->status   = status;
     slabs->retry_ns = attn_now_ns() + (refused ? RETRY_MS : RETRY_SOON_MS) * ATTN_NS_PER_MS;
+    if (status == ATTN_ERR_DENIED) { /* the next try may have another ticket */
+        slabs->retry_ns = 0;
+    }
     memcpy(slabs->reason, reason, sizeof(reason));
     if (news) {
         attn_log(refused && status != ATTN_ERR_UNSUPPORTED ? ATTN_LOG_WARN : ATTN_LOG_INFO,

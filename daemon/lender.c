@@ -51,7 +51,7 @@ lend(lender_t *lender, rpc_call_t *call, const Attn__V1__SlabRequest *request,
         return attn_fail(ATTN_ERR_UNSUPPORTED, "%s", lender->reason);
     }
     ucx_host(host);
-    if (strcmp(request->host, host) != 0) {
+    if (host[0] == '\0' || strcmp(request->host, host) != 0) {
         return attn_fail(ATTN_ERR_UNSUPPORTED,
                          "the client is on another host, or in another IPC namespace");
     }

@@ -258,8 +258,9 @@ static const option_t worker_table[] = {
      OPTION_FIELD(worker_options_t, ucx_memory),
      .initial = "1GiB",
      .most    = 64 * TIB,
-     .help = "Shared memory to lend to clients of this host, of all of them together: their runs "
-             "go through it in place of gRPC. Pages count when they are used. 0: lend none."},
+     .help =
+         "Shared memory to lend to clients of this host, of all of them together: their runs "
+         "go through it in place of gRPC. Each client counts with its whole slab. 0: lend none."},
     {.name = "ucx-slab",
      .kind = OPTION_BYTES,
      OPTION_FIELD(worker_options_t, ucx_slab),

@@ -36,6 +36,7 @@
 #define LOOK_MAX_NS (8 * ATTN_NS_PER_MS) /* between its looks while there are always waiters */
 #define LOOKS_MAX 20                    /* with nothing to do, before it sleeps until it is woken */
 #define POLLER_NS (10 * ATTN_NS_PER_US) /* looked at the poller, before the queue has its turn */
+#define QUEUE_NS (100 * ATTN_NS_PER_US) /* after which it has one whatever the poller brings */
 #define POLLER_LOOKS 16                 /* before others may have the core */
 
 typedef struct waiter {
@@ -252,14 +253,16 @@ static bool
 lead(rpc_client_t *client, const waiter_t *self, uint64_t deadline_ns)
 {
     uint64_t now        = attn_now_ns();
-    uint64_t spin_until = now + client->spin_ns;
+    uint64_t spin_until = now + client->spin_ns, queue_ns = now + QUEUE_NS;
 
     for (;;) {
         bool spin  = now < spin_until;
         bool event = spin && client->poller.look != NULL && look_elsewhere(client, now);
-        if (!event && spin) {
+        if (spin && (!event || now >= queue_ns)) {
             gpr_timespec at_once = gpr_time_0(GPR_CLOCK_MONOTONIC);
-            event = dispatch(client, grpc_completion_queue_next(client->queue, at_once, NULL));
+            event =
+                dispatch(client, grpc_completion_queue_next(client->queue, at_once, NULL)) || event;
+            queue_ns = now + QUEUE_NS;
         } else if (!event) {
             event = sleep_in_queue(client, deadline_ns);
         }

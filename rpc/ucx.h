@@ -81,7 +81,7 @@ uint64_t ucx_place_bytes(const ucx_place_t *place);
 /** As memcpy(), which is slow for some offsets of some cores (rpc_copy()). */
 void ucx_copy(void *to, const void *from, uint64_t bytes);
 
-/** This host, as ucx_offer_t.host has it. */
+/** This host, as ucx_offer_t.host has it; "" where the kernel does not tell, which is none. */
 void ucx_host(char host[96]);
 
 /* ---- nodes: UCX, as one user of a process has it ---- */

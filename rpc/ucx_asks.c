@@ -21,7 +21,8 @@ struct ucx_asks {
     pthread_mutex_t lock;
     ucx_node_t *node; /* made with the first peer */
     atomic_uint waiting;
-    ucx_ask_t *first;   /* the waiting ones, under the lock */
+    ucx_ask_t *first;   /* the waiting ones, the oldest first; under the lock */
+    ucx_ask_t **end;    /* where the next one goes */
     ucx_ask_t *calling; /* whose answered() runs */
     ucx_peer_t *peers;
     bool dozing; /* a thread sleeps in the queue, or is about to */
@@ -71,6 +72,8 @@ unlist(ucx_asks_t *asks, ucx_ask_t *ask)
     *ask->link = ask->next;
     if (ask->next != NULL) {
         ask->next->link = ask->link;
+    } else {
+        asks->end = ask->link;
     }
     ask->link = NULL;
     atomic_fetch_sub(&asks->waiting, 1);
@@ -84,17 +87,20 @@ look(void *arg)
     ucx_head_t reply;
     bool any = false;
 
-    if (atomic_load(&asks->waiting) == 0) {
+    /* As many as wait now: what is asked again meanwhile is for the next look. */
+    unsigned most = atomic_load(&asks->waiting);
+    if (most == 0) {
         return false;
     }
     pthread_mutex_lock(&asks->lock);
-    for (ucx_ask_t *ask = asks->first; ask != NULL;) {
+    for (ucx_ask_t *ask = asks->first; ask != NULL && most > 0;) {
         sentence[0] = '\0';
         if (!is_answered(asks, ask, &reply, sentence)) {
             ask = ask->next;
             continue;
         }
         unlist(asks, ask);
+        most--;
         asks->calling = ask;
         pthread_mutex_unlock(&asks->lock);
         ask->answered(ask->arg, &reply, sentence, ucx_answer_data_at(ask->peer->at, &ask->place));
@@ -161,12 +167,10 @@ ucx_ask(ucx_ask_t *ask, ucx_peer_t *peer, const ucx_head_t *head)
     asks->figures.asked++;
     ask->peer     = peer;
     ask->sequence = ++peer->sequence;
-    ask->next     = asks->first;
-    ask->link     = &asks->first;
-    if (ask->next != NULL) {
-        ask->next->link = &ask->next;
-    }
-    asks->first = ask;
+    ask->next     = NULL;
+    ask->link     = asks->end;
+    *asks->end    = ask;
+    asks->end     = &ask->next;
     atomic_fetch_add(&asks->waiting, 1);
     atomic_store_explicit(&request->sequence, ask->sequence, memory_order_release);
     ucx_fence(); /* the server says that it sleeps, fences, looks */
@@ -263,7 +267,7 @@ offer_check(const ucx_offer_t *offer)
     char host[sizeof(offer->host)];
 
     ucx_host(host);
-    if (strnlen(offer->host, sizeof(offer->host)) == sizeof(offer->host) ||
+    if (host[0] == '\0' || strnlen(offer->host, sizeof(offer->host)) == sizeof(offer->host) ||
         strcmp(offer->host, host) != 0) {
         return attn_fail(ATTN_ERR_UNSUPPORTED,
                          "the worker is on another host, or in another IPC namespace");
@@ -379,6 +383,7 @@ ucx_asks_create(rpc_client_t *rpc, ucx_asks_t **asks_p)
         return attn_fail(ATTN_ERR_NO_MEMORY, "no memory for what is asked of workers");
     }
     asks->rpc = rpc;
+    asks->end = &asks->first;
     pthread_mutex_init(&asks->lock, NULL);
     rpc_client_set_poller(
         rpc,

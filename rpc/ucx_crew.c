@@ -272,6 +272,9 @@ be_deputy(ucx_crew_t *crew)
         }
     }
     crew->deputy = crew->deputy_sleeps = false;
+    if (crew->idle > 0) { /* who leads now may get stuck, too: the next deputy */
+        pthread_cond_signal(&crew->idle_cond);
+    }
 }
 
 static void

@@ -31,7 +31,11 @@ ucx_host(char host[96])
     }
     ssize_t n          = readlink("/proc/self/ns/ipc", ipc, sizeof(ipc) - 1);
     ipc[n > 0 ? n : 0] = '\0';
-    snprintf(host, 96, "%s %s", boot, ipc);
+    if (boot[0] != '\0' && ipc[0] != '\0') {
+        snprintf(host, 96, "%s %s", boot, ipc);
+    } else {
+        host[0] = '\0';
+    }
 }
 
 uint64_t
