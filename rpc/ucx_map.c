@@ -1,7 +1,10 @@
 /*
  * ucx_map.c: UCX itself: a library that is opened at run time, a context and a worker of a node,
  * and memory that one process allocates and another maps. No message is ever sent through it, and
- * so nobody has to make progress: an endpoint exists because a key is unpacked for one.
+ * so nobody has to make progress: an endpoint exists because a key is unpacked for one. It leads to
+ * our own worker. The server's address would do as well, but UCX reads an address as far as it says
+ * that it goes on, attaches the segment of its queue, and writes there: too much trust in what a
+ * peer sent. Of a key it reads at most KEY_READ_MAX bytes, and we give it so many.
  *
  * Only sysv is used of UCX's transports. posix would do as well, but for a file that its owner may
  * shorten, which kills whoever has it mapped; cma copies through the kernel.
@@ -12,13 +15,17 @@
 #include "base/status.h"
 
 #include <dlfcn.h>
+#include <inttypes.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <ucp/api/ucp.h>
 
-#define ADDRESS_MAX 4096u /* bytes of an address or a key, as a server may tell it */
+#define KEY_MAX 4096u /* bytes of a key, as a server may tell it */
+/* A key is a map of 64 memory domains, a byte, and for each domain a byte with the size of its
+ * part; what a domain reads of its part may be more than that, by some words. */
+#define KEY_READ_MAX (8u + 1u + 64u * 256u + 4096u)
 
 /* What is used of the library. */
 #define FUNCTIONS(F)                                                                               \
@@ -59,6 +66,7 @@ struct ucx_node {
     ucp_worker_h worker;
     ucp_address_t *address;
     size_t address_size;
+    ucp_ep_h self; /* what keys are unpacked for; made with the first */
 };
 
 struct ucx_memory {
@@ -68,8 +76,7 @@ struct ucx_memory {
     ucp_mem_h allocated; /* NULL: mapped */
     void *key;
     size_t key_size;
-    ucp_ep_h ep; /* mapped */
-    ucp_rkey_h rkey;
+    ucp_rkey_h rkey; /* mapped */
 };
 
 /* ---- the library ---- */
@@ -198,11 +205,32 @@ ucx_node_create(ucx_node_t **node_p)
     return ATTN_OK;
 }
 
+/* Nothing was sent, so there is nothing to wait for. */
+static void
+endpoint_close(ucx_node_t *node)
+{
+    ucp_request_param_t params = {0};
+    void *request              = lib.ucp_ep_close_nbx(node->self, &params);
+
+    for (unsigned i = 0; UCS_PTR_IS_PTR(request) && i < 1000; i++) {
+        lib.ucp_worker_progress(node->worker);
+        if (lib.ucp_request_check_status(request) != UCS_INPROGRESS) {
+            break;
+        }
+    }
+    if (UCS_PTR_IS_PTR(request)) {
+        lib.ucp_request_free(request);
+    }
+}
+
 void
 ucx_node_destroy(ucx_node_t *node)
 {
     if (node == NULL) {
         return;
+    }
+    if (node->self != NULL) {
+        endpoint_close(node);
     }
     if (node->address != NULL) {
         lib.ucp_worker_release_address(node->worker, node->address);
@@ -293,50 +321,98 @@ ucx_memory_offer(const ucx_memory_t *memory, ucx_offer_t *offer)
 
 /* Under the node's lock. */
 static ucs_status_t
-map(ucx_memory_t *memory, const ucx_offer_t *offer)
+endpoint_need(ucx_node_t *node)
 {
     ucp_ep_params_t params = {.field_mask = UCP_EP_PARAM_FIELD_REMOTE_ADDRESS,
-                              .address    = (const ucp_address_t *)offer->address};
+                              .address    = node->address};
+
+    ucs_status_t status =
+        node->self != NULL ? UCS_OK : lib.ucp_ep_create(node->worker, &params, &node->self);
+    if (status != UCS_OK) {
+        node->self = NULL;
+    }
+    return status;
+}
+
+/* key has KEY_READ_MAX bytes. Under the node's lock. */
+static ucs_status_t
+map(ucx_memory_t *memory, const uint8_t *key, uint64_t base)
+{
     void *at;
 
-    ucs_status_t status = lib.ucp_ep_create(memory->node->worker, &params, &memory->ep);
+    ucs_status_t status = endpoint_need(memory->node);
     if (status != UCS_OK) {
-        memory->ep = NULL;
         return status;
     }
-    status = lib.ucp_ep_rkey_unpack(memory->ep, offer->key, &memory->rkey);
+    status = lib.ucp_ep_rkey_unpack(memory->node->self, key, &memory->rkey);
     if (status != UCS_OK) {
         memory->rkey = NULL;
         return status;
     }
-    status     = lib.ucp_rkey_ptr(memory->rkey, offer->base, &at);
+    status     = lib.ucp_rkey_ptr(memory->rkey, base, &at);
     memory->at = status == UCS_OK ? at : NULL;
     return status;
+}
+
+/* Is all of it one System V segment that we may write? Where it lies is made of what the peer said,
+ * and the segment may be shorter than that. */
+static attn_status_t
+mapping_check(const ucx_memory_t *memory)
+{
+    uintptr_t at = (uintptr_t)memory->at, start, end;
+    FILE *file   = fopen("/proc/self/maps", "re");
+    char line[512], rights[5], name[8];
+    bool good = false;
+
+    while (file != NULL && !good && fgets(line, sizeof(line), file) != NULL) {
+        good = sscanf(line, "%" SCNxPTR "-%" SCNxPTR " %4s %*s %*s %*s %7s", &start, &end, rights,
+                      name) == 4 &&
+               start <= at && at < end && end - at >= memory->bytes &&
+               strncmp(rights, "rw", 2) == 0 && strncmp(name, "/SYSV", 5) == 0;
+    }
+    if (file != NULL) {
+        fclose(file);
+    }
+    return good && at % UCX_LINE == 0
+               ? ATTN_OK
+               : attn_fail(ATTN_ERR_UNSUPPORTED,
+                           "what the worker offered is not %llu bytes of shared memory",
+                           (unsigned long long)memory->bytes);
+}
+
+static attn_status_t
+map_with(ucx_memory_t *memory, const uint8_t *key, uint64_t base)
+{
+    pthread_mutex_lock(&memory->node->lock);
+    ucs_status_t ucs = map(memory, key, base);
+    pthread_mutex_unlock(&memory->node->lock);
+    return ucs == UCS_OK ? mapping_check(memory)
+                         : attn_fail(ATTN_ERR_UNSUPPORTED,
+                                     "UCX cannot map the server's memory (%s): it is of another "
+                                     "user, or of another IPC namespace",
+                                     lib.ucs_status_string(ucs));
 }
 
 attn_status_t
 ucx_memory_map(ucx_node_t *node, const ucx_offer_t *offer, ucx_memory_t **memory_p)
 {
-    if (offer->address_size < 1 || offer->address_size > ADDRESS_MAX || offer->key_size < 1 ||
-        offer->key_size > ADDRESS_MAX || offer->base == 0) {
-        return attn_fail(ATTN_ERR_UNSUPPORTED,
-                         "the slab that was offered has an address of %llu bytes and a key of %llu",
-                         (unsigned long long)offer->address_size,
+    if (offer->key_size < 1 || offer->key_size > KEY_MAX || offer->base == 0) {
+        return attn_fail(ATTN_ERR_UNSUPPORTED, "the slab that was offered has a key of %llu bytes",
                          (unsigned long long)offer->key_size);
     }
     ucx_memory_t *memory = memory_new(node, offer->bytes);
-    if (memory == NULL) {
-        return ATTN_ERR_NO_MEMORY;
+    uint8_t *key         = calloc(1, KEY_READ_MAX);
+    attn_status_t status = memory == NULL || key == NULL
+                               ? attn_fail(ATTN_ERR_NO_MEMORY, "no memory for a slab's description")
+                               : ATTN_OK;
+    if (status == ATTN_OK) {
+        memcpy(key, offer->key, offer->key_size);
+        status = map_with(memory, key, offer->base);
     }
-    pthread_mutex_lock(&node->lock);
-    ucs_status_t ucs = map(memory, offer);
-    pthread_mutex_unlock(&node->lock);
-    if (ucs != UCS_OK) {
+    free(key);
+    if (status != ATTN_OK) {
         ucx_memory_free(memory);
-        return attn_fail(ATTN_ERR_UNSUPPORTED,
-                         "UCX cannot map the server's memory (%s): it is of another user, or of "
-                         "another IPC namespace",
-                         lib.ucs_status_string(ucs));
+        return status;
     }
     *memory_p = memory;
     return ATTN_OK;
@@ -346,24 +422,6 @@ uint8_t *
 ucx_memory_at(const ucx_memory_t *memory)
 {
     return memory->at;
-}
-
-/* Nothing was sent, so there is nothing to wait for, whatever became of the peer. */
-static void
-close_endpoint(ucx_node_t *node, ucp_ep_h ep)
-{
-    ucp_request_param_t params = {0};
-    void *request              = lib.ucp_ep_close_nbx(ep, &params);
-
-    for (unsigned i = 0; UCS_PTR_IS_PTR(request) && i < 1000; i++) {
-        lib.ucp_worker_progress(node->worker);
-        if (lib.ucp_request_check_status(request) != UCS_INPROGRESS) {
-            break;
-        }
-    }
-    if (UCS_PTR_IS_PTR(request)) {
-        lib.ucp_request_free(request);
-    }
 }
 
 void
@@ -382,9 +440,6 @@ ucx_memory_free(ucx_memory_t *memory)
     }
     if (memory->rkey != NULL) {
         lib.ucp_rkey_destroy(memory->rkey);
-    }
-    if (memory->ep != NULL) {
-        close_endpoint(node, memory->ep);
     }
     pthread_mutex_unlock(&node->lock);
     free(memory);

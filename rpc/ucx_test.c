@@ -598,12 +598,67 @@ test_offers_are_checked(void **state)
     bad          = offer;
     bad.key_size = 0;
     assert_int_equal(ucx_peer_open(f.sides[0].asks, &bad, &peer), ATTN_ERR_UNSUPPORTED);
-    bad              = offer;
-    bad.address_size = 1 << 20;
-    assert_int_equal(ucx_peer_open(f.sides[0].asks, &bad, &peer), ATTN_ERR_UNSUPPORTED);
     for (int i = 0; i < 300; i++) { /* nobody makes progress, and nothing piles up */
         assert_int_equal(ucx_peer_open(f.sides[0].asks, &offer, &peer), ATTN_OK);
         ucx_peer_close(peer);
+    }
+    fixture_close(&f);
+}
+
+/* Open what was offered, which is wrong, and say what it is refused with. */
+static void
+offer_refused(fixture_t *f, const ucx_offer_t *offer, const char *words)
+{
+    ucx_peer_t *peer;
+
+    assert_int_equal(ucx_peer_open(f->sides[0].asks, offer, &peer), ATTN_ERR_UNSUPPORTED);
+    if (strstr(attn_last_error(), words) == NULL) {
+        fail_msg("\"%s\" in place of \"%s\"", attn_last_error(), words);
+    }
+}
+
+/* Keys that say more than they have, and slabs that lie elsewhere than in what a key maps. */
+static void
+test_offers_are_not_trusted(void **state)
+{
+    fixture_t f;
+    ucx_offer_t offer, bad;
+    ucx_peer_t *peer;
+    uint8_t key[4096];
+
+    (void)state;
+    fixture_open(&f, 0, 50);
+    ucx_session_offer(f.sides[1].session, &offer);
+    assert_true(offer.key_size < sizeof(key));
+    bad         = offer;
+    bad.address = key; /* is not read */
+    memset(key, 0xff, sizeof(key));
+    assert_int_equal(ucx_peer_open(f.sides[0].asks, &bad, &peer), ATTN_OK);
+    ucx_peer_close(peer);
+
+    static const int64_t shifts[] = {SLAB / 2,        4096, -4096, 1, -(INT64_C(1) << 40),
+                                     INT64_C(1) << 40};
+    for (size_t i = 0; i < sizeof(shifts) / sizeof(shifts[0]); i++) {
+        bad = offer;
+        bad.base += (uint64_t)shifts[i];
+        offer_refused(&f, &bad, "is not 1048576 bytes of shared memory");
+    }
+    bad     = offer;
+    bad.key = key;
+    for (bad.key_size = 1; bad.key_size <= sizeof(key); bad.key_size *= 2) {
+        offer_refused(&f, &bad, "UCX cannot map"); /* 64 domains, of 255 bytes each */
+    }
+    memset(key, 0, sizeof(key));
+    bad.key_size = sizeof(key);
+    offer_refused(&f, &bad, "UCX cannot map"); /* none */
+    uint64_t ends = offer.key_size; /* what it lacks is zeros, as its last bytes may be */
+    while (offer.key[ends - 1] == 0) {
+        ends--;
+    }
+    for (uint64_t n = 1; n < ends; n++) {
+        bad.key      = offer.key;
+        bad.key_size = n;
+        offer_refused(&f, &bad, "");
     }
     fixture_close(&f);
 }
@@ -834,6 +889,7 @@ main(int argc, char **argv)
         cmocka_unit_test(test_closing_amid_a_request),
         cmocka_unit_test(test_sessions_have_limits_and_secrets),
         cmocka_unit_test(test_offers_are_checked),
+        cmocka_unit_test(test_offers_are_not_trusted),
         cmocka_unit_test(test_noise_harms_nobody_else),
         cmocka_unit_test(test_many_threads),
         cmocka_unit_test(test_a_client_that_is_killed),
