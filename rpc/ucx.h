@@ -187,15 +187,10 @@ struct ucx_ask {
     ucx_ask_t *next, **link; /* of the waiting ones */
 };
 
-typedef struct ucx_asks_figures {
-    uint64_t asked, dropped, rings;
-} ucx_asks_figures_t;
-
 /** Its answers are looked for by whoever waits for rpc (rpc_client_set_poller()). Make it before
  * anybody does, and destroy it after rpc. */
 attn_status_t ucx_asks_create(rpc_client_t *rpc, ucx_asks_t **asks_p);
 void ucx_asks_destroy(ucx_asks_t *asks); /* NULL is allowed */
-void ucx_asks_describe(ucx_asks_t *asks, ucx_asks_figures_t *figures);
 
 /** Look for answers now: when the server rang. On a progress thread of rpc. */
 void ucx_asks_look(ucx_asks_t *asks);

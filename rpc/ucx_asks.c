@@ -26,7 +26,6 @@ struct ucx_asks {
     ucx_ask_t *calling; /* whose answered() runs */
     ucx_peer_t *peers;
     bool dozing; /* a thread sleeps in the queue, or is about to */
-    ucx_asks_figures_t figures;
 };
 
 struct ucx_peer {
@@ -45,7 +44,7 @@ struct ucx_peer {
 
 /* Has this been answered? Then its reply, off the slab. Under the lock. */
 static bool
-is_answered(ucx_asks_t *asks, ucx_ask_t *ask, ucx_head_t *reply, char *sentence)
+is_answered(const ucx_ask_t *ask, ucx_head_t *reply, char *sentence)
 {
     const ucx_head_t *answer = ucx_answer_at(ask->peer->at, &ask->place);
     uint64_t sequence        = atomic_load_explicit(&answer->sequence, memory_order_acquire);
@@ -56,7 +55,6 @@ is_answered(ucx_asks_t *asks, ucx_ask_t *ask, ucx_head_t *reply, char *sentence)
     memcpy(reply, answer, offsetof(ucx_head_t, sequence));
     atomic_init(&reply->sequence, sequence);
     if (reply->secret != ask->peer->secret || reply->bytes > ask->place.out) {
-        asks->figures.dropped++;
         *reply = (ucx_head_t){.status = ATTN_ERR_INTERNAL};
         strcpy(sentence, "the worker's answer in shared memory is not one");
     } else if (reply->status != ATTN_OK) {
@@ -95,7 +93,7 @@ look(void *arg)
     pthread_mutex_lock(&asks->lock);
     for (ucx_ask_t *ask = asks->first; ask != NULL && most > 0;) {
         sentence[0] = '\0';
-        if (!is_answered(asks, ask, &reply, sentence)) {
+        if (!is_answered(ask, &reply, sentence)) {
             ask = ask->next;
             continue;
         }
@@ -164,7 +162,6 @@ ucx_ask(ucx_ask_t *ask, ucx_peer_t *peer, const ucx_head_t *head)
     if (ask->link != NULL) { /* it was given up without a word */
         unlist(asks, ask);
     }
-    asks->figures.asked++;
     ask->peer     = peer;
     ask->sequence = ++peer->sequence;
     ask->next     = NULL;
@@ -176,7 +173,6 @@ ucx_ask(ucx_ask_t *ask, ucx_peer_t *peer, const ucx_head_t *head)
     ucx_fence(); /* the server says that it sleeps, fences, looks */
     bool sleeps = atomic_load_explicit(&peer->card->server_sleeps, memory_order_relaxed) != 0 &&
                   atomic_exchange(&peer->card->server_sleeps, 0) != 0;
-    asks->figures.rings += sleeps;
     pthread_mutex_unlock(&asks->lock);
     if (sleeps) {
         atomic_fetch_add(&peer->card->bell, 1);
@@ -400,12 +396,4 @@ ucx_asks_destroy(ucx_asks_t *asks)
         pthread_mutex_destroy(&asks->lock);
         free(asks);
     }
-}
-
-void
-ucx_asks_describe(ucx_asks_t *asks, ucx_asks_figures_t *figures)
-{
-    pthread_mutex_lock(&asks->lock);
-    *figures = asks->figures;
-    pthread_mutex_unlock(&asks->lock);
 }
