@@ -114,7 +114,7 @@ take_request(ucx_crew_t *crew, ucx_slot_t *slot)
     crew->figures.requests++;
     crew->figures.bytes_in += slot->head.bytes;
     slot->running = true;
-    atomic_store(&slot->finished, false);
+    atomic_store(&slot->phase, UCX_SLOT_HANDLES);
     return true;
 }
 
@@ -226,9 +226,10 @@ handle(ucx_crew_t *crew, ucx_slot_t *slot)
         sentence[UCX_SENTENCE_ROOM - 1] = '\0';
     }
     slot->answered = reply.status == ATTN_OK ? reply.bytes : 0;
-    atomic_store(&slot->finished, true); /* from here on its place is the client's again */
+    atomic_store(&slot->phase, UCX_SLOT_ANSWERS);
     memcpy(answer, &reply, offsetof(ucx_head_t, sequence));
     atomic_store_explicit(&answer->sequence, slot->sequence, memory_order_release);
+    atomic_store(&slot->phase, UCX_SLOT_ANSWERED); /* its place is not touched from here on */
 
     ucx_fence(); /* the client says that it sleeps, fences, looks */
     if ((slot->head.flags & UCX_RING) != 0 ||

@@ -26,6 +26,11 @@ struct ucx_session {
     void *ring_arg;
 };
 
+/* How far a running request is. When its client sees the answer, the slot's place is the client's
+ * again, and may be another slot's before the thread that answered says that it did: so `answers`
+ * is said first, and who wants the place waits for the few stores that follow. */
+enum { UCX_SLOT_HANDLES, UCX_SLOT_ANSWERS, UCX_SLOT_ANSWERED };
+
 struct ucx_slot {
     ucx_session_t *session;
     ucx_place_t place;
@@ -34,9 +39,9 @@ struct ucx_slot {
     void (*gone)(void *arg);
     void *arg;
 
-    uint64_t sequence;    /* that was looked at last */
-    atomic_bool finished; /* of a running one: it is answered, or about to be */
-    bool running;         /* its request is handled: what follows is that thread's */
+    uint64_t sequence; /* that was looked at last */
+    atomic_uint phase; /* of a running one: UCX_SLOT_HANDLES ... */
+    bool running;      /* its request is handled: what follows is that thread's */
     bool closed;
     ucx_head_t head;
     uint64_t typical_ns, answered;

@@ -10,6 +10,7 @@
 #include "rpc/rpc_int.h"
 
 #include <errno.h>
+#include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/random.h>
@@ -268,6 +269,17 @@ place_check(const ucx_session_t *session, const ucx_place_t *place)
     return ATTN_OK;
 }
 
+/* Is a slot's place nobody's? Its request may be answered, and its thread not have come so far as
+ * to let it go. Under the lock. */
+static bool
+is_left(const ucx_slot_t *slot)
+{
+    while (slot->closed && atomic_load(&slot->phase) == UCX_SLOT_ANSWERS) {
+        sched_yield(); /* some stores, unless that thread has just lost its core */
+    }
+    return slot->closed && atomic_load(&slot->phase) == UCX_SLOT_ANSWERED;
+}
+
 /* Is there room for one more slot, and is its place nobody's? Under the lock. */
 static attn_status_t
 slot_check(const ucx_session_t *session, const ucx_place_t *place)
@@ -285,10 +297,9 @@ slot_check(const ucx_session_t *session, const ucx_place_t *place)
     }
     for (uint32_t i = 0; i < crew->n_slots; i++) {
         const ucx_slot_t *other = crew->slots[i];
-        bool over               = other->closed && atomic_load(&other->finished);
-        if (!over && other->session == session &&
+        if (other->session == session &&
             place->offset < other->place.offset + ucx_place_bytes(&other->place) &&
-            other->place.offset < end) {
+            other->place.offset < end && !is_left(other)) {
             return attn_fail(
                 ATTN_ERR_INVALID, "a slot at offset %llu would lie in the one at offset %llu",
                 (unsigned long long)place->offset, (unsigned long long)other->place.offset);

@@ -12,6 +12,7 @@
 #include "rpc/ucx_int.h"
 
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -540,6 +541,43 @@ test_closing_amid_a_request(void **state)
     fixture_close(&f);
 }
 
+/* A slot is closed amid a request, and another opened in its place as soon as that is allowed: from
+ * then on nothing of the former one is written there. */
+static void
+test_a_place_is_taken_anew(void **state)
+{
+    fixture_t f;
+    question_t q;
+    ucx_slot_t *slot;
+
+    (void)state;
+    fixture_open(&f, 50, 50);
+    for (unsigned i = 0; i < 300; i++) {
+        question_open(&f, &f.sides[0], &q, 64, 64);
+        unsigned before = atomic_load(&f.handled);
+        question_ask(&q, i, 0, true);
+        while (atomic_load(&f.handled) == before) {
+            sched_yield();
+        }
+        ucx_forget(&q.ask);
+        ucx_slot_close(q.slot);
+        uint8_t *slab  = ucx_place_data(q.peer, &q.ask.place) - UCX_LINE - q.ask.place.offset;
+        uint8_t *place = slab + q.ask.place.offset;
+        while (ucx_slot_open(f.sides[0].session, &q.ask.place, 1, echo, NULL, &f, &slot) !=
+               ATTN_OK) {
+            sched_yield();
+        }
+        uint8_t was[2 * UCX_LINE + UCX_SENTENCE_ROOM + 64 + 64];
+        memcpy(was, place, sizeof(was));
+        usleep(100);
+        assert_memory_equal(was, place, sizeof(was));
+        ucx_slot_close(slot);
+        ucx_place_give(q.peer, &q.ask.place);
+        free(q.data);
+    }
+    fixture_close(&f);
+}
+
 static void
 test_sessions_have_limits_and_secrets(void **state)
 {
@@ -887,6 +925,7 @@ main(int argc, char **argv)
         cmocka_unit_test(test_places_are_taken_and_given),
         cmocka_unit_test(test_a_slow_request_holds_up_nobody),
         cmocka_unit_test(test_closing_amid_a_request),
+        cmocka_unit_test(test_a_place_is_taken_anew),
         cmocka_unit_test(test_sessions_have_limits_and_secrets),
         cmocka_unit_test(test_offers_are_checked),
         cmocka_unit_test(test_offers_are_not_trusted),
