@@ -55,12 +55,18 @@ ATTN_API const char *attn_last_error(void);
 
 /* ---- client ---- */
 
-/** Which way the tensors of a run go to a worker. Everything else goes over gRPC. */
+/**
+ * Which way the tensors of a run go to a worker, and its answer from there. Everything else goes
+ * over gRPC, and so do, whatever is chosen, the runs of a step that found no room in the worker's
+ * shared memory, and runs with lists of pages of their own: attn_client_links() counts both.
+ */
 typedef enum attn_transport {
     ATTN_TRANSPORT_DEFAULT, /**< as $ATTN_TRANSPORT says (auto, grpc, ucx), or else auto */
-    ATTN_TRANSPORT_AUTO, /**< through shared memory (UCX) where worker and client can, else gRPC */
-    ATTN_TRANSPORT_GRPC, /**< over gRPC */
-    ATTN_TRANSPORT_UCX,  /**< through shared memory; attn_step_begin() fails where they cannot */
+    ATTN_TRANSPORT_AUTO,    /**< through the worker's shared memory (UCX) if it lends some that this
+                               process can map, else over gRPC */
+    ATTN_TRANSPORT_GRPC,    /**< over gRPC */
+    ATTN_TRANSPORT_UCX, /**< as auto, but attn_step_begin() fails, with the reason, if one of the
+                           step's workers lends none that this process can map */
 } attn_transport_t;
 
 typedef struct attn_client_options {
@@ -91,6 +97,13 @@ ATTN_API void attn_client_options_init(attn_client_options_t *options);
  * the engine inside this process with no daemon ("local attention"). inproc takes options:
  * "inproc://cpu?workers=4&threads=2&slab=1GiB" (engines, threads of each, KV bytes of each).
  * @param options  NULL for the defaults.
+ *
+ * The environment: unless target is inproc:// or the transport is ATTN_TRANSPORT_GRPC, this puts
+ * UCX_HANDLE_ERRORS=none, UCX_MEM_EVENTS=n and UCX_LOG_LEVEL=fatal into it, each if it is not
+ * there, so that UCX, which the first step loads, installs no signal handlers, patches no functions
+ * and logs nothing. libattn writes nothing else there. As with any setenv(), no other thread may
+ * be reading the environment: open the first client before there are such threads, or set the three
+ * yourself, or choose ATTN_TRANSPORT_GRPC.
  *
  * @return ATTN_ERR_INVALID      target or options are malformed, or a TLS file is not what it
  * should be
@@ -144,7 +157,7 @@ typedef struct attn_link_info {
     char reason[256];       /**< why not "ucx", if that was tried */
     uint64_t runs_ucx;      /**< layers asked through shared memory */
     uint64_t runs_grpc;     /**< and over gRPC ... */
-    uint64_t steps_no_slot; /**< steps of which all were, since the slab had no room for them */
+    uint64_t steps_no_slot; /**< steps of which all were, since they found no room in the slab */
     uint64_t slabs_lost;    /**< slabs given up with a step that broke off, or by the worker */
 } attn_link_info_t;
 

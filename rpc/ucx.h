@@ -89,8 +89,13 @@ void ucx_host(char host[96]);
 typedef struct ucx_node ucx_node_t;
 
 /**
- * Open UCX. Its environment (UCX_TLS, say) counts where it is set; UCX_HANDLE_ERRORS=none and
- * UCX_MEM_EVENTS=n are set if they are not, before the library is loaded.
+ * Say in the environment what UCX must not do to this process, where nothing is said of it:
+ * UCX_HANDLE_ERRORS=none, UCX_MEM_EVENTS=n, UCX_LOG_LEVEL=fatal. ucx_asks_create() and
+ * ucx_crew_create() call it, which is before any node: no other thread uses the environment then.
+ */
+void ucx_environment(void);
+
+/** Open UCX. Its environment (UCX_TLS, say) counts where it is set, and is not changed any more.
  * @return ATTN_ERR_UNSUPPORTED  built without UCX, no libucp here, or UCX_TLS leaves shared memory
  * out: the sentence says which
  */

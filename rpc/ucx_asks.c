@@ -378,6 +378,7 @@ ucx_asks_create(rpc_client_t *rpc, ucx_asks_t **asks_p)
     if (asks == NULL) {
         return attn_fail(ATTN_ERR_NO_MEMORY, "no memory for what is asked of workers");
     }
+    ucx_environment(); /* not when the first step wants a node, amid the program's other threads */
     asks->rpc = rpc;
     asks->end = &asks->first;
     pthread_mutex_init(&asks->lock, NULL);

@@ -366,6 +366,7 @@ ucx_crew_create(const ucx_crew_options_t *options, ucx_crew_t **crew_p)
     if (crew == NULL) {
         return attn_fail(ATTN_ERR_NO_MEMORY, "no memory for the threads of UCX");
     }
+    ucx_environment();
     crew->spin_ns     = options->spin_us * ATTN_NS_PER_US;
     crew->memory_max  = options->memory_max;
     crew->threads_max = threads;

@@ -81,15 +81,20 @@ struct ucx_memory {
 
 /* ---- the library ---- */
 
+/* Signals and malloc belong to whoever uses us, and what UCX has to say of a failure is in our own
+ * sentences. The library reads these while it is loaded, so no call can tell it. */
+void
+ucx_environment(void)
+{
+    setenv("UCX_HANDLE_ERRORS", "none", 0);
+    setenv("UCX_MEM_EVENTS", "n", 0);
+    setenv("UCX_LOG_LEVEL", "fatal", 0);
+}
+
 /* Under the lock. */
 static attn_status_t
 library_open(void)
 {
-    /* Read when the library is loaded. Signals and malloc belong to whoever uses us, and what UCX
-     * has to say of a failure is in our own sentences. */
-    setenv("UCX_HANDLE_ERRORS", "none", 0);
-    setenv("UCX_MEM_EVENTS", "n", 0);
-    setenv("UCX_LOG_LEVEL", "fatal", 0);
     void *handle = dlopen("libucp.so.0", RTLD_NOW | RTLD_LOCAL | RTLD_NODELETE);
     if (handle == NULL) {
         return attn_fail(ATTN_ERR_UNSUPPORTED, "there is no UCX here: %s", dlerror());
@@ -118,7 +123,7 @@ library_need(void)
 static attn_status_t
 transports_check(void)
 {
-    const char *said = getenv("UCX_TLS");
+    const char *said = secure_getenv("UCX_TLS");
     char list[256];
 
     if (said == NULL) {

@@ -10,6 +10,11 @@ refuse(void)
     return attn_fail(ATTN_ERR_UNSUPPORTED, "this program was built without UCX");
 }
 
+void
+ucx_environment(void)
+{
+}
+
 attn_status_t
 ucx_node_create(ucx_node_t **node_p)
 {

@@ -789,6 +789,45 @@ test_many_threads(void **state)
     fixture_close(&f);
 }
 
+/* The environment belongs to the program: it is changed when a client is made, not by its first
+ * step, and only where it says nothing. Runs first, while there is no client. */
+static void
+test_the_environment_is_left_alone(void **state)
+{
+    fixture_t f;
+    ucx_offer_t offer;
+    ucx_peer_t *peer;
+    char *was[256];
+    size_t n = 0;
+
+    (void)state;
+    unsetenv("UCX_HANDLE_ERRORS");
+    unsetenv("UCX_MEM_EVENTS");
+    setenv("UCX_LOG_LEVEL", "error", 1);
+    rpc_client_t *rpc;
+    ucx_asks_t *asks;
+    assert_int_equal(rpc_client_create(0, &rpc), ATTN_OK);
+    assert_int_equal(ucx_asks_create(rpc, &asks), ATTN_OK);
+    assert_string_equal(getenv("UCX_HANDLE_ERRORS"), "none");
+    assert_string_equal(getenv("UCX_MEM_EVENTS"), "n");
+    assert_string_equal(getenv("UCX_LOG_LEVEL"), "error");
+    setenv("UCX_LOG_LEVEL", "fatal", 1);
+    for (; environ[n] != NULL && n < 256; n++) {
+        was[n] = environ[n];
+    }
+    char **at = environ;
+    fixture_open(&f, 0, 0);
+    ucx_session_offer(f.sides[0].session, &offer);
+    assert_int_equal(ucx_peer_open(asks, &offer, &peer), ATTN_OK);
+    ucx_peer_close(peer);
+    fixture_close(&f);
+    assert_ptr_equal(environ, at);
+    assert_memory_equal(environ, was, n * sizeof(was[0]));
+    assert_null(environ[n]);
+    rpc_client_destroy(rpc);
+    ucx_asks_destroy(asks);
+}
+
 /* ---- peers that are killed ---- */
 
 /* Segments that this process made and that still are. */
@@ -916,6 +955,7 @@ int
 main(int argc, char **argv)
 {
     const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_the_environment_is_left_alone),
         cmocka_unit_test(test_requests_are_answered),
         cmocka_unit_test(test_sleepers_wake),
         cmocka_unit_test(test_answers_without_a_waiter),
