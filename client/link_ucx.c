@@ -10,6 +10,7 @@
  */
 #include "client/slab.h"
 
+#include "base/clock.h"
 #include "base/log.h"
 #include "base/status.h"
 
@@ -17,10 +18,14 @@
 #include <stdlib.h>
 #include <string.h>
 
+#define NO_SLOT_LOG_NS (10000 * ATTN_NS_PER_MS) /* between two lines that say so */
+
 typedef struct ucx_link {
     grpc_link_t grpc;
     bool strict;
     atomic_uint_fast64_t runs, steps_no_slot;
+    atomic_uint_fast64_t quiet_until_ns; /* about slots that the worker did not open */
+    atomic_uint unsaid;                  /* of them, since the last line */
 } ucx_link_t;
 
 static ucx_link_t *
@@ -101,6 +106,20 @@ ucx_link_begin(link_t *base, const engine_batch_t *batch, const link_room_t *roo
 
 /* ---- run ---- */
 
+/* A worker that refuses one step's slot may refuse every step's: one line now and then says it. */
+static void
+log_no_slot(ucx_link_t *link, const char *reason)
+{
+    uint64_t now = attn_now_ns(), until = atomic_load(&link->quiet_until_ns);
+
+    atomic_fetch_add(&link->unsaid, 1);
+    if (now >= until &&
+        atomic_compare_exchange_strong(&link->quiet_until_ns, &until, now + NO_SLOT_LOG_NS)) {
+        attn_log(ATTN_LOG_WARN, "client.no_slot", "worker=%s steps=%u reason=\"%s\"",
+                 link->grpc.pipes.address, atomic_exchange(&link->unsaid, 0), reason);
+    }
+}
+
 /* Has the worker opened the step's slot? If not, its runs go over gRPC. */
 static bool
 has_slot(ucx_link_t *link, link_step_t *step)
@@ -112,8 +131,7 @@ has_slot(ucx_link_t *link, link_step_t *step)
     }
     step->slot = pipe_has_slot(step->pipe, reason, sizeof(reason));
     if (!step->slot) {
-        attn_log(ATTN_LOG_WARN, "client.no_slot", "worker=%s reason=\"%s\"",
-                 link->grpc.pipes.address, reason);
+        log_no_slot(link, reason);
         atomic_fetch_add(&link->steps_no_slot, 1);
         ucx_place_give(slab_peer(step->slab), &step->ask.place);
         slab_release(step->slab);
