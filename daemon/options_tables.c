@@ -168,12 +168,29 @@ check_device(const char *device, uint64_t slab)
 
 /* ---- worker ---- */
 
+/* A worker whose slabs are larger than all of its memory for them would lend none, and not say so.
+ */
+static attn_status_t
+check_ucx(const worker_options_t *options)
+{
+    return options->ucx_memory == 0 || options->ucx_slab <= options->ucx_memory
+               ? ATTN_OK
+               : attn_fail(ATTN_ERR_INVALID,
+                           "--ucx-slab is %llu bytes, for one client, and --ucx-memory %llu, for "
+                           "all of them: make it as much at least, or 0 to lend none",
+                           (unsigned long long)options->ucx_slab,
+                           (unsigned long long)options->ucx_memory);
+}
+
 static attn_status_t
 worker_check(const void *values)
 {
     const worker_options_t *options = values;
 
     attn_status_t status = check_device(options->device, options->slab);
+    if (status == ATTN_OK) {
+        status = check_ucx(options);
+    }
     if (status == ATTN_OK) {
         status = check_tls(&options->tls, "--listen", options->listen);
     }
@@ -265,9 +282,9 @@ static const option_t worker_table[] = {
      .kind = OPTION_BYTES,
      OPTION_FIELD(worker_options_t, ucx_slab),
      .initial = "32MiB",
-     .least   = 64 << 10,
-     .most    = 1 << 30,
-     .help    = "Of that, for one client at most. Steps whose runs do not fit go over gRPC."},
+     .least   = WORKER_UCX_SLAB_LEAST,
+     .most    = WORKER_UCX_SLAB_MOST,
+     .help    = "Of ucx-memory, for one client at most. Steps whose runs do not fit go over gRPC."},
     {.name = "check-store",
      .kind = OPTION_SWITCH,
      OPTION_FIELD(worker_options_t, check_store),

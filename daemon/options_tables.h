@@ -13,6 +13,10 @@ typedef struct tls_options {
     bool allow_plaintext;
 } tls_options_t;
 
+/* What a slab for one client may have: UCX_SLAB_MIN and _MAX of rpc/ucx.h. */
+#define WORKER_UCX_SLAB_LEAST (UINT64_C(64) << 10)
+#define WORKER_UCX_SLAB_MOST (UINT64_C(1) << 30)
+
 /** `attnd worker` */
 typedef struct worker_options {
     char listen[OPTIONS_TEXT_MAX];
@@ -27,7 +31,7 @@ typedef struct worker_options {
     uint64_t drain_ms;
     uint64_t stall_ms;
     uint64_t message_memory, run_memory; /**< bytes */
-    uint64_t ucx_memory, ucx_slab;       /**< bytes; ucx_memory 0: none */
+    uint64_t ucx_memory, ucx_slab;       /**< bytes; ucx_memory 0: none, else ucx_slab or more */
     bool check_store;
     char metrics_listen[OPTIONS_TEXT_MAX]; /**< empty: no such port */
     uint32_t log_level;                    /**< attn_log_level_t */

@@ -285,6 +285,13 @@ test_rules_over_several_options(void **state)
                    "together");
     assert_refused(&dev_option_set, ARGS("--tls-ca=a", "--allow-plaintext"),
                    "--tls-cert is missing", "together");
+    assert_refused(&worker_option_set, ARGS("--ucx-memory=1MiB", "--ucx-slab=2MiB"),
+                   "--ucx-slab is 2097152 bytes", "--ucx-memory 1048576");
+    assert_refused(&worker_option_set, ARGS("--ucx-memory=31MiB"), "--ucx-slab is 33554432 bytes",
+                   "0 to lend none");
+    assert_refused(&worker_option_set, ARGS("--ucx-slab=65535"), "--ucx-slab", "64KiB");
+    assert_int_equal(parse(&worker_option_set, &values, ARGS("--ucx-memory=0")), ATTN_OK);
+    assert_int_equal(parse(&worker_option_set, &values, ARGS("--ucx-memory=32MiB")), ATTN_OK);
 }
 
 static void

@@ -11,6 +11,9 @@
 #include <assert.h>
 #include <stdlib.h>
 
+_Static_assert(WORKER_UCX_SLAB_LEAST == UCX_SLAB_MIN && WORKER_UCX_SLAB_MOST == UCX_SLAB_MAX,
+               "--ucx-slab allows what a session does");
+
 /* ---- who may ---- */
 
 static attn_status_t
