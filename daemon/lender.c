@@ -42,6 +42,34 @@ ring(void *arg)
 }
 
 static attn_status_t
+drain_check(const lender_t *lender)
+{
+    return atomic_load(&lender->steps->draining)
+               ? attn_fail(ATTN_ERR_CANCELLED,
+                           "draining: this daemon is going down, and lends no more memory")
+               : ATTN_OK;
+}
+
+/* Among those whose streams lender_end_streams() ends: it comes after steps_drain(), so that what
+ * is not listed by then is refused here. */
+static attn_status_t
+list(lender_t *lender, lending_t *lending)
+{
+    pthread_mutex_lock(&lender->lock);
+    attn_status_t status = drain_check(lender);
+    if (status == ATTN_OK) {
+        lending->next = lender->lendings;
+        lending->link = &lender->lendings;
+        if (lending->next != NULL) {
+            lending->next->link = &lending->next;
+        }
+        lender->lendings = lending;
+    }
+    pthread_mutex_unlock(&lender->lock);
+    return status;
+}
+
+static attn_status_t
 lend(lender_t *lender, rpc_call_t *call, const Attn__V1__SlabRequest *request,
      lending_t **lending_p)
 {
@@ -67,14 +95,11 @@ lend(lender_t *lender, rpc_call_t *call, const Attn__V1__SlabRequest *request,
         free(lending);
         return status;
     }
-    pthread_mutex_lock(&lender->lock);
-    lending->next = lender->lendings;
-    lending->link = &lender->lendings;
-    if (lending->next != NULL) {
-        lending->next->link = &lending->next;
+    if ((status = list(lender, lending)) != ATTN_OK) {
+        ucx_session_close(lending->session);
+        free(lending);
+        return status;
     }
-    lender->lendings = lending;
-    pthread_mutex_unlock(&lender->lock);
     *lending_p = lending;
     return ATTN_OK;
 }
@@ -106,6 +131,9 @@ begin_lending(lender_t *lender, rpc_call_t *call, rpc_message_t *message)
     lending_t *lending = NULL;
 
     attn_status_t status = steps_admit(lender->steps, rpc_call_metadata(call, TICKET_HEADER));
+    if (status == ATTN_OK) {
+        status = drain_check(lender);
+    }
     if (status == ATTN_OK) {
         status = rpc_message_unpack(message, &attn__v1__slab_request__descriptor, &head);
     }
