@@ -1,64 +1,29 @@
 /*
- * ucx_map.c: UCX itself: a library that is opened at run time, a context and a worker of a node,
- * and memory that one process allocates and another maps. No message is ever sent through it, and
- * so nobody has to make progress: an endpoint exists because a key is unpacked for one. It leads to
- * our own worker. The server's address would do as well, but UCX reads an address as far as it says
- * that it goes on, attaches the segment of its queue, and writes there: too much trust in what a
- * peer sent. Of a key it reads at most KEY_READ_MAX bytes, and we give it so many.
+ * ucx_map.c: a context and a worker of UCX's for each node, and memory that one process allocates
+ * and another maps. No message is ever sent through it, and so nobody has to make progress: an
+ * endpoint exists because a key is unpacked for one. It leads to our own worker. The server's
+ * address would do as well, but UCX reads an address as far as it says that it goes on, attaches
+ * the segment of its queue, and writes there: too much trust in what a peer sent. Of a key it reads
+ * at most KEY_READ_MAX bytes, and we give it so many.
  *
  * Only sysv is used of UCX's transports. posix would do as well, but for a file that its owner may
  * shorten, which kills whoever has it mapped; cma copies through the kernel.
  */
 #include "rpc/ucx_int.h"
+#include "rpc/ucx_lib.h"
 
 #include "base/checked.h"
 #include "base/status.h"
 
-#include <dlfcn.h>
 #include <inttypes.h>
 #include <pthread.h>
-#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
-#include <ucp/api/ucp.h>
 
 #define KEY_MAX 4096u /* bytes of a key, as a server may tell it */
 /* A key is a map of 64 memory domains, a byte, and for each domain a byte with the size of its
  * part; what a domain reads of its part may be more than that, by some words. */
 #define KEY_READ_MAX (8u + 1u + 64u * 256u + 4096u)
-
-/* What is used of the library. */
-#define FUNCTIONS(F)                                                                               \
-    F(ucp_init_version)                                                                            \
-    F(ucp_cleanup)                                                                                 \
-    F(ucp_config_read)                                                                             \
-    F(ucp_config_modify)                                                                           \
-    F(ucp_config_release)                                                                          \
-    F(ucp_worker_create)                                                                           \
-    F(ucp_worker_destroy)                                                                          \
-    F(ucp_worker_progress)                                                                         \
-    F(ucp_worker_get_address)                                                                      \
-    F(ucp_worker_release_address)                                                                  \
-    F(ucp_mem_map)                                                                                 \
-    F(ucp_mem_unmap)                                                                               \
-    F(ucp_mem_query)                                                                               \
-    F(ucp_rkey_pack)                                                                               \
-    F(ucp_rkey_buffer_release)                                                                     \
-    F(ucp_ep_create)                                                                               \
-    F(ucp_ep_close_nbx)                                                                            \
-    F(ucp_ep_rkey_unpack)                                                                          \
-    F(ucp_rkey_ptr)                                                                                \
-    F(ucp_rkey_destroy)                                                                            \
-    F(ucp_request_check_status)                                                                    \
-    F(ucp_request_free)                                                                            \
-    F(ucs_status_string)
-
-static struct {
-    pthread_mutex_t lock;
-    void *handle;
-#define FIELD(name) __typeof__(&name) name;
-    FUNCTIONS(FIELD)
-} lib = {.lock = PTHREAD_MUTEX_INITIALIZER};
 
 struct ucx_node {
     pthread_mutex_t lock; /* round every call that takes the worker */
@@ -79,45 +44,7 @@ struct ucx_memory {
     ucp_rkey_h rkey; /* mapped */
 };
 
-/* ---- the library ---- */
-
-/* Signals and malloc belong to whoever uses us, and what UCX has to say of a failure is in our own
- * sentences. The library reads these while it is loaded, so no call can tell it. */
-void
-ucx_environment(void)
-{
-    setenv("UCX_HANDLE_ERRORS", "none", 0);
-    setenv("UCX_MEM_EVENTS", "n", 0);
-    setenv("UCX_LOG_LEVEL", "fatal", 0);
-}
-
-/* Under the lock. */
-static attn_status_t
-library_open(void)
-{
-    void *handle = dlopen("libucp.so.0", RTLD_NOW | RTLD_LOCAL | RTLD_NODELETE);
-    if (handle == NULL) {
-        return attn_fail(ATTN_ERR_UNSUPPORTED, "there is no UCX here: %s", dlerror());
-    }
-#define FIND(name)                                                                                 \
-    *(void **)&lib.name = dlsym(handle, #name);                                                    \
-    if (lib.name == NULL) {                                                                        \
-        dlclose(handle);                                                                           \
-        return attn_fail(ATTN_ERR_UNSUPPORTED, "libucp.so.0 is too old or too new: no " #name);    \
-    }
-    FUNCTIONS(FIND)
-    lib.handle = handle;
-    return ATTN_OK;
-}
-
-static attn_status_t
-library_need(void)
-{
-    pthread_mutex_lock(&lib.lock);
-    attn_status_t status = lib.handle != NULL ? ATTN_OK : library_open();
-    pthread_mutex_unlock(&lib.lock);
-    return status;
-}
+/* ---- nodes ---- */
 
 /* Does the user's choice of transports leave us ours? */
 static attn_status_t
@@ -141,31 +68,22 @@ transports_check(void)
 }
 
 static attn_status_t
-failed(ucs_status_t status, const char *what)
-{
-    return attn_fail(ATTN_ERR_UNSUPPORTED, "UCX cannot %s: %s", what,
-                     lib.ucs_status_string(status));
-}
-
-/* ---- nodes ---- */
-
-static attn_status_t
 context_open(ucx_node_t *node)
 {
     ucp_params_t params = {.field_mask = UCP_PARAM_FIELD_FEATURES, .features = UCP_FEATURE_RMA};
     ucp_config_t *config;
 
-    ucs_status_t status = lib.ucp_config_read(NULL, NULL, &config);
+    ucs_status_t status = ucx_lib.ucp_config_read(NULL, NULL, &config);
     if (status != UCS_OK) {
-        return failed(status, "read its configuration");
+        return ucx_lib_failed(status, "read its configuration");
     }
-    status = lib.ucp_config_modify(config, "TLS", "sysv");
+    status = ucx_lib.ucp_config_modify(config, "TLS", "sysv");
     if (status == UCS_OK) {
         status =
-            lib.ucp_init_version(UCP_API_MAJOR, UCP_API_MINOR, &params, config, &node->context);
+            ucx_lib.ucp_init_version(UCP_API_MAJOR, UCP_API_MINOR, &params, config, &node->context);
     }
-    lib.ucp_config_release(config);
-    return status == UCS_OK ? ATTN_OK : failed(status, "start with its sysv transport");
+    ucx_lib.ucp_config_release(config);
+    return status == UCS_OK ? ATTN_OK : ucx_lib_failed(status, "start with its sysv transport");
 }
 
 static attn_status_t
@@ -174,12 +92,12 @@ worker_open(ucx_node_t *node)
     ucp_worker_params_t params = {.field_mask  = UCP_WORKER_PARAM_FIELD_THREAD_MODE,
                                   .thread_mode = UCS_THREAD_MODE_SERIALIZED};
 
-    ucs_status_t status = lib.ucp_worker_create(node->context, &params, &node->worker);
+    ucs_status_t status = ucx_lib.ucp_worker_create(node->context, &params, &node->worker);
     if (status != UCS_OK) {
-        return failed(status, "make a worker of its own kind");
+        return ucx_lib_failed(status, "make a worker of its own kind");
     }
-    status = lib.ucp_worker_get_address(node->worker, &node->address, &node->address_size);
-    return status == UCS_OK ? ATTN_OK : failed(status, "tell its address");
+    status = ucx_lib.ucp_worker_get_address(node->worker, &node->address, &node->address_size);
+    return status == UCS_OK ? ATTN_OK : ucx_lib_failed(status, "tell its address");
 }
 
 attn_status_t
@@ -188,7 +106,7 @@ ucx_node_create(ucx_node_t **node_p)
     attn_status_t status = transports_check();
 
     if (status == ATTN_OK) {
-        status = library_need();
+        status = ucx_lib_need();
     }
     if (status != ATTN_OK) {
         return status;
@@ -215,16 +133,16 @@ static void
 endpoint_close(ucx_node_t *node)
 {
     ucp_request_param_t params = {0};
-    void *request              = lib.ucp_ep_close_nbx(node->self, &params);
+    void *request              = ucx_lib.ucp_ep_close_nbx(node->self, &params);
 
     for (unsigned i = 0; UCS_PTR_IS_PTR(request) && i < 1000; i++) {
-        lib.ucp_worker_progress(node->worker);
-        if (lib.ucp_request_check_status(request) != UCS_INPROGRESS) {
+        ucx_lib.ucp_worker_progress(node->worker);
+        if (ucx_lib.ucp_request_check_status(request) != UCS_INPROGRESS) {
             break;
         }
     }
     if (UCS_PTR_IS_PTR(request)) {
-        lib.ucp_request_free(request);
+        ucx_lib.ucp_request_free(request);
     }
 }
 
@@ -238,13 +156,13 @@ ucx_node_destroy(ucx_node_t *node)
         endpoint_close(node);
     }
     if (node->address != NULL) {
-        lib.ucp_worker_release_address(node->worker, node->address);
+        ucx_lib.ucp_worker_release_address(node->worker, node->address);
     }
     if (node->worker != NULL) {
-        lib.ucp_worker_destroy(node->worker);
+        ucx_lib.ucp_worker_destroy(node->worker);
     }
     if (node->context != NULL) {
-        lib.ucp_cleanup(node->context);
+        ucx_lib.ucp_cleanup(node->context);
     }
     pthread_mutex_destroy(&node->lock);
     free(node);
@@ -278,18 +196,18 @@ allocate(ucx_memory_t *memory)
     };
     ucp_mem_attr_t attr = {.field_mask = UCP_MEM_ATTR_FIELD_ADDRESS | UCP_MEM_ATTR_FIELD_LENGTH};
 
-    ucs_status_t status = lib.ucp_mem_map(memory->node->context, &params, &memory->allocated);
+    ucs_status_t status = ucx_lib.ucp_mem_map(memory->node->context, &params, &memory->allocated);
     if (status != UCS_OK) {
         memory->allocated = NULL;
         return status;
     }
-    status     = lib.ucp_mem_query(memory->allocated, &attr);
+    status     = ucx_lib.ucp_mem_query(memory->allocated, &attr);
     memory->at = attr.address;
     if (status == UCS_OK && attr.length < memory->bytes) {
         status = UCS_ERR_NO_MEMORY;
     }
-    return status == UCS_OK ? lib.ucp_rkey_pack(memory->node->context, memory->allocated,
-                                                &memory->key, &memory->key_size)
+    return status == UCS_OK ? ucx_lib.ucp_rkey_pack(memory->node->context, memory->allocated,
+                                                    &memory->key, &memory->key_size)
                             : status;
 }
 
@@ -307,7 +225,7 @@ ucx_memory_create(ucx_node_t *node, uint64_t bytes, ucx_memory_t **memory_p)
     if (ucs != UCS_OK) {
         ucx_memory_free(memory);
         return attn_fail(ATTN_ERR_EXHAUSTED, "UCX has no %llu bytes of shared memory: %s",
-                         (unsigned long long)bytes, lib.ucs_status_string(ucs));
+                         (unsigned long long)bytes, ucx_lib.ucs_status_string(ucs));
     }
     *memory_p = memory;
     return ATTN_OK;
@@ -332,7 +250,7 @@ endpoint_need(ucx_node_t *node)
                               .address    = node->address};
 
     ucs_status_t status =
-        node->self != NULL ? UCS_OK : lib.ucp_ep_create(node->worker, &params, &node->self);
+        node->self != NULL ? UCS_OK : ucx_lib.ucp_ep_create(node->worker, &params, &node->self);
     if (status != UCS_OK) {
         node->self = NULL;
     }
@@ -349,12 +267,12 @@ map(ucx_memory_t *memory, const uint8_t *key, uint64_t base)
     if (status != UCS_OK) {
         return status;
     }
-    status = lib.ucp_ep_rkey_unpack(memory->node->self, key, &memory->rkey);
+    status = ucx_lib.ucp_ep_rkey_unpack(memory->node->self, key, &memory->rkey);
     if (status != UCS_OK) {
         memory->rkey = NULL;
         return status;
     }
-    status     = lib.ucp_rkey_ptr(memory->rkey, base, &at);
+    status     = ucx_lib.ucp_rkey_ptr(memory->rkey, base, &at);
     memory->at = status == UCS_OK ? at : NULL;
     return status;
 }
@@ -395,7 +313,7 @@ map_with(ucx_memory_t *memory, const uint8_t *key, uint64_t base)
                          : attn_fail(ATTN_ERR_UNSUPPORTED,
                                      "UCX cannot map the server's memory (%s): it is of another "
                                      "user, or of another IPC namespace",
-                                     lib.ucs_status_string(ucs));
+                                     ucx_lib.ucs_status_string(ucs));
 }
 
 attn_status_t
@@ -438,13 +356,13 @@ ucx_memory_free(ucx_memory_t *memory)
     ucx_node_t *node = memory->node;
     pthread_mutex_lock(&node->lock);
     if (memory->key != NULL) {
-        lib.ucp_rkey_buffer_release(memory->key);
+        ucx_lib.ucp_rkey_buffer_release(memory->key);
     }
     if (memory->allocated != NULL) {
-        lib.ucp_mem_unmap(node->context, memory->allocated);
+        ucx_lib.ucp_mem_unmap(node->context, memory->allocated);
     }
     if (memory->rkey != NULL) {
-        lib.ucp_rkey_destroy(memory->rkey);
+        ucx_lib.ucp_rkey_destroy(memory->rkey);
     }
     pthread_mutex_unlock(&node->lock);
     free(memory);
