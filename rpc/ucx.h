@@ -49,7 +49,8 @@ typedef struct ucx_head {
     uint32_t number;  /**< the user's */
     uint32_t flags;   /**< the user's, and UCX_RING */
     int32_t status;   /**< of an answer: attn_status_t */
-    uint32_t spare[3];
+    uint32_t spare;
+    uint64_t offset; /**< of a message: the slot's */
     _Atomic uint64_t sequence;
 } ucx_head_t;
 
@@ -71,6 +72,8 @@ typedef struct ucx_offer {
     const uint8_t *address, *key;
     uint64_t address_size, key_size;
     uint64_t base, bytes; /**< where it lies in the server, and its size */
+    bool messages;        /**< no memory to map, but an address that messages are sent to */
+    char version[16];     /**< of UCX, of which messages have to be */
     uint64_t session;     /**< its number, and the proof of who was told it */
     uint64_t secret;
 } ucx_offer_t;
@@ -109,9 +112,12 @@ typedef struct ucx_session ucx_session_t; /* one client's slab */
 typedef struct ucx_slot ucx_slot_t;
 
 typedef struct ucx_crew_options {
+    /** NULL: lend shared memory. Else exchange messages, over these devices of the network, as UCX
+     * names them ("eth0,mlx5_0:1"); "all": as UCX_NET_DEVICES says, or all there are. */
+    const char *network;
     uint32_t threads;    /**< requests handled at once; 0: 8 */
     uint32_t spin_us;    /**< look so long in vain before sleeping */
-    uint64_t memory_max; /**< bytes of all slabs */
+    uint64_t memory_max; /**< bytes of all slabs; with messages they are the server's alone */
 } ucx_crew_options_t;
 
 /** Figures since the start; open ones now. */
@@ -120,9 +126,11 @@ typedef struct ucx_figures {
     uint64_t bytes_in, bytes_out; /**< of data */
     uint64_t slab_bytes;
     uint32_t sessions, slots;
+    char way[16]; /**< "shm"; of messages UCX's transport, of the session that opened last; or "" */
 } ucx_figures_t;
 
-/** @return ATTN_ERR_UNSUPPORTED as ucx_node_create(), or the kernel has no futex_waitv (5.16) */
+/** @return ATTN_ERR_UNSUPPORTED as ucx_node_create(), or the kernel has no futex_waitv (5.16), or
+ * UCX has no such devices */
 attn_status_t ucx_crew_create(const ucx_crew_options_t *options, ucx_crew_t **crew_p);
 /** After all sessions. Waits for requests that are handled. NULL is allowed. */
 void ucx_crew_destroy(ucx_crew_t *crew);
@@ -140,6 +148,14 @@ attn_status_t ucx_session_open(ucx_crew_t *crew, uint64_t bytes, void (*ring)(vo
                                ucx_session_t **session_p);
 /** What its client is to be told; valid while the session is open. */
 void ucx_session_offer(const ucx_session_t *session, ucx_offer_t *offer);
+/**
+ * With messages, before the first run: where answers go, as the client told (ucx_peer_address()).
+ * @param broken  called at most once, like `ring`: no message comes or goes any more; close it
+ * @return ATTN_ERR_INVALID      it is of shared memory, or has been told before
+ * @return ATTN_ERR_UNSUPPORTED  no transport leads there
+ */
+attn_status_t ucx_session_answer(ucx_session_t *session, const uint8_t *address, uint64_t size,
+                                 void (*broken)(void *arg, const char *why));
 /** No slot is opened in it any more; the memory goes when the last one is closed. */
 void ucx_session_close(ucx_session_t *session);
 
@@ -189,6 +205,7 @@ struct ucx_ask {
     ucx_peer_t *peer;
     ucx_place_t place;
     uint64_t sequence;
+    bool unattended;         /* nobody looks */
     ucx_ask_t *next, **link; /* of the waiting ones */
 };
 
@@ -201,13 +218,29 @@ void ucx_asks_destroy(ucx_asks_t *asks); /* NULL is allowed */
 void ucx_asks_look(ucx_asks_t *asks);
 
 /**
- * Map a server's slab.
- * @return ATTN_ERR_UNSUPPORTED  no UCX here, another host or namespace, or it cannot be mapped: the
- *                               sentence says why
+ * Map a server's slab, or make one that messages to the server are written in.
+ * @return ATTN_ERR_UNSUPPORTED  no UCX here, another host or namespace, or it cannot be mapped; or
+ *                               no transport leads there: the sentence says why
  */
 attn_status_t ucx_peer_open(ucx_asks_t *asks, const ucx_offer_t *offer, ucx_peer_t **peer_p);
 /** Unmap. None of its asks waits. */
 void ucx_peer_close(ucx_peer_t *peer);
+
+/** With messages: what the server is to be told (ucx_session_answer()); valid while asks are.
+ * @return false: it is of shared memory, and needs nothing */
+bool ucx_peer_address(ucx_peer_t *peer, const uint8_t **address_p, uint64_t *size_p);
+
+/**
+ * With messages: see that they come through, both ways.
+ * @return ATTN_ERR_UNSUPPORTED  none did until the deadline, or UCX says that none will
+ */
+attn_status_t ucx_peer_greet(ucx_peer_t *peer, uint64_t deadline_ns);
+
+/** Which way: "shm", or UCX's transport: "tcp", "rc_mlx5", ... */
+const char *ucx_peer_way(ucx_peer_t *peer);
+
+/** Does nothing come or go any more? What is asked then ends as ATTN_ERR_UNAVAILABLE. */
+bool ucx_peer_is_broken(ucx_peer_t *peer);
 
 /** Take room for a slot. @return false: there is none */
 bool ucx_place_take(ucx_peer_t *peer, uint64_t in, uint64_t out, ucx_place_t *place);

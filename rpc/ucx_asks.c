@@ -5,8 +5,11 @@
  *
  * An ask is taken off the list before it is called, so it may be asked again from there. Its memory
  * is its user's: ucx_forget() takes it off, and waits while it is being called.
+ *
+ * With messages (ucx_asks_far.c) the slab is this process's alone: what is asked is sent from its
+ * slot, and an answer that comes is put there before it is looked for.
  */
-#include "rpc/ucx_int.h"
+#include "rpc/ucx_asks_int.h"
 
 #include "base/checked.h"
 #include "base/status.h"
@@ -14,31 +17,8 @@
 
 #include <pthread.h>
 #include <sched.h>
+#include <stdio.h>
 #include <stdlib.h>
-
-struct ucx_asks {
-    rpc_client_t *rpc;
-    pthread_mutex_t lock;
-    ucx_node_t *node; /* made with the first peer */
-    atomic_uint waiting;
-    ucx_ask_t *first;   /* the waiting ones, the oldest first; under the lock */
-    ucx_ask_t **end;    /* where the next one goes */
-    ucx_ask_t *calling; /* whose answered() runs */
-    ucx_peer_t *peers;
-    bool dozing; /* a thread sleeps in the queue, or is about to */
-};
-
-struct ucx_peer {
-    ucx_asks_t *asks;
-    ucx_memory_t *memory;
-    ucx_card_t *card;
-    uint8_t *at;
-    uint64_t bytes, secret;
-    uint64_t sequence; /* of the last ask; under the lock, as what follows */
-    uint32_t n_places;
-    ucx_place_t places[UCX_SESSION_SLOTS_MAX]; /* taken, ascending */
-    ucx_peer_t *next, **link;
-};
 
 /* ---- looking ---- */
 
@@ -49,6 +29,12 @@ is_answered(const ucx_ask_t *ask, ucx_head_t *reply, char *sentence)
     const ucx_head_t *answer = ucx_answer_at(ask->peer->at, &ask->place);
     uint64_t sequence        = atomic_load_explicit(&answer->sequence, memory_order_acquire);
 
+    if (sequence != ask->sequence && ask->peer->broken) {
+        *reply = (ucx_head_t){.status = ATTN_ERR_UNAVAILABLE};
+        snprintf(sentence, UCX_SENTENCE_ROOM, "the connection to the worker broke, UCX says: %s",
+                 ask->peer->why);
+        return true;
+    }
     if (sequence != ask->sequence) {
         return false;
     }
@@ -74,6 +60,7 @@ unlist(ucx_asks_t *asks, ucx_ask_t *ask)
         asks->end = ask->link;
     }
     ask->link = NULL;
+    asks->unattended -= ask->unattended;
     atomic_fetch_sub(&asks->waiting, 1);
 }
 
@@ -87,10 +74,13 @@ look(void *arg)
 
     /* As many as wait now: what is asked again meanwhile is for the next look. */
     unsigned most = atomic_load(&asks->waiting);
-    if (most == 0) {
+    if (most + atomic_load(&asks->greeting) == 0) {
         return false;
     }
     pthread_mutex_lock(&asks->lock);
+    if (asks->far != NULL) {
+        any = ucx_asks_far_progress(asks->far);
+    }
     for (ucx_ask_t *ask = asks->first; ask != NULL && most > 0;) {
         sentence[0] = '\0';
         if (!is_answered(ask, &reply, sentence)) {
@@ -114,7 +104,9 @@ look(void *arg)
 static bool
 awaits(void *arg)
 {
-    return atomic_load(&((ucx_asks_t *)arg)->waiting) > 0;
+    ucx_asks_t *asks = arg;
+
+    return atomic_load(&asks->waiting) + atomic_load(&asks->greeting) > 0;
 }
 
 static void
@@ -123,7 +115,12 @@ say_sleeping(ucx_asks_t *asks, bool sleeps)
     pthread_mutex_lock(&asks->lock);
     asks->dozing = sleeps;
     for (ucx_peer_t *peer = asks->peers; peer != NULL; peer = peer->next) {
-        atomic_store_explicit(&peer->card->client_sleeps, sleeps, memory_order_relaxed);
+        if (peer->card != NULL) {
+            atomic_store_explicit(&peer->card->client_sleeps, sleeps, memory_order_relaxed);
+        }
+    }
+    if (asks->far != NULL) {
+        ucx_asks_far_sleeps(asks->far, sleeps);
     }
     pthread_mutex_unlock(&asks->lock);
     ucx_fence(); /* the server answers, fences, and reads that */
@@ -157,19 +154,27 @@ ucx_ask(ucx_ask_t *ask, ucx_peer_t *peer, const ucx_head_t *head)
 
     memcpy(request, head, offsetof(ucx_head_t, sequence));
     request->secret = peer->secret;
+    request->offset = ask->place.offset;
 
     pthread_mutex_lock(&asks->lock);
     if (ask->link != NULL) { /* it was given up without a word */
         unlist(asks, ask);
     }
-    ask->peer     = peer;
-    ask->sequence = ++peer->sequence;
-    ask->next     = NULL;
-    ask->link     = asks->end;
-    *asks->end    = ask;
-    asks->end     = &ask->next;
+    ask->peer       = peer;
+    ask->sequence   = ++peer->sequence;
+    ask->unattended = (head->flags & UCX_RING) != 0;
+    asks->unattended += ask->unattended;
+    ask->next  = NULL;
+    ask->link  = asks->end;
+    *asks->end = ask;
+    asks->end  = &ask->next;
     atomic_fetch_add(&asks->waiting, 1);
     atomic_store_explicit(&request->sequence, ask->sequence, memory_order_release);
+    if (peer->card == NULL) {
+        ucx_asks_far_send(peer, request, ucx_data_at(peer->at, &ask->place), ask->unattended);
+        pthread_mutex_unlock(&asks->lock);
+        return;
+    }
     ucx_fence(); /* the server says that it sleeps, fences, looks */
     bool sleeps = atomic_load_explicit(&peer->card->server_sleeps, memory_order_relaxed) != 0 &&
                   atomic_exchange(&peer->card->server_sleeps, 0) != 0;
@@ -263,8 +268,9 @@ offer_check(const ucx_offer_t *offer)
     char host[sizeof(offer->host)];
 
     ucx_host(host);
-    if (host[0] == '\0' || strnlen(offer->host, sizeof(offer->host)) == sizeof(offer->host) ||
-        strcmp(offer->host, host) != 0) {
+    if (!offer->messages &&
+        (host[0] == '\0' || strnlen(offer->host, sizeof(offer->host)) == sizeof(offer->host) ||
+         strcmp(offer->host, host) != 0)) {
         return attn_fail(ATTN_ERR_UNSUPPORTED,
                          "the worker is on another host, or in another IPC namespace");
     }
@@ -311,14 +317,30 @@ card_check(const ucx_peer_t *peer, const ucx_offer_t *offer)
                            "what was mapped is not the worker's slab, or of another version");
 }
 
+static attn_status_t
+near_open(ucx_asks_t *asks, const ucx_offer_t *offer, ucx_peer_t *peer)
+{
+    attn_status_t status = node_need(asks);
+
+    if (status == ATTN_OK) {
+        status = ucx_memory_map(asks->node, offer, &peer->memory);
+    }
+    if (status == ATTN_OK) {
+        peer->at   = ucx_memory_at(peer->memory);
+        peer->card = (ucx_card_t *)(void *)peer->at;
+        status     = card_check(peer, offer);
+    }
+    if (status != ATTN_OK) {
+        ucx_memory_free(peer->memory);
+    }
+    return status;
+}
+
 attn_status_t
 ucx_peer_open(ucx_asks_t *asks, const ucx_offer_t *offer, ucx_peer_t **peer_p)
 {
     attn_status_t status = offer_check(offer);
 
-    if (status == ATTN_OK) {
-        status = node_need(asks);
-    }
     if (status != ATTN_OK) {
         return status;
     }
@@ -326,22 +348,18 @@ ucx_peer_open(ucx_asks_t *asks, const ucx_offer_t *offer, ucx_peer_t **peer_p)
     if (peer == NULL) {
         return attn_fail(ATTN_ERR_NO_MEMORY, "no memory for a slab's description");
     }
-    status = ucx_memory_map(asks->node, offer, &peer->memory);
-    if (status == ATTN_OK) {
-        peer->asks   = asks;
-        peer->at     = ucx_memory_at(peer->memory);
-        peer->card   = (ucx_card_t *)(void *)peer->at;
-        peer->bytes  = offer->bytes;
-        peer->secret = offer->secret;
-        status       = card_check(peer, offer);
-    }
+    peer->asks   = asks;
+    peer->bytes  = offer->bytes;
+    peer->secret = offer->secret;
+    status       = offer->messages ? ucx_asks_far_open(peer, offer) : near_open(asks, offer, peer);
     if (status != ATTN_OK) {
-        ucx_memory_free(peer->memory);
         free(peer);
         return status;
     }
     pthread_mutex_lock(&asks->lock);
-    atomic_store(&peer->card->client_sleeps, asks->dozing);
+    if (peer->card != NULL) {
+        atomic_store(&peer->card->client_sleeps, asks->dozing);
+    }
     peer->next = asks->peers;
     peer->link = &asks->peers;
     if (peer->next != NULL) {
@@ -364,8 +382,21 @@ ucx_peer_close(ucx_peer_t *peer)
         peer->next->link = peer->link;
     }
     pthread_mutex_unlock(&asks->lock);
-    ucx_memory_free(peer->memory);
-    free(peer);
+    if (peer->card == NULL) {
+        ucx_asks_far_close(peer);
+    } else {
+        ucx_memory_free(peer->memory);
+        free(peer);
+    }
+}
+
+bool
+ucx_peer_is_broken(ucx_peer_t *peer)
+{
+    pthread_mutex_lock(&peer->asks->lock);
+    bool broken = peer->broken;
+    pthread_mutex_unlock(&peer->asks->lock);
+    return broken;
 }
 
 /* ---- life ---- */
@@ -393,6 +424,7 @@ void
 ucx_asks_destroy(ucx_asks_t *asks)
 {
     if (asks != NULL) {
+        ucx_asks_far_destroy(asks->far);
         ucx_node_destroy(asks->node);
         pthread_mutex_destroy(&asks->lock);
         free(asks);

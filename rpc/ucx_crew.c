@@ -23,13 +23,16 @@
 #include <errno.h>
 #include <linux/futex.h>
 #include <sched.h>
+#include <stdio.h>
 #include <stdlib.h>
+#include <sys/eventfd.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
 #define THREADS_DEFAULT 8u
 #define THREADS_MAX 64u
 #define LOOKS_A_BURST 16u              /* at all slots, before others may have the lock */
+#define FAR_LOOKS_A_BURST 2u           /* with messages, where a look is a system call */
 #define LONG_NS (200 * ATTN_NS_PER_US) /* a handler that is worth waking a thread for */
 #define DEPUTY_NS (1 * ATTN_NS_PER_MS) /* between its looks, and a handler's time */
 #define DEPUTY_LOOKS 20u               /* without a request, before it sleeps until it is woken */
@@ -120,7 +123,7 @@ take_request(ucx_crew_t *crew, ucx_slot_t *slot)
 
 /* Look once at all slots, in turns. Under the lock. */
 static ucx_slot_t *
-look(ucx_crew_t *crew)
+look_at_slots(ucx_crew_t *crew)
 {
     for (uint32_t i = 0; i < crew->n_slots; i++) {
         uint32_t at =
@@ -131,6 +134,16 @@ look(ucx_crew_t *crew)
         }
     }
     return NULL;
+}
+
+/* Under the lock. */
+static ucx_slot_t *
+look(ucx_crew_t *crew)
+{
+    if (crew->port != NULL) {
+        ucx_far_progress(crew);
+    }
+    return look_at_slots(crew);
 }
 
 static void
@@ -149,6 +162,10 @@ sleep_a_while(ucx_crew_t *crew)
     struct futex_waitv words[1 + UCX_SESSIONS_MAX];
     unsigned n = 0;
 
+    if (crew->port != NULL) {
+        ucx_far_sleep(crew);
+        return look_at_slots(crew);
+    }
     words[n++] = futex_word(&crew->kick);
     for (ucx_session_t *s = crew->sessions; s != NULL; s = s->next) {
         words[n++] = futex_word(&s->card->bell);
@@ -176,9 +193,13 @@ lead(ucx_crew_t *crew)
         /* Handlers, this thread and perhaps a client here: who spins must not be in their way. */
         bool spin        = crew->n_slots > 0 && crew->running + 2 <= crew->n_cpus;
         ucx_slot_t *slot = NULL;
-        for (unsigned i = 0; i < LOOKS_A_BURST && slot == NULL; i++) {
+        unsigned most    = crew->port != NULL ? FAR_LOOKS_A_BURST : LOOKS_A_BURST;
+        for (unsigned i = 0; i < most && slot == NULL; i++) {
             slot = look(crew);
             rpc_relax();
+        }
+        if (crew->tidy) {
+            ucx_far_tidy(crew);
         }
         if (slot == NULL && (!spin || attn_now_ns() >= until)) {
             slot  = sleep_a_while(crew);
@@ -226,6 +247,12 @@ handle(ucx_crew_t *crew, ucx_slot_t *slot)
         sentence[UCX_SENTENCE_ROOM - 1] = '\0';
     }
     slot->answered = reply.status == ATTN_OK ? reply.bytes : 0;
+    reply.offset   = slot->place.offset;
+    if (crew->port != NULL) { /* it is sent under the lock */
+        memcpy(answer, &reply, offsetof(ucx_head_t, sequence));
+        atomic_store(&answer->sequence, slot->sequence);
+        return;
+    }
     atomic_store(&slot->phase, UCX_SLOT_ANSWERS);
     memcpy(answer, &reply, offsetof(ucx_head_t, sequence));
     atomic_store_explicit(&answer->sequence, slot->sequence, memory_order_release);
@@ -300,6 +327,9 @@ work(ucx_crew_t *crew, ucx_slot_t *slot)
         handle(crew, slot);
         ucx_crew_lock(crew);
         crew->running--;
+        if (crew->port != NULL) {
+            ucx_far_answer(slot);
+        }
         more = ucx_slot_ran(slot) && crew->leading && take_request(crew, slot);
     } while (more);
 }
@@ -333,6 +363,10 @@ serve(void *arg)
 void
 ucx_crew_kick(ucx_crew_t *crew)
 {
+    if (crew->port != NULL) {
+        eventfd_write(crew->kick_fd, 1);
+        return;
+    }
     atomic_fetch_add(&crew->kick, 1);
     ucx_futex_wake(&crew->kick);
 }
@@ -350,6 +384,15 @@ threads_start(ucx_crew_t *crew)
     return ATTN_OK;
 }
 
+static attn_status_t
+near_create(ucx_crew_t *crew)
+{
+    attn_status_t status = futex_check();
+
+    snprintf(crew->figures.way, sizeof(crew->figures.way), "shm");
+    return status == ATTN_OK ? ucx_node_create(&crew->node) : status;
+}
+
 attn_status_t
 ucx_crew_create(const ucx_crew_options_t *options, ucx_crew_t **crew_p)
 {
@@ -358,15 +401,12 @@ ucx_crew_create(const ucx_crew_options_t *options, ucx_crew_t **crew_p)
     if (threads > THREADS_MAX) {
         return attn_fail(ATTN_ERR_INVALID, "%u threads for UCX: at most %u", threads, THREADS_MAX);
     }
-    attn_status_t status = futex_check();
-    if (status != ATTN_OK) {
-        return status;
-    }
     ucx_crew_t *crew = calloc(1, sizeof(*crew));
     if (crew == NULL) {
         return attn_fail(ATTN_ERR_NO_MEMORY, "no memory for the threads of UCX");
     }
     ucx_environment();
+    crew->kick_fd     = -1;
     crew->spin_ns     = options->spin_us * ATTN_NS_PER_US;
     crew->memory_max  = options->memory_max;
     crew->threads_max = threads;
@@ -374,7 +414,8 @@ ucx_crew_create(const ucx_crew_options_t *options, ucx_crew_t **crew_p)
     pthread_mutex_init(&crew->lock, NULL);
     rpc_cond_init(&crew->idle_cond);
     rpc_cond_init(&crew->deputy_cond);
-    status = ucx_node_create(&crew->node);
+    attn_status_t status =
+        options->network != NULL ? ucx_far_create(crew, options->network) : near_create(crew);
     if (status == ATTN_OK) {
         status = threads_start(crew);
     }
@@ -400,6 +441,10 @@ ucx_crew_destroy(ucx_crew_t *crew)
     ucx_crew_kick(crew);
     for (uint32_t i = 0; i < crew->n_threads; i++) {
         pthread_join(crew->threads[i], NULL);
+    }
+    ucx_port_destroy(crew->port);
+    if (crew->kick_fd >= 0) {
+        close(crew->kick_fd);
     }
     ucx_node_destroy(crew->node);
     pthread_cond_destroy(&crew->idle_cond);

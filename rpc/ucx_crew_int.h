@@ -10,9 +10,9 @@
 
 struct ucx_session {
     ucx_crew_t *crew;
-    ucx_memory_t *memory;
-    ucx_card_t *card; /* where the slab begins */
-    uint8_t *at;      /* likewise, as bytes */
+    ucx_memory_t *memory; /* NULL: of messages, and the slab is this process's alone */
+    ucx_card_t *card;     /* where the slab begins */
+    uint8_t *at;          /* likewise, as bytes */
     uint64_t bytes, number, secret;
 
     /* Under the crew's lock. */
@@ -21,8 +21,16 @@ struct ucx_session {
     bool closed;
     ucx_session_t *next, **link; /* of those that are not closed */
 
+    /* Of messages; under the crew's lock. */
+    ucx_way_t *way;       /* to the client; NULL: not told, or gone */
+    ucx_head_t hello;     /* that is sent there */
+    bool greeted, broken; /* the client said hello; nothing goes there any more, ... */
+    bool told;            /* ... and the session's user knows */
+    char why[96];
+
     pthread_mutex_t ring_lock;
     void (*ring)(void *arg); /* NULL: closed */
+    void (*on_broken)(void *arg, const char *why);
     void *ring_arg;
 };
 
@@ -40,16 +48,23 @@ struct ucx_slot {
     void *arg;
 
     uint64_t sequence; /* that was looked at last */
-    atomic_uint phase; /* of a running one: UCX_SLOT_HANDLES ... */
     bool running;      /* its request is handled: what follows is that thread's */
     bool closed;
+    bool receiving;  /* a message's data is on its way here */
+    bool ended;      /* it came, or never will; and the slot was closed meanwhile */
+    uint64_t coming; /* that message's sequence */
     ucx_head_t head;
     uint64_t typical_ns, answered;
-    uint32_t index; /* among the crew's */
+    atomic_uint phase; /* of a running one: UCX_SLOT_HANDLES ...; with messages only that */
+    uint32_t index;    /* among the crew's */
 };
 
 struct ucx_crew {
-    ucx_node_t *node;
+    ucx_node_t *node; /* NULL: of messages, which come to ... */
+    ucx_port_t *port; /* under the lock */
+    int kick_fd;      /* in place of kick */
+    bool asleep;      /* the leader, on both */
+    bool tidy;        /* sessions or slots wait for ucx_far_tidy() */
     uint64_t spin_ns, memory_max;
     uint32_t n_cpus, threads_max, n_threads;
     pthread_t threads[64];
@@ -80,5 +95,33 @@ void ucx_crew_kick(ucx_crew_t *crew);
 /** A slot's request was handled. Under the lock, which is given up for a while if the slot goes.
  * @return whether it is open still */
 bool ucx_slot_ran(ucx_slot_t *slot);
+
+/** A closed slot's message will not come any more. Under the lock, which is given up for a while.
+ */
+void ucx_slot_ended(ucx_slot_t *slot);
+
+/** One reference less. Under the lock. @return whether it was the last: ucx_session_free() it */
+bool ucx_session_unref(ucx_session_t *session);
+void ucx_session_free(ucx_session_t *session);
+
+/* ---- ucx_far.c: sessions of messages; all under the lock ---- */
+
+/** Make the crew's port. */
+attn_status_t ucx_far_create(ucx_crew_t *crew, const char *network);
+
+/** Take what came. */
+void ucx_far_progress(ucx_crew_t *crew);
+
+/** Tell of sessions that broke, and let closed slots go: gives the lock up for a while. */
+void ucx_far_tidy(ucx_crew_t *crew);
+
+/** Say hello back, once the client did and it is known where to. */
+void ucx_far_greet(ucx_session_t *session);
+
+/** Send the answer that lies in the slot. */
+void ucx_far_answer(ucx_slot_t *slot);
+
+/** Sleep until a message comes or something changed here: gives the lock up meanwhile. */
+void ucx_far_sleep(ucx_crew_t *crew);
 
 #endif

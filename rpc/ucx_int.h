@@ -6,6 +6,10 @@
 
 #include <string.h>
 
+#define UCX_ADDRESS_MAX 4096u /* bytes of an address or a key, as a peer may tell it */
+#define UCX_HELLO                                                                                  \
+    (UINT32_C(1) << 30) /* of a message: it is no run, but says that messages come through */
+
 #define UCX_MAGIC UINT64_C(0x31306c7378747461) /* and the layout's version, in its last digits */
 
 /** The first lines of a slab, each of one side alone. */
@@ -93,5 +97,68 @@ attn_status_t ucx_memory_map(ucx_node_t *node, const ucx_offer_t *offer, ucx_mem
 
 uint8_t *ucx_memory_at(const ucx_memory_t *memory);
 void ucx_memory_free(ucx_memory_t *memory); /* NULL is allowed */
+
+/* ---- messages: ucx_port.c, or ucx_none.c ---- */
+
+typedef struct ucx_port ucx_port_t; /* where messages come in */
+typedef struct ucx_way ucx_way_t;   /* out of it, to one other port */
+
+/** A message that its port's user wants. */
+typedef struct ucx_coming {
+    ucx_way_t
+        *way;    /**< to whom it came from: it is not gone before the data is there, or never is */
+    uint8_t *to; /**< where the data goes */
+    void *what;  /**< the user's, for arrived() */
+} ucx_coming_t;
+
+/** All are called by ucx_port_progress() or ucx_port_destroy(), with whatever lock their caller
+ * has. */
+typedef struct ucx_port_user {
+    /** A message of so many bytes beside its head. Fill `coming`. @return false: drop it */
+    bool (*arrive)(void *arg, const ucx_head_t *head, uint64_t bytes, ucx_coming_t *coming);
+    /** Its data is there. @param whole  if not, it broke off, and never will be */
+    void (*arrived)(void *arg, void *what, bool whole);
+    /** Nothing comes or goes there any more; close it. Not called of one that is being closed. */
+    void (*broken)(void *arg, void *whose, const char *why);
+    /** Nothing of its user's memory is read or written any more. */
+    void (*closed)(void *arg, void *whose);
+    void *arg;
+} ucx_port_user_t;
+
+/**
+ * Make a port. One thread at a time may be in it and its ways.
+ * @param devices  of the network, as UCX names them, with commas; "all": as UCX_NET_DEVICES says,
+ * or all there are
+ * @return ATTN_ERR_UNSUPPORTED
+ */
+attn_status_t ucx_port_create(const char *devices, const ucx_port_user_t *user,
+                              ucx_port_t **port_p);
+void ucx_port_destroy(ucx_port_t *port); /* closes its ways; NULL is allowed */
+
+/** Its address, and what kind of messages it understands: address, address_size, version. */
+void ucx_port_offer(const ucx_port_t *port, ucx_offer_t *offer);
+
+/** @return whether anything happened */
+bool ucx_port_progress(ucx_port_t *port);
+
+/** Is a way being closed? Then make progress now and then, even if nothing comes. */
+bool ucx_port_closes(const ucx_port_t *port);
+
+/** Readable when there is something to do, once ucx_port_arm() said true. */
+int ucx_port_fd(const ucx_port_t *port);
+bool ucx_port_arm(ucx_port_t *port);
+
+/** @return ATTN_ERR_UNSUPPORTED  the address is none, or no transport leads there */
+attn_status_t ucx_way_open(ucx_port_t *port, const uint8_t *address, uint64_t size, void *whose,
+                           ucx_way_t **way_p);
+/** In a while user.closed() is called, whatever becomes of the other side. */
+void ucx_way_close(ucx_way_t *way);
+
+/** Both the head and the data stay until the other side answered, or closed() was called. */
+void ucx_way_send(ucx_way_t *way, const ucx_head_t *head, const uint8_t *data, uint64_t bytes);
+
+/** Messages came and went: by now UCX knows which transport it is. @return its name */
+const char *ucx_way_settle(ucx_way_t *way);
+const char *ucx_way_name(const ucx_way_t *way); /* "tcp", "rc_mlx5", ...; "" before */
 
 #endif

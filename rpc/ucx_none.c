@@ -60,3 +60,84 @@ ucx_memory_free(ucx_memory_t *memory)
 {
     (void)memory;
 }
+
+attn_status_t
+ucx_port_create(const char *devices, const ucx_port_user_t *user, ucx_port_t **port_p)
+{
+    (void)devices, (void)user, (void)port_p;
+    return refuse();
+}
+
+void
+ucx_port_destroy(ucx_port_t *port)
+{
+    (void)port;
+}
+
+void
+ucx_port_offer(const ucx_port_t *port, ucx_offer_t *offer)
+{
+    (void)port, (void)offer;
+}
+
+bool
+ucx_port_progress(ucx_port_t *port)
+{
+    (void)port;
+    return false;
+}
+
+bool
+ucx_port_closes(const ucx_port_t *port)
+{
+    (void)port;
+    return false;
+}
+
+int
+ucx_port_fd(const ucx_port_t *port)
+{
+    (void)port;
+    return -1;
+}
+
+bool
+ucx_port_arm(ucx_port_t *port)
+{
+    (void)port;
+    return true;
+}
+
+attn_status_t
+ucx_way_open(ucx_port_t *port, const uint8_t *address, uint64_t size, void *whose,
+             ucx_way_t **way_p)
+{
+    (void)port, (void)address, (void)size, (void)whose, (void)way_p;
+    return refuse();
+}
+
+void
+ucx_way_close(ucx_way_t *way)
+{
+    (void)way;
+}
+
+void
+ucx_way_send(ucx_way_t *way, const ucx_head_t *head, const uint8_t *data, uint64_t bytes)
+{
+    (void)way, (void)head, (void)data, (void)bytes;
+}
+
+const char *
+ucx_way_settle(ucx_way_t *way)
+{
+    (void)way;
+    return "";
+}
+
+const char *
+ucx_way_name(const ucx_way_t *way)
+{
+    (void)way;
+    return "";
+}

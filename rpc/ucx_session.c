@@ -13,6 +13,7 @@
 #include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <sys/mman.h>
 #include <sys/random.h>
 #include <unistd.h>
 
@@ -69,17 +70,20 @@ random_number(void)
 
 /* ---- sessions ---- */
 
-static void
-session_free(ucx_session_t *session)
+void
+ucx_session_free(ucx_session_t *session)
 {
-    ucx_memory_free(session->memory);
+    if (session->memory != NULL) {
+        ucx_memory_free(session->memory);
+    } else {
+        munmap(session->at, session->bytes);
+    }
     pthread_mutex_destroy(&session->ring_lock);
     free(session);
 }
 
-/* Under the lock. @return whether it was the last reference: session_free() it, without the lock */
-static bool
-session_unref(ucx_session_t *session)
+bool
+ucx_session_unref(ucx_session_t *session)
 {
     bool last = --session->references == 0;
 
@@ -139,6 +143,24 @@ session_list(ucx_session_t *session)
     ucx_crew_kick(crew); /* who sleeps is to wait for this bell, too */
 }
 
+/* The slab: to be lent, or this process's alone; zeros. */
+static attn_status_t
+session_memory(ucx_crew_t *crew, uint64_t bytes, ucx_session_t *session)
+{
+    if (crew->port != NULL) {
+        session->at = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        return session->at != MAP_FAILED
+                   ? ATTN_OK
+                   : attn_fail(ATTN_ERR_NO_MEMORY, "no %llu bytes for a client's slots",
+                               (unsigned long long)bytes);
+    }
+    attn_status_t status = ucx_memory_create(crew->node, bytes, &session->memory);
+    if (status == ATTN_OK) {
+        session->at = ucx_memory_at(session->memory);
+    }
+    return status;
+}
+
 attn_status_t
 ucx_session_open(ucx_crew_t *crew, uint64_t bytes, void (*ring)(void *arg), void *arg,
                  ucx_session_t **session_p)
@@ -153,8 +175,8 @@ ucx_session_open(ucx_crew_t *crew, uint64_t bytes, void (*ring)(void *arg), void
         return status;
     }
     ucx_session_t *session = calloc(1, sizeof(*session));
-    status = session != NULL ? ucx_memory_create(crew->node, bytes, &session->memory)
-                             : attn_fail(ATTN_ERR_NO_MEMORY, "no memory for a session");
+    status                 = session != NULL ? session_memory(crew, bytes, session)
+                                             : attn_fail(ATTN_ERR_NO_MEMORY, "no memory for a session");
     if (status != ATTN_OK) {
         unreserve(crew, bytes);
         free(session);
@@ -163,7 +185,6 @@ ucx_session_open(ucx_crew_t *crew, uint64_t bytes, void (*ring)(void *arg), void
     pthread_mutex_init(&session->ring_lock, NULL);
     session->crew       = crew;
     session->bytes      = bytes;
-    session->at         = ucx_memory_at(session->memory);
     session->card       = (ucx_card_t *)(void *)session->at;
     session->number     = random_number();
     session->secret     = random_number();
@@ -184,8 +205,13 @@ ucx_session_open(ucx_crew_t *crew, uint64_t bytes, void (*ring)(void *arg), void
 void
 ucx_session_offer(const ucx_session_t *session, ucx_offer_t *offer)
 {
+    *offer = (ucx_offer_t){.messages = session->memory == NULL};
     ucx_host(offer->host);
-    ucx_memory_offer(session->memory, offer);
+    if (session->memory != NULL) {
+        ucx_memory_offer(session->memory, offer);
+    } else {
+        ucx_port_offer(session->crew->port, offer);
+    }
     offer->bytes   = session->bytes; /* UCX may have allocated more */
     offer->session = session->number;
     offer->secret  = session->secret;
@@ -197,7 +223,8 @@ ucx_session_close(ucx_session_t *session)
     ucx_crew_t *crew = session->crew;
 
     pthread_mutex_lock(&session->ring_lock);
-    session->ring = NULL;
+    session->ring      = NULL;
+    session->on_broken = NULL;
     pthread_mutex_unlock(&session->ring_lock);
 
     ucx_crew_lock(crew);
@@ -207,12 +234,40 @@ ucx_session_close(ucx_session_t *session)
         session->next->link = session->link;
     }
     crew->n_sessions--;
-    bool last = session_unref(session);
+    if (session->way != NULL) {
+        ucx_way_close(session->way); /* which has a reference until that is done */
+    }
+    bool last = ucx_session_unref(session);
     pthread_mutex_unlock(&crew->lock);
     ucx_crew_kick(crew); /* nobody is to wait for its bell any more */
     if (last) {
-        session_free(session);
+        ucx_session_free(session);
     }
+}
+
+attn_status_t
+ucx_session_answer(ucx_session_t *session, const uint8_t *address, uint64_t size,
+                   void (*broken)(void *arg, const char *why))
+{
+    ucx_crew_t *crew = session->crew;
+    attn_status_t status;
+
+    pthread_mutex_lock(&session->ring_lock);
+    session->on_broken = broken;
+    pthread_mutex_unlock(&session->ring_lock);
+    ucx_crew_lock(crew);
+    if (crew->port == NULL || session->way != NULL || session->closed) {
+        status = attn_fail(ATTN_ERR_INVALID, "this session of UCX takes no address");
+    } else {
+        status = ucx_way_open(crew->port, address, size, session, &session->way);
+    }
+    if (status == ATTN_OK) {
+        session->references++;
+        ucx_far_greet(session);
+    }
+    pthread_mutex_unlock(&crew->lock);
+    ucx_crew_kick(crew); /* what is sent may wait for the socket */
+    return status;
 }
 
 attn_status_t
@@ -242,10 +297,10 @@ ucx_session_release(ucx_session_t *session)
     ucx_crew_t *crew = session->crew;
 
     ucx_crew_lock(crew);
-    bool last = session_unref(session);
+    bool last = ucx_session_unref(session);
     pthread_mutex_unlock(&crew->lock);
     if (last) {
-        session_free(session);
+        ucx_session_free(session);
     }
 }
 
@@ -277,7 +332,7 @@ is_left(const ucx_slot_t *slot)
     while (slot->closed && atomic_load(&slot->phase) == UCX_SLOT_ANSWERS) {
         sched_yield(); /* some stores, unless that thread has just lost its core */
     }
-    return slot->closed && atomic_load(&slot->phase) == UCX_SLOT_ANSWERED;
+    return slot->closed && !slot->receiving && atomic_load(&slot->phase) == UCX_SLOT_ANSWERED;
 }
 
 /* Is there room for one more slot, and is its place nobody's? Under the lock. */
@@ -328,11 +383,14 @@ ucx_slot_open(ucx_session_t *session, const ucx_place_t *place, uint64_t tag, uc
                          .handle  = handle,
                          .gone    = gone,
                          .arg     = arg};
-    /* What its last user asked here is not asked again. */
-    slot->sequence = atomic_load(&ucx_request_at(session->at, place)->sequence);
     ucx_crew_lock(crew);
     status = slot_check(session, place);
     if (status == ATTN_OK) {
+        if (crew->port != NULL) { /* nobody else clears what lay here */
+            atomic_store(&ucx_request_at(session->at, place)->sequence, 0);
+        }
+        /* What its last user asked here is not asked again. */
+        slot->sequence               = atomic_load(&ucx_request_at(session->at, place)->sequence);
         slot->index                  = crew->n_slots;
         crew->slots[crew->n_slots++] = slot;
         session->n_slots++;
@@ -358,13 +416,13 @@ slot_gone(ucx_slot_t *slot)
     crew->slots[slot->index]->index = slot->index;
     crew->turn                      = crew->turn < crew->n_slots ? crew->turn : 0;
     session->n_slots--;
-    bool last = session_unref(session);
+    bool last = ucx_session_unref(session);
     pthread_mutex_unlock(&crew->lock);
     if (slot->gone != NULL) {
         slot->gone(slot->arg);
     }
     if (last) {
-        session_free(session);
+        ucx_session_free(session);
     }
     free(slot);
 }
@@ -386,14 +444,23 @@ ucx_slot_ran(ucx_slot_t *slot)
 }
 
 void
+ucx_slot_ended(ucx_slot_t *slot)
+{
+    ucx_crew_t *crew = slot->session->crew;
+
+    slot_gone(slot);
+    ucx_crew_lock(crew);
+}
+
+void
 ucx_slot_close(ucx_slot_t *slot)
 {
     ucx_crew_t *crew = slot->session->crew;
 
     ucx_crew_lock(crew);
     slot->closed = true;
-    if (slot->running) {
-        pthread_mutex_unlock(&crew->lock); /* who handles it sees that */
+    if (slot->running || slot->receiving) {
+        pthread_mutex_unlock(&crew->lock); /* who handles or receives it sees that */
     } else {
         slot_gone(slot);
     }

@@ -1,0 +1,472 @@
+/*
+ * ucx_asks_far.c: the client's side of messages. All peers share one port, which whoever waits for
+ * the rpc client makes progress with, under the lock of the asks; what comes is put into the slot
+ * of the ask that waits for it, number last, and found there as an answer in shared memory is.
+ *
+ * Who sleeps, sleeps in gRPC's queue, where a message of UCX's is not seen. So the port has a
+ * thread of its own, the watchman, that sleeps on the port's descriptor and puts an event into the
+ * queue. It is told to watch when somebody goes to sleep, or asked without waiting, and then once:
+ * whoever looks in time has not to share the core with it.
+ */
+#include "rpc/ucx_asks_int.h"
+
+#include "base/clock.h"
+#include "base/status.h"
+#include "rpc/rpc_int.h"
+
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/epoll.h>
+#include <sys/eventfd.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#define CLOSING_ROUNDS 200u /* of progress for a peer that is closed; then others make it */
+#define ARMING_ROUNDS 100u  /* of progress before a port that always has something is looked at */
+
+struct ucx_asks_far {
+    ucx_asks_t *asks;
+    ucx_port_t *port;
+    bool news;        /* a hello was answered, or a peer broke */
+    uint32_t n_peers; /* that are not closed: there is a watchman for them */
+
+    pthread_t watchman;
+    int epoll_fd, stop_fd;
+    rpc_op_t op_woken;
+    atomic_bool waking; /* op_woken is on the queue */
+};
+
+/* ---- what comes ---- */
+
+static ucx_peer_t *
+peer_of(ucx_asks_t *asks, uint64_t secret)
+{
+    ucx_peer_t *peer = asks->peers;
+
+    while (peer != NULL && (peer->card != NULL || peer->secret != secret)) {
+        peer = peer->next;
+    }
+    return peer;
+}
+
+/* The ask that an answer is for, if it waits. */
+static ucx_ask_t *
+ask_for(ucx_asks_t *asks, const ucx_peer_t *peer, const ucx_head_t *head)
+{
+    uint64_t sequence = atomic_load(&head->sequence);
+    ucx_ask_t *ask    = asks->first;
+
+    while (ask != NULL && (ask->peer != peer || ask->sequence != sequence)) {
+        ask = ask->next;
+    }
+    return ask != NULL && ask->place.offset == head->offset ? ask : NULL;
+}
+
+static ucx_arrival_t *
+arrival_take(ucx_peer_t *peer, ucx_head_t *answer)
+{
+    ucx_arrival_t *found = NULL;
+
+    for (unsigned i = 0; i < UCX_SESSION_SLOTS_MAX; i++) {
+        if (peer->arrivals[i].answer == answer) {
+            return NULL; /* it is coming already */
+        }
+        if (peer->arrivals[i].answer == NULL) {
+            found = &peer->arrivals[i];
+        }
+    }
+    return found;
+}
+
+/* Where an answer goes, with its head written there; NULL: it is not one that is waited for. */
+static ucx_arrival_t *
+take_answer(ucx_peer_t *peer, const ucx_ask_t *ask, const ucx_head_t *head, uint64_t bytes)
+{
+    ucx_head_t *answer = ucx_answer_at(peer->at, &ask->place);
+    uint64_t room      = head->status == ATTN_OK ? ask->place.out : UCX_SENTENCE_ROOM;
+
+    if (head->bytes != bytes || bytes > room || atomic_load(&answer->sequence) == ask->sequence) {
+        return NULL;
+    }
+    ucx_arrival_t *arrival = arrival_take(peer, answer);
+    if (arrival != NULL) {
+        *arrival = (ucx_arrival_t){.peer = peer, .answer = answer, .sequence = ask->sequence};
+        memcpy(answer, head, offsetof(ucx_head_t, sequence));
+        if (head->status != ATTN_OK) {
+            answer->bytes = 0;
+        }
+    }
+    return arrival;
+}
+
+static bool
+arrive(void *arg, const ucx_head_t *head, uint64_t bytes, ucx_coming_t *coming)
+{
+    ucx_asks_far_t *far    = arg;
+    ucx_asks_t *asks       = far->asks;
+    ucx_arrival_t *arrival = NULL;
+    ucx_ask_t *ask         = NULL;
+    ucx_peer_t *peer       = peer_of(asks, head->secret);
+
+    if (peer != NULL && (head->flags & UCX_HELLO) != 0 && bytes == 0) {
+        ucx_way_settle(peer->way);
+        atomic_store(&peer->greeted, true);
+        far->news = true;
+        return false;
+    }
+    if (peer != NULL && (ask = ask_for(asks, peer, head)) != NULL) {
+        arrival = take_answer(peer, ask, head, bytes);
+    }
+    if (arrival == NULL) {
+        asks->dropped++;
+        return false;
+    }
+    *coming = (ucx_coming_t){.way  = peer->way,
+                             .to   = head->status == ATTN_OK
+                                         ? ucx_answer_data_at(peer->at, &ask->place)
+                                         : (uint8_t *)ucx_sentence_at(peer->at, &ask->place),
+                             .what = arrival};
+    return true;
+}
+
+static void
+arrived(void *arg, void *what, bool whole)
+{
+    ucx_arrival_t *arrival = what;
+
+    (void)arg;
+    if (whole) {
+        atomic_store_explicit(&arrival->answer->sequence, arrival->sequence, memory_order_release);
+    }
+    arrival->answer = NULL;
+}
+
+static void
+broken(void *arg, void *whose, const char *why)
+{
+    ucx_peer_t *peer = whose;
+
+    snprintf(peer->why, sizeof(peer->why), "%s", why);
+    peer->broken                  = true;
+    ((ucx_asks_far_t *)arg)->news = true;
+}
+
+static void
+peer_free(ucx_peer_t *peer)
+{
+    munmap(peer->at, peer->bytes);
+    free(peer);
+}
+
+static void
+closed(void *arg, void *whose)
+{
+    (void)arg;
+    peer_free(whose);
+}
+
+bool
+ucx_asks_far_progress(ucx_asks_far_t *far)
+{
+    ucx_port_progress(far->port);
+    bool news = far->news;
+    far->news = false;
+    return news;
+}
+
+/* ---- the watchman ---- */
+
+/* Put an event into the queue: whoever takes it off looks. */
+static void
+wake(ucx_asks_far_t *far)
+{
+    if (!atomic_exchange(&far->waking, true)) {
+        rpc_client_post(far->asks->rpc, &far->op_woken);
+    }
+}
+
+static void
+watch(ucx_asks_far_t *far, bool watches)
+{
+    struct epoll_event event = {.events = EPOLLONESHOT | (watches ? (uint32_t)EPOLLIN : 0),
+                                .data   = {.fd = ucx_port_fd(far->port)}};
+
+    epoll_ctl(far->epoll_fd, EPOLL_CTL_MOD, event.data.fd, &event);
+}
+
+/* Have the watchman watch. Under the lock. */
+static void
+arm(ucx_asks_far_t *far)
+{
+    for (unsigned i = 0; i < ARMING_ROUNDS; i++) {
+        if (ucx_port_arm(far->port)) {
+            watch(far, true);
+            return;
+        }
+        ucx_port_progress(far->port);
+    }
+    wake(far);
+}
+
+static void
+on_woken(rpc_op_t *op, bool ok)
+{
+    ucx_asks_far_t *far = RPC_OF(ucx_asks_far_t, op_woken, op);
+
+    (void)ok;
+    atomic_exchange(&far->waking, false);
+    ucx_asks_look(far->asks);
+    pthread_mutex_lock(&far->asks->lock);
+    if (far->asks->unattended > 0 && far->n_peers > 0) {
+        arm(far);
+    }
+    pthread_mutex_unlock(&far->asks->lock);
+}
+
+static void *
+watchman(void *arg)
+{
+    ucx_asks_far_t *far = arg;
+    struct epoll_event event;
+
+    for (;;) {
+        if (epoll_wait(far->epoll_fd, &event, 1, -1) == 1) {
+            if (event.data.fd == far->stop_fd) {
+                return NULL;
+            }
+            wake(far);
+        }
+    }
+}
+
+void
+ucx_asks_far_sleeps(ucx_asks_far_t *far, bool sleeps)
+{
+    if (far->n_peers == 0) {
+        return;
+    }
+    if (sleeps) {
+        arm(far);
+    } else if (far->asks->unattended == 0) {
+        watch(far, false);
+    }
+}
+
+void
+ucx_asks_far_send(ucx_peer_t *peer, const ucx_head_t *request, const uint8_t *data, bool unattended)
+{
+    ucx_way_send(peer->way, request, data, request->bytes);
+    if (unattended) {
+        arm(peer->asks->far);
+    }
+}
+
+/* ---- peers ---- */
+
+static attn_status_t
+watchman_start(ucx_asks_far_t *far)
+{
+    eventfd_t stops;
+
+    eventfd_read(far->stop_fd, &stops); /* of the one before */
+    int error = pthread_create(&far->watchman, NULL, watchman, far);
+    return error == 0 ? ATTN_OK
+                      : attn_fail(ATTN_ERR_EXHAUSTED, "a thread for UCX cannot start: %s",
+                                  strerror(error));
+}
+
+static attn_status_t
+descriptors_open(ucx_asks_far_t *far)
+{
+    struct epoll_event event = {.events = EPOLLIN};
+
+    far->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
+    far->stop_fd  = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    event.data.fd = far->stop_fd;
+    bool good     = far->epoll_fd >= 0 && far->stop_fd >= 0 &&
+                epoll_ctl(far->epoll_fd, EPOLL_CTL_ADD, far->stop_fd, &event) == 0;
+    event = (struct epoll_event){.events = EPOLLONESHOT, .data = {.fd = ucx_port_fd(far->port)}};
+    return good && epoll_ctl(far->epoll_fd, EPOLL_CTL_ADD, event.data.fd, &event) == 0
+               ? ATTN_OK
+               : attn_fail(ATTN_ERR_EXHAUSTED, "no descriptor for UCX: %s", strerror(errno));
+}
+
+static attn_status_t
+far_create(ucx_asks_t *asks, ucx_asks_far_t **far_p)
+{
+    ucx_asks_far_t *far = calloc(1, sizeof(*far));
+
+    if (far == NULL) {
+        return attn_fail(ATTN_ERR_NO_MEMORY, "no memory for UCX");
+    }
+    far->asks            = asks;
+    far->op_woken        = (rpc_op_t){on_woken};
+    far->epoll_fd        = -1;
+    far->stop_fd         = -1;
+    ucx_port_user_t user = {
+        .arrive = arrive, .arrived = arrived, .broken = broken, .closed = closed, .arg = far};
+    attn_status_t status = ucx_port_create("all", &user, &far->port);
+    if (status == ATTN_OK) {
+        status = descriptors_open(far);
+    }
+    if (status != ATTN_OK) {
+        ucx_asks_far_destroy(far);
+        return status;
+    }
+    *far_p = far;
+    return ATTN_OK;
+}
+
+void
+ucx_asks_far_destroy(ucx_asks_far_t *far)
+{
+    if (far == NULL) {
+        return;
+    }
+    if (far->epoll_fd >= 0) {
+        close(far->epoll_fd);
+    }
+    if (far->stop_fd >= 0) {
+        close(far->stop_fd);
+    }
+    ucx_port_destroy(far->port);
+    free(far);
+}
+
+/* One peer less needs the watchman, who takes no lock but for an event of rpc's. Under the lock. */
+static void
+leave(ucx_asks_far_t *far)
+{
+    if (--far->n_peers == 0) {
+        eventfd_write(far->stop_fd, 1);
+        pthread_join(far->watchman, NULL);
+    }
+}
+
+/* Under the lock. */
+static attn_status_t
+way_open(ucx_peer_t *peer, const ucx_offer_t *offer)
+{
+    ucx_asks_t *asks     = peer->asks;
+    attn_status_t status = asks->far != NULL ? ATTN_OK : far_create(asks, &asks->far);
+    ucx_offer_t ours;
+
+    if (status != ATTN_OK) {
+        return status;
+    }
+    ucx_port_offer(asks->far->port, &ours);
+    if (strncmp(ours.version, offer->version, sizeof(ours.version)) != 0) {
+        return attn_fail(
+            ATTN_ERR_UNSUPPORTED,
+            "UCX is of version %s here, and of %.15s at the worker: their messages may "
+            "differ",
+            ours.version, offer->version);
+    }
+    if (asks->far->n_peers == 0) {
+        status = watchman_start(asks->far);
+    }
+    if (status != ATTN_OK) {
+        return status;
+    }
+    asks->far->n_peers++;
+    status = ucx_way_open(asks->far->port, offer->address, offer->address_size, peer, &peer->way);
+    if (status != ATTN_OK) {
+        leave(asks->far);
+    }
+    return status;
+}
+
+attn_status_t
+ucx_asks_far_open(ucx_peer_t *peer, const ucx_offer_t *offer)
+{
+    ucx_asks_t *asks = peer->asks;
+
+    peer->at = mmap(NULL, peer->bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (peer->at == MAP_FAILED) {
+        return attn_fail(ATTN_ERR_NO_MEMORY, "no %llu bytes for slots",
+                         (unsigned long long)peer->bytes);
+    }
+    pthread_mutex_lock(&asks->lock);
+    attn_status_t status = way_open(peer, offer);
+    pthread_mutex_unlock(&asks->lock);
+    if (status != ATTN_OK) {
+        munmap(peer->at, peer->bytes);
+    }
+    return status;
+}
+
+void
+ucx_asks_far_close(ucx_peer_t *peer)
+{
+    ucx_asks_t *asks    = peer->asks;
+    ucx_asks_far_t *far = asks->far;
+
+    pthread_mutex_lock(&asks->lock);
+    ucx_way_close(peer->way);
+    for (unsigned i = 0; i < CLOSING_ROUNDS && ucx_port_closes(far->port); i++) {
+        ucx_port_progress(far->port); /* frees the peer, sooner or later */
+    }
+    leave(far);
+    pthread_mutex_unlock(&asks->lock);
+}
+
+bool
+ucx_peer_address(ucx_peer_t *peer, const uint8_t **address_p, uint64_t *size_p)
+{
+    ucx_offer_t ours = {.address = NULL};
+
+    if (peer->card != NULL) {
+        return false;
+    }
+    ucx_port_offer(peer->asks->far->port, &ours);
+    *address_p = ours.address;
+    *size_p    = ours.address_size;
+    return true;
+}
+
+static bool
+is_greeted(void *arg)
+{
+    ucx_peer_t *peer = arg;
+
+    return atomic_load(&peer->greeted) || ucx_peer_is_broken(peer);
+}
+
+attn_status_t
+ucx_peer_greet(ucx_peer_t *peer, uint64_t deadline_ns)
+{
+    ucx_asks_t *asks = peer->asks;
+
+    if (peer->card != NULL) {
+        return ATTN_OK;
+    }
+    atomic_fetch_add(&asks->greeting, 1);
+    pthread_mutex_lock(&asks->lock);
+    peer->hello = (ucx_head_t){.secret = peer->secret, .flags = UCX_HELLO};
+    ucx_way_send(peer->way, &peer->hello, NULL, 0);
+    pthread_mutex_unlock(&asks->lock);
+    rpc_client_wait(asks->rpc, is_greeted, peer, deadline_ns);
+    atomic_fetch_sub(&asks->greeting, 1);
+    if (atomic_load(&peer->greeted)) {
+        return ATTN_OK;
+    }
+    return ucx_peer_is_broken(peer)
+               ? attn_fail(ATTN_ERR_UNSUPPORTED,
+                           "UCX reaches the worker by none of its networks: %s", peer->why)
+               : attn_fail(ATTN_ERR_UNSUPPORTED,
+                           "no message of UCX's came back from the worker in time: see "
+                           "UCX_NET_DEVICES, and firewalls");
+}
+
+const char *
+ucx_peer_way(ucx_peer_t *peer)
+{
+    if (peer->card != NULL) {
+        return "shm";
+    }
+    pthread_mutex_lock(&peer->asks->lock);
+    const char *way = ucx_way_name(peer->way);
+    pthread_mutex_unlock(&peer->asks->lock);
+    return way;
+}
