@@ -1,21 +1,21 @@
 /*
- * One decode query over T tokens on N workers, merged by the client:
+ * A layer of a batch, on parts p of count_p workers that are alike:
  *
- *     read(T, N)  = T * kv_token_bytes / N / read_bandwidth
- *     fan_out(N)  = hop + (N * (q + partial) - (q + o)) / link_bandwidth    for N > 1
- *     layer(T, N) = read(T, N) + fan_out(N)
+ *     read(p)    = sequences_p * tokens_p * kv_token_bytes / read_bandwidth
+ *     compute(p) = 2 * sequences_p * rows * q_heads * (dim_k + dim_v) * seen_p / flops
+ *     attend     = the largest of attend_seconds + max(read(p), compute(p))
+ *     hop        = the largest hop + 2 * send for each worker but one
+ *     link       = (q, k, v and the answers of all workers) / bandwidth
+ *     merge      = bytes of partials / merge_bandwidth
  *
- * The first hop and the bytes of q and o are paid with one worker too and cancel; the hop in
- * fan_out is the wait for the slowest of several answers in place of one. A partial is a
- * float per element of o and its l and e.
+ * Memory is read while what was read before is computed with, so the longer of the two counts.
+ * flops is that of requests with few or with many packed rows (rows * q_heads / kv_heads). A row of
+ * several sees on average half of the step's rows less than all. A partial is a float per element
+ * of o and its l and e. Workers are sent to and heard of by one core, one after the other, so each
+ * beyond the first adds twice what sending takes it, there and back.
  *
- * A spread sequence of C chunks is on n = min(C, N, 64) workers, for the tree has 64 lanes, and
- * the one with the most of it has ceil(C / n) chunks. It is faster than a whole one where
- *
- *     read(C chunks, 1) > read(ceil(C / n) chunks, 1) + fan_out(n)
- *
- * Both sides are linear in C up to min(N, 64), and C - ceil(C / n) never falls after that, so
- * there is one break-even.
+ * A spread sequence of C chunks is on n = min(C, N, 64) workers, for the tree has 64 lanes, and the
+ * one with the most of it has ceil(C / n) chunks.
  */
 #include "balancer/cost.h"
 #include "base/checked.h"
@@ -23,15 +23,56 @@
 #include <assert.h>
 
 #define CHUNK_SIZE_DEFAULT 2048u
+#define FEW_ROWS 64u /* packed: as kernels count, ATTN_FEW_ROWS */
+
+/* Partials of a worker where its chunks are no subtree of the merge tree: 1 to 5, on average. */
+#define RAGGED_NODES 3u
 
 void
 cost_constants_init(cost_constants_t *constants)
 {
     *constants = (cost_constants_t){
-        .read_bandwidth = 10e9,
-        .hop_seconds    = 200e-6,
-        .link_bandwidth = 2e9,
+        .worker = {.read_bandwidth = 10e9,
+                   .attend_seconds = 5e-6,
+                   .few_flops      = {0, 20e9, 20e9, 20e9},
+                   .many_flops     = {0, 50e9, 50e9, 50e9}},
+        .link = {.hop_seconds = 200e-6, .send_seconds = 200e-6 / COST_SEND_SHARE, .bandwidth = 2e9},
+        .merge_bandwidth = 4e9,
     };
+}
+
+static double
+lower_rate(double a, double b)
+{
+    return a > 0 && (b > a || !(b > 0)) ? a : b;
+}
+
+void
+cost_worker_slowest(cost_worker_t *into, const cost_worker_t *other)
+{
+    into->read_bandwidth = lower_rate(into->read_bandwidth, other->read_bandwidth);
+    if (other->attend_seconds > into->attend_seconds) {
+        into->attend_seconds = other->attend_seconds;
+    }
+    for (uint32_t d = 0; d < COST_DTYPES; d++) {
+        into->few_flops[d]  = lower_rate(into->few_flops[d], other->few_flops[d]);
+        into->many_flops[d] = lower_rate(into->many_flops[d], other->many_flops[d]);
+    }
+}
+
+void
+cost_link_slowest(cost_link_t *into, const cost_link_t *other)
+{
+    if (!(other->hop_seconds > 0)) {
+        return;
+    }
+    if (other->hop_seconds > into->hop_seconds) {
+        into->hop_seconds = other->hop_seconds;
+    }
+    if (other->send_seconds > into->send_seconds) {
+        into->send_seconds = other->send_seconds;
+    }
+    into->bandwidth = lower_rate(into->bandwidth, other->bandwidth);
 }
 
 uint64_t
@@ -41,58 +82,242 @@ cost_kv_token_bytes(const attn_geometry_t *geometry)
     return geometry->kv_heads * dims * attn_dtype_size(geometry->kv_dtype);
 }
 
-static double
-fan_out_seconds(const cost_constants_t *constants, const attn_geometry_t *geometry,
-                uint32_t workers)
+static uint64_t
+chunk_size_of(const attn_geometry_t *geometry)
 {
-    double size =
-        (double)attn_dtype_size(geometry->kv_dtype); /* q and o are taken to be as k and v */
-    double q       = (double)geometry->q_heads * geometry->head_dim_k * size;
-    double o       = (double)geometry->q_heads * geometry->head_dim_v * size;
-    double partial = (double)geometry->q_heads * (geometry->head_dim_v + 2.0) * sizeof(float);
+    return geometry->chunk_size ? geometry->chunk_size : CHUNK_SIZE_DEFAULT;
+}
 
-    if (workers < 2) {
-        return 0;
-    }
-    return constants->hop_seconds + (workers * (q + partial) - (q + o)) / constants->link_bandwidth;
+/* ---- one worker ---- */
+
+/* Of what a row could see, the share that it does: the last row of a step sees all of it. */
+static double
+seen_share(const cost_batch_t *batch)
+{
+    double tokens = (double)batch->tokens, before = ((double)batch->rows - 1) / 2;
+
+    return batch->rows > 1 && tokens > before ? (tokens - before) / tokens : 1;
 }
 
 double
-cost_layer_seconds(const cost_constants_t *constants, const attn_geometry_t *geometry,
-                   uint64_t tokens, uint32_t workers)
+cost_flops(const cost_batch_t *batch, const cost_worker_t *worker)
 {
-    assert(workers > 0 && constants->read_bandwidth > 0 && constants->link_bandwidth > 0);
-    return (double)tokens * (double)cost_kv_token_bytes(geometry) / workers /
-               constants->read_bandwidth +
-           fan_out_seconds(constants, geometry, workers);
+    const attn_geometry_t *g = batch->geometry;
+    uint64_t packed          = (uint64_t)batch->rows * (g->q_heads / g->kv_heads);
+
+    assert(g->kv_dtype < COST_DTYPES);
+    return packed <= FEW_ROWS ? worker->few_flops[g->kv_dtype] : worker->many_flops[g->kv_dtype];
 }
+
+cost_seconds_t
+cost_attend(const cost_batch_t *batch, const cost_part_t *part)
+{
+    const attn_geometry_t *g = batch->geometry;
+    const cost_worker_t *w   = &part->worker;
+    double flops             = cost_flops(batch, w);
+    double tokens            = (double)part->sequences * (double)part->tokens;
+
+    assert(w->read_bandwidth > 0);
+    cost_seconds_t s = {
+        .attend  = w->attend_seconds,
+        .read    = tokens * (double)cost_kv_token_bytes(g) / w->read_bandwidth,
+        .compute = !(flops > 0) ? 0
+                                : 2 * tokens * seen_share(batch) * batch->rows * g->q_heads *
+                                      ((double)g->head_dim_k + g->head_dim_v) / flops,
+    };
+    s.total = s.attend + (s.read > s.compute ? s.read : s.compute);
+    return s;
+}
+
+/* ---- a layer ---- */
+
+typedef struct sizes {
+    double q, kv, o, partial; /* bytes of a layer, of one sequence; partial: of one node */
+} sizes_t;
+
+static sizes_t
+sizes_of(const cost_batch_t *batch)
+{
+    const attn_geometry_t *g = batch->geometry;
+    double size = (double)attn_dtype_size(g->kv_dtype), heads = (double)batch->rows * g->q_heads;
+
+    return (sizes_t){.q       = heads * g->head_dim_k * size,
+                     .kv      = (double)batch->new_rows * (double)cost_kv_token_bytes(g),
+                     .o       = heads * g->head_dim_v * size,
+                     .partial = heads * (g->head_dim_v + 2.0) * sizeof(float)};
+}
+
+cost_seconds_t
+cost_layer(const cost_batch_t *batch, const cost_part_t *parts, uint32_t n_parts,
+           double merge_bandwidth, const cost_link_t *front)
+{
+    sizes_t bytes    = sizes_of(batch);
+    cost_seconds_t s = {.total = -1};
+    double hop = 0, sends = 0, link = 0, merged = 0, last_send = 0, kv = 0;
+
+    assert(n_parts > 0 && merge_bandwidth > 0);
+    for (uint32_t i = 0; i < n_parts; i++) {
+        const cost_part_t *p  = &parts[i];
+        cost_seconds_t attend = cost_attend(batch, p);
+        double partials       = (double)p->nodes * bytes.partial * p->sequences;
+        double answer         = p->nodes > 0 ? partials : bytes.o * p->sequences;
+
+        assert(p->count > 0 && p->link.bandwidth > 0);
+        s = attend.total > s.total ? attend : s;
+        link += p->count * (bytes.q * p->sequences + answer) / p->link.bandwidth;
+        merged += p->count * partials;
+        sends += p->count * p->link.send_seconds;
+        hop       = p->link.hop_seconds > hop ? p->link.hop_seconds : hop;
+        last_send = p->link.send_seconds > last_send ? p->link.send_seconds : last_send;
+        kv        = bytes.kv * batch->sequences / p->link.bandwidth;
+    }
+    s.hop   = hop + 2 * (sends - last_send);
+    s.link  = link + kv;
+    s.merge = merged / merge_bandwidth;
+    if (front != NULL) {
+        s.hop += front->hop_seconds;
+        s.link += batch->sequences * (bytes.q + bytes.kv + bytes.o) / front->bandwidth;
+    }
+    s.total += s.hop + s.link + s.merge;
+    return s;
+}
+
+/* ---- layouts ---- */
+
+void
+cost_layout_whole(const cost_constants_t *constants, const cost_batch_t *batch, uint32_t workers,
+                  cost_layout_t *layout)
+{
+    uint32_t n    = (uint32_t)attn_min(batch->sequences, workers);
+    uint32_t each = batch->sequences / n, more = batch->sequences % n;
+    cost_part_t part = {
+        .worker = constants->worker, .link = constants->link, .tokens = batch->tokens};
+
+    *layout = (cost_layout_t){.workers = n};
+    if (more > 0) { /* these have one more */
+        part.sequences                   = each + 1;
+        part.count                       = more;
+        layout->parts[layout->n_parts++] = part;
+    }
+    part.sequences                   = each;
+    part.count                       = n - more;
+    layout->parts[layout->n_parts++] = part;
+}
+
+void
+cost_layout_spread(const cost_constants_t *constants, const cost_batch_t *batch, uint32_t workers,
+                   cost_layout_t *layout)
+{
+    uint64_t chunk  = chunk_size_of(batch->geometry);
+    uint64_t chunks = attn_max(attn_div_up(batch->tokens, chunk), 1);
+    uint32_t n      = (uint32_t)attn_min(attn_min(chunks, workers), COST_SPREAD_MAX);
+    uint64_t most   = attn_div_up(chunks, n);
+    bool whole      = (n & (n - 1)) == 0 || most == 1; /* each worker's chunks are one subtree */
+
+    *layout = (cost_layout_t){
+        .workers = n,
+        .n_parts = 1,
+        .parts   = {{.worker    = constants->worker,
+                     .link      = constants->link,
+                     .tokens    = n == 1 ? batch->tokens : attn_min(most * chunk, batch->tokens),
+                     .sequences = batch->sequences,
+                     .nodes     = n == 1  ? 0
+                                  : whole ? 1
+                                          : RAGGED_NODES,
+                     .count     = n}},
+    };
+}
+
+/* ---- the choice ---- */
+
+static void
+place_at(const cost_constants_t *constants, const cost_link_t *front, const cost_batch_t *batch,
+         cost_place_t place, const cost_layout_t *layout, cost_choice_t *choice)
+{
+    choice->available[place] = true;
+    choice->workers[place]   = layout->workers;
+    choice->seconds[place] =
+        cost_layer(batch, layout->parts, layout->n_parts, constants->merge_bandwidth, front);
+    if (choice->best == COST_PLACES ||
+        choice->seconds[place].total < choice->seconds[choice->best].total) {
+        choice->best = place;
+    }
+}
+
+void
+cost_choose(const cost_constants_t *constants, const cost_link_t *front, const cost_batch_t *batch,
+            uint32_t workers, cost_choice_t *choice)
+{
+    cost_layout_t whole, spread;
+
+    *choice = (cost_choice_t){.best = COST_PLACES};
+    if (workers == 0) {
+        return;
+    }
+    cost_layout_whole(constants, batch, workers, &whole);
+    place_at(constants, NULL, batch, COST_LOCAL, &whole, choice);
+    cost_layout_spread(constants, batch, workers, &spread);
+    if (spread.workers > 1) {
+        place_at(constants, NULL, batch, COST_CLIENT, &spread, choice);
+    }
+    if (front != NULL) {
+        place_at(constants, front, batch, COST_COORDINATOR,
+                 choice->best == COST_LOCAL ? &whole : &spread, choice);
+    }
+}
+
+/* ---- the break-even ---- */
+
+/* Is one sequence of so many chunks faster spread? */
+static bool
+pays(const cost_constants_t *constants, const attn_geometry_t *geometry, uint32_t workers,
+     uint64_t chunks)
+{
+    cost_batch_t batch = {.geometry  = geometry,
+                          .tokens    = chunks * chunk_size_of(geometry),
+                          .rows      = 1,
+                          .sequences = 1};
+    cost_layout_t whole, spread;
+
+    cost_layout_whole(constants, &batch, 1, &whole);
+    cost_layout_spread(constants, &batch, workers, &spread);
+    double alone = cost_layer(&batch, whole.parts, 1, constants->merge_bandwidth, NULL).total;
+    return cost_layer(&batch, spread.parts, 1, constants->merge_bandwidth, NULL).total < alone;
+}
+
+/* The first number of chunks in [low, high] with which spreading pays, if all after it do; high + 1
+ * if none does. */
+static uint64_t
+first_that_pays(const cost_constants_t *constants, const attn_geometry_t *geometry,
+                uint32_t workers, uint64_t low, uint64_t high)
+{
+    while (low <= high) {
+        uint64_t middle = low + (high - low) / 2;
+        if (pays(constants, geometry, workers, middle)) {
+            high = middle - 1;
+        } else {
+            low = middle + 1;
+        }
+    }
+    return low;
+}
+
+#define CHUNKS_MAX (UINT64_C(1) << 40)
 
 uint64_t
 cost_break_even_tokens(const cost_constants_t *constants, const attn_geometry_t *geometry,
                        uint32_t workers)
 {
-    uint64_t chunk_size = geometry->chunk_size ? geometry->chunk_size : CHUNK_SIZE_DEFAULT;
-    uint32_t most       = (uint32_t)attn_min(workers, COST_SPREAD_MAX);
-    double read =
-        (double)chunk_size * (double)cost_kv_token_bytes(geometry) / constants->read_bandwidth;
+    uint64_t most = attn_min(workers, COST_SPREAD_MAX);
 
-    if (workers < 2 || !(read > 0)) {
+    if (workers < 2 || !pays(constants, geometry, workers, CHUNKS_MAX)) {
         return UINT64_MAX;
     }
-    /* Up to `most` chunks: fan_out(C) is fixed + C * each. */
-    double each = fan_out_seconds(constants, geometry, 3) - fan_out_seconds(constants, geometry, 2);
-    double fixed = fan_out_seconds(constants, geometry, 2) - 2 * each;
-    double below = (read + fixed) / (read - each); /* spreading pays with more chunks than this */
-    if (read > each && below < most) {
-        return (uint64_t)attn_max(below, 1) * chunk_size;
+    /* Beyond one chunk a worker, what is saved never falls; up to there it is linear in chunks. So
+     * each of the two ranges has one place from which on it pays. */
+    uint64_t first = first_that_pays(constants, geometry, workers, most + 1, CHUNKS_MAX);
+    if (first == most + 1) {
+        first = first_that_pays(constants, geometry, workers, 2, most);
     }
-    /* Above: what one worker does not have to read is C less a most-th of C, rounded up. */
-    double saved = fan_out_seconds(constants, geometry, most) / read;
-
-    /* A link so slow that the number leaves the integers: never spread. NaN too ends here. */
-    if (!(saved < 0x1p40)) {
-        return UINT64_MAX;
-    }
-    uint64_t k = (uint64_t)saved + 1;
-    return (k + attn_div_up(k, most - 1) - 1) * chunk_size;
+    return (first - 1) * chunk_size_of(geometry);
 }

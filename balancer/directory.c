@@ -41,6 +41,7 @@ directory_create(const directory_options_t *options, dir_effect_fn effect, void 
     directory->next_client = 1 + (uint32_t)seq_first_id(options->id_seed, 3, 31);
     directory->next_cache  = 1 + seq_first_id(options->id_seed, 4, 62);
     cost_constants_init(&directory->cost);
+    directory->cost_version = 1;
 
     directory->workers = calloc(DIR_WORKERS_MAX, sizeof(*directory->workers));
     if (!directory->workers) {
@@ -97,28 +98,6 @@ const seq_table_t *
 directory_sequences(const directory_t *directory)
 {
     return directory->sequences;
-}
-
-void
-directory_set_hop(directory_t *directory, double seconds)
-{
-    if (seconds > 0) {
-        directory->cost.hop_seconds = seconds;
-    }
-}
-
-void
-directory_set_link(directory_t *directory, double bytes_per_second)
-{
-    if (bytes_per_second > 0) {
-        directory->cost.link_bandwidth = bytes_per_second;
-    }
-}
-
-const cost_constants_t *
-directory_cost(const directory_t *directory)
-{
-    return &directory->cost;
 }
 
 static bool

@@ -83,7 +83,8 @@ typedef struct dir_worker {
     char address[64];
     char kind[64];
     uint64_t slab_bytes;
-    double read_bandwidth;
+    cost_worker_t speed; /**< as it measured; zeros: it did not say */
+    cost_link_t link;    /**< directory_worker_link() */
     char device[96];
     uint64_t device_bytes;
     uint64_t seen_ns;
@@ -249,9 +250,24 @@ attn_status_t directory_seq_free(directory_t *directory, attn_seq_t seq);
 
 /* ---- constants for the cost model ---- */
 
-/* Measured by the owner; a value that is not above 0 changes nothing. */
-void directory_set_hop(directory_t *directory, double seconds);
-void directory_set_link(directory_t *directory, double bytes_per_second);
-const cost_constants_t *directory_cost(const directory_t *directory);
+/**
+ * The way to a worker, as the directory's owner measured it; the slowest to any that lives counts.
+ * Without hop_seconds above 0 this changes nothing, without a bandwidth above 0 that stays as it
+ * was, and send_seconds of 0 is taken to be the usual share of the hop.
+ */
+void directory_worker_link(directory_t *directory, uint32_t worker, const cost_link_t *link);
+
+/** The way to workers, as this client's runs found it: it counts in place of the owner's where
+ * that client's sequences are placed. As above. */
+void directory_client_link(directory_t *directory, uint32_t client, const cost_link_t *link);
+
+/** The slowest link that a client told of: hop_seconds is 0 if none did. */
+cost_link_t directory_clients_link(const directory_t *directory);
+
+/** How fast one thread of a client merges. */
+void directory_set_merge(directory_t *directory, double bytes_per_second);
+
+/** What counts for placing sequences of this client; 0: of no client that told of its link. */
+cost_constants_t directory_cost(const directory_t *directory, uint32_t client);
 
 #endif

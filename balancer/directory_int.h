@@ -1,7 +1,8 @@
 /*
  * directory_int.h: the directory's state, shared by the files directory*.c and by nobody else.
  *
- *     directory.c            life, cost constants, tick
+ *     directory.c            life, tick
+ *     directory_cost.c       constants of the cost model, and the break-even that follows
  *     directory_workers.c    join, heartbeat, lose
  *     directory_clients.c    leases, and the sweep that frees what a client or cache leaves
  *     directory_caches.c     open, join, close; regions on workers
@@ -33,6 +34,12 @@ typedef struct dir_cache_entry {
     dir_spot_t *spots; /**< [n_spots] ascending in worker */
     uint64_t n_sequences;
     bool leaving; /**< the running sweep closes it */
+    struct dir_break_even {
+        uint64_t tokens;  /**< its length, for ... */
+        uint64_t version; /**< ... directory->cost_version, ... */
+        uint32_t client;  /**< ... sequences of this client, ... */
+        uint32_t n_spots; /**< ... on so many workers */
+    } break_even;         /**< what was last computed */
     UT_hash_handle hh_id, hh_name;
 } dir_cache_entry_t;
 
@@ -49,7 +56,8 @@ typedef struct dir_client {
     uint32_t n_opens, room_opens;
     dir_open_t *opens;
     uint64_t n_sequences;
-    bool leaving; /**< the running sweep closes it */
+    cost_link_t link; /**< its way to workers; hop_seconds 0: it did not say */
+    bool leaving;     /**< the running sweep closes it */
     UT_hash_handle hh;
 } dir_client_t;
 
@@ -72,11 +80,18 @@ struct directory {
 
     seq_table_t *sequences;
     cost_constants_t cost;
+    uint64_t cost_version; /* grows with every change of cost, and of a client's link */
     dir_counts_t counts;
 };
 
 /* directory_workers.c */
 dir_worker_t *dir_worker_find(const directory_t *directory, uint32_t id);
+
+/* directory_cost.c */
+/** From the workers that live now. */
+void dir_cost_update(directory_t *directory);
+/** Tokens above which a sequence of this client is spread. */
+uint64_t dir_break_even(const directory_t *directory, dir_cache_entry_t *cache, uint32_t client);
 
 /* directory_clients.c */
 /** @return ATTN_ERR_NOT_FOUND */

@@ -144,7 +144,7 @@ spot_of_chunk(const directory_t *directory, const dir_cache_entry_t *cache, attn
 }
 
 static bool
-is_spread(const directory_t *directory, const dir_cache_entry_t *cache, const seq_info_t *info,
+is_spread(const directory_t *directory, dir_cache_entry_t *cache, const seq_info_t *info,
           uint64_t tokens, uint32_t c)
 {
     const attn_geometry_t *geometry = &cache->cache.geometry;
@@ -154,7 +154,7 @@ is_spread(const directory_t *directory, const dir_cache_entry_t *cache, const se
         return geometry->placement == ATTN_PLACE_SPREAD;
     }
     if (break_even == 0) {
-        break_even = cost_break_even_tokens(&directory->cost, geometry, cache->n_spots);
+        break_even = dir_break_even(directory, cache, info->client);
     }
     /* A sequence known to be long is spread from its first chunk, one that turns out to be
      * long from the chunk where it does. */
@@ -213,7 +213,7 @@ spread_spot(const directory_t *directory, const dir_cache_entry_t *cache, attn_s
 
 /* The spot for chunk c, or NULL if no worker has room for it. `tokens`: being reserved. */
 static dir_spot_t *
-choose_spot(const directory_t *directory, const dir_cache_entry_t *cache, attn_seq_t seq,
+choose_spot(const directory_t *directory, dir_cache_entry_t *cache, attn_seq_t seq,
             const seq_info_t *info, uint64_t tokens, uint32_t c)
 {
     dir_spot_t *spot = NULL;

@@ -228,7 +228,8 @@ test_auto_takes_the_break_even_of_the_cost_model(void **state)
     fixture_open(&f, 0);
     uint64_t cache                  = cache_on_workers(&f, 4, ATTN_PLACE_AUTO, 100000);
     const attn_geometry_t *geometry = &directory_cache(f.directory, cache)->geometry;
-    uint64_t tokens = cost_break_even_tokens(directory_cost(f.directory), geometry, 4);
+    cost_constants_t constants      = directory_cost(f.directory, 0);
+    uint64_t tokens                 = cost_break_even_tokens(&constants, geometry, 4);
     assert_true(tokens < 1000 * CHUNK);
     attn_seq_t below = make_seq(&f, cache, 0, tokens), above = make_seq(&f, cache, 0, tokens + 1);
     assert_int_equal(directory_seq_reserve(f.directory, below, 1), ATTN_OK);
@@ -236,6 +237,34 @@ test_auto_takes_the_break_even_of_the_cost_model(void **state)
     assert_int_equal(owner_of(&f, below, 1), owner_of(&f, below, 0));
     assert_int_equal(owner_of(&f, above, 0), 2); /* slot 1 */
     assert_int_equal(owner_of(&f, above, 1), 4);
+    fixture_close(&f);
+}
+
+/* What one client's runs found counts for its sequences, and for no others. */
+static void
+test_auto_goes_by_the_clients_own_link(void **state)
+{
+    fixture_t f;
+    uint32_t near, far;
+    (void)state;
+    fixture_open(&f, 0);
+    uint64_t cache = cache_on_workers(&f, 4, ATTN_PLACE_AUTO, 100000);
+    assert_int_equal(directory_client_open(f.directory, "near", f.now_ns, &near), ATTN_OK);
+    assert_int_equal(directory_client_open(f.directory, "far", f.now_ns, &far), ATTN_OK);
+    directory_client_link(f.directory, near,
+                          &(cost_link_t){.hop_seconds = 1e-9, .bandwidth = 1e12});
+    directory_client_link(f.directory, far, &(cost_link_t){.hop_seconds = 10});
+    attn_seq_t whole, spread;
+    assert_int_equal(directory_seq_create(f.directory, cache, near, 8 * CHUNK, &spread), ATTN_OK);
+    assert_int_equal(directory_seq_create(f.directory, cache, far, 8 * CHUNK, &whole), ATTN_OK);
+    for (int turn = 0; turn < 2; turn++) { /* in turns: each time the other's was computed last */
+        assert_int_equal(directory_seq_reserve(f.directory, spread, 1 + 4 * turn * CHUNK), ATTN_OK);
+        assert_int_equal(directory_seq_reserve(f.directory, whole, 1 + 4 * turn * CHUNK), ATTN_OK);
+    }
+    for (uint32_t c = 1; c < 4; c++) {
+        assert_int_not_equal(owner_of(&f, spread, c), owner_of(&f, spread, 0));
+        assert_int_equal(owner_of(&f, whole, c), owner_of(&f, whole, 0));
+    }
     fixture_close(&f);
 }
 
@@ -507,6 +536,7 @@ main(void)
         cmocka_unit_test(test_a_new_worker_is_not_flooded),
         cmocka_unit_test(test_auto_spreads_above_the_break_even),
         cmocka_unit_test(test_auto_takes_the_break_even_of_the_cost_model),
+        cmocka_unit_test(test_auto_goes_by_the_clients_own_link),
         cmocka_unit_test(test_reserve_refuses_and_changes_nothing),
         cmocka_unit_test(test_reserve_passes_over_a_full_worker),
         cmocka_unit_test(test_sequences_belong_to_a_cache),

@@ -159,6 +159,12 @@ test_heartbeats_keep_a_worker_alive(void **state)
     fixture_close(&f);
 }
 
+static double
+read_bandwidth_of(const fixture_t *f)
+{
+    return directory_cost(f->directory, 0).worker.read_bandwidth;
+}
+
 static void
 test_cost_follows_the_slowest_live_worker(void **state)
 {
@@ -168,19 +174,58 @@ test_cost_follows_the_slowest_live_worker(void **state)
     (void)state;
     fixture_open(&f, 0);
     cost_constants_init(&assumed);
-    assert_true(directory_cost(f.directory)->read_bandwidth == assumed.read_bandwidth);
+    assert_true(read_bandwidth_of(&f) == assumed.worker.read_bandwidth);
     for (uint32_t i = 1; i <= 3; i++) {
-        dir_worker_t hello   = hello_of(i, i);
-        hello.read_bandwidth = i == 2 ? 0 : i * 1e9; /* 2 says nothing */
+        dir_worker_t hello = hello_of(i, i);
+        hello.speed        = (cost_worker_t){0}; /* 2 says nothing */
+        if (i != 2) {
+            hello.speed = (cost_worker_t){.read_bandwidth = i * 1e9, .attend_seconds = i * 1e-6};
+        }
         assert_int_equal(directory_worker_join(f.directory, &hello, 1, &id), ATTN_OK);
     }
-    assert_true(directory_cost(f.directory)->read_bandwidth == 1e9);
+    assert_true(read_bandwidth_of(&f) == 1e9);
+    assert_true(directory_cost(f.directory, 0).worker.attend_seconds == 3e-6);
     directory_worker_lose(f.directory, 1);
-    assert_true(directory_cost(f.directory)->read_bandwidth == 3e9);
+    assert_true(read_bandwidth_of(&f) == 3e9);
     directory_worker_lose(f.directory, 3);
-    assert_true(directory_cost(f.directory)->read_bandwidth == assumed.read_bandwidth);
-    directory_set_hop(f.directory, 1e-3);
-    assert_true(directory_cost(f.directory)->hop_seconds == 1e-3);
+    assert_true(read_bandwidth_of(&f) == assumed.worker.read_bandwidth);
+    assert_true(directory_cost(f.directory, 0).link.hop_seconds == assumed.link.hop_seconds);
+    fixture_close(&f);
+}
+
+/* The slowest way to a worker that lives; of one client's sequences, what that client found. */
+static void
+test_links_are_the_owners_or_a_clients(void **state)
+{
+    fixture_t f;
+    cost_constants_t assumed;
+    uint32_t a, b;
+    (void)state;
+    fixture_open(&f, 0);
+    cost_constants_init(&assumed);
+    assert_int_equal(directory_client_open(f.directory, "a", f.now_ns, &a), ATTN_OK);
+    assert_int_equal(directory_client_open(f.directory, "b", f.now_ns, &b), ATTN_OK);
+    uint32_t near = join(&f, 1), far = join(&f, 2);
+    directory_worker_link(f.directory, near, &(cost_link_t){.hop_seconds = 1e-4, .bandwidth = 9e9});
+    directory_worker_link(f.directory, far, &(cost_link_t){.hop_seconds = 4e-4, .bandwidth = 1e9});
+    directory_worker_link(f.directory, far, &(cost_link_t){.bandwidth = 1});  /* says nothing */
+    directory_worker_link(f.directory, 99, &(cost_link_t){.hop_seconds = 1}); /* nobody */
+    cost_link_t link = directory_cost(f.directory, a).link;
+    assert_true(link.hop_seconds == 4e-4 && link.send_seconds == 1e-4 && link.bandwidth == 1e9);
+    directory_worker_lose(f.directory, far);
+    link = directory_cost(f.directory, a).link;
+    assert_true(link.hop_seconds == 1e-4 && link.bandwidth == 9e9);
+    assert_true(directory_clients_link(f.directory).hop_seconds == 0);
+    directory_client_link(f.directory, b, &(cost_link_t){.hop_seconds = 3e-6});
+    link = directory_cost(f.directory, b).link;
+    assert_true(link.hop_seconds == 3e-6 && link.bandwidth == 9e9);
+    assert_true(directory_cost(f.directory, a).link.hop_seconds == 1e-4);
+    assert_true(directory_cost(f.directory, 0).link.hop_seconds == 1e-4);
+    assert_true(directory_clients_link(f.directory).hop_seconds == 3e-6);
+    directory_set_merge(f.directory, 0);
+    assert_true(directory_cost(f.directory, 0).merge_bandwidth == assumed.merge_bandwidth);
+    directory_set_merge(f.directory, 5e9);
+    assert_true(directory_cost(f.directory, 0).merge_bandwidth == 5e9);
     fixture_close(&f);
 }
 
@@ -444,6 +489,7 @@ main(void)
         cmocka_unit_test(test_a_full_table_forgets_lost_workers_only),
         cmocka_unit_test(test_heartbeats_keep_a_worker_alive),
         cmocka_unit_test(test_cost_follows_the_slowest_live_worker),
+        cmocka_unit_test(test_links_are_the_owners_or_a_clients),
         cmocka_unit_test(test_a_lease_runs_out),
         cmocka_unit_test(test_clients_have_a_limit),
         cmocka_unit_test(test_caches_are_joined_by_name_and_geometry),

@@ -26,24 +26,6 @@ dir_worker_find(const directory_t *directory, uint32_t id)
                                                                           : NULL;
 }
 
-/* The slowest live worker's bandwidth; what was assumed at the start while nobody told any. */
-static void
-update_cost(directory_t *directory)
-{
-    cost_constants_t assumed;
-    double slowest = 0;
-
-    for (uint32_t i = 0; i < directory->n_workers; i++) {
-        const dir_worker_t *worker = &directory->workers[i];
-        if (worker->alive && worker->read_bandwidth > 0 &&
-            (slowest == 0 || worker->read_bandwidth < slowest)) {
-            slowest = worker->read_bandwidth;
-        }
-    }
-    cost_constants_init(&assumed);
-    directory->cost.read_bandwidth = slowest > 0 ? slowest : assumed.read_bandwidth;
-}
-
 static attn_status_t
 check_text(const char *what, const char *text, size_t room)
 {
@@ -85,10 +67,10 @@ worker_return(directory_t *directory, dir_worker_t *worker, const dir_worker_t *
                          " is over, join with a new one",
                          worker->id, worker->address, worker->incarnation);
     }
-    worker->slab_bytes     = hello->slab_bytes;
-    worker->read_bandwidth = hello->read_bandwidth;
-    worker->seen_ns        = now_ns;
-    update_cost(directory);
+    worker->slab_bytes = hello->slab_bytes;
+    worker->speed      = hello->speed;
+    worker->seen_ns    = now_ns;
+    dir_cost_update(directory);
     *id_p = worker->id;
     return ATTN_OK;
 }
@@ -123,7 +105,7 @@ directory_worker_join(directory_t *directory, const dir_worker_t *hello, uint64_
     worker->alive   = true;
     worker->seen_ns = now_ns;
     directory->epoch++;
-    update_cost(directory);
+    dir_cost_update(directory);
     *id_p = worker->id;
     return ATTN_OK;
 }
@@ -174,7 +156,7 @@ directory_worker_lose(directory_t *directory, uint32_t id)
     {
         dir_spot_remove(cache, id);
     }
-    update_cost(directory);
+    dir_cost_update(directory);
 }
 
 const dir_worker_t *

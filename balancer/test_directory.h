@@ -58,7 +58,7 @@ static inline dir_worker_t
 hello_of(uint32_t port, uint64_t incarnation)
 {
     dir_worker_t hello = {
-        .incarnation = incarnation, .slab_bytes = 1 << 20, .read_bandwidth = 1e10};
+        .incarnation = incarnation, .slab_bytes = 1 << 20, .speed.read_bandwidth = 1e10};
 
     snprintf(hello.address, sizeof(hello.address), "10.0.0.1:%u", port);
     snprintf(hello.kind, sizeof(hello.kind), "cpu-avx2/1/128");

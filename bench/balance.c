@@ -207,7 +207,7 @@ remake(sim_t *s, uint64_t at, uint32_t tokens)
 static void
 join(sim_t *s)
 {
-    dir_worker_t hello = {.slab_bytes = UINT64_C(100) << 30, .read_bandwidth = 4e12};
+    dir_worker_t hello = {.slab_bytes = UINT64_C(100) << 30, .speed.read_bandwidth = 4e12};
     uint32_t id;
 
     hello.incarnation = ++s->joined;
@@ -474,9 +474,9 @@ sim_open(sim_t *s, uint32_t workers, uint64_t sequences, uint64_t seed)
     }
     directory_options_init(&options);
     result_must(directory_create(&options, on_effect, s, &s->directory));
-    directory_set_hop(s->directory, 20e-6);
-    directory_set_link(s->directory, 25e9);
     result_must(directory_client_open(s->directory, "bench", 1, &s->client));
+    directory_client_link(s->directory, s->client,
+                          &(cost_link_t){.hop_seconds = 20e-6, .bandwidth = 25e9});
     result_must(
         directory_cache_open(s->directory, s->client, "kv", &geometry, &s->cache, &created));
     for (uint32_t w = 0; w < workers; w++) {

@@ -133,6 +133,13 @@ typedef struct attn_worker_info {
     bool ucx;              /**< it lends shared memory to clients of its host ... */
     uint32_t ucx_clients;  /**< ... to so many now */
     uint64_t ucx_runs;     /**< layers asked through it since start */
+    /* Constants of the cost model, as measured at its start; 0: not known. */
+    double attend_seconds; /**< of attention over next to nothing */
+    double few_flops[4];   /**< FLOP/s over KV of each attn_dtype_t, for up to 64 packed rows (n_q *
+                              q_heads / kv_heads) ... */
+    double many_flops[4];  /**< ... and for more */
+    double hop_seconds;    /**< from the coordinator to it and back, of a small message */
+    double link_bandwidth; /**< bytes/s of that way, there and back together */
 } attn_worker_info_t;
 
 /** The cluster as the coordinator sees it. */
@@ -142,6 +149,9 @@ typedef struct attn_cluster_info {
     uint64_t uptime_ms;
     uint32_t clients;
     uint32_t caches;
+    /** How runs of direct clients reach workers, by the slowest that told the coordinator; 0: none
+     * did. As attn_link_info_t. */
+    double clients_hop_seconds, clients_send_seconds, clients_link_bandwidth;
     uint32_t n_workers;
     attn_worker_info_t *workers; /**< [n_workers]; free with attn_cluster_info_free() */
 } attn_cluster_info_t;
@@ -159,6 +169,10 @@ typedef struct attn_link_info {
     uint64_t runs_grpc;     /**< and over gRPC ... */
     uint64_t steps_no_slot; /**< steps of which all were, since they found no room in the slab */
     uint64_t slabs_lost;    /**< slabs given up with a step that broke off, or by the worker */
+    /* What the last runs took beside what the worker computed; 0 before there were nine. */
+    double hop_seconds;    /**< of a small one, there and back, median */
+    double send_seconds;   /**< of it, the caller's thread until it was sent */
+    double link_bandwidth; /**< bytes/s, there and back together, of those of 512 KiB and more */
 } attn_link_info_t;
 
 /** How a client reaches its workers. */

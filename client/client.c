@@ -173,6 +173,15 @@ housekeeper(void *arg)
 
 /* ---- the keeper ---- */
 
+attn_status_t
+client_renew(attn_client_t *client, uint64_t deadline_ns)
+{
+    cost_link_t told;
+
+    links_meter(client->links, &told);
+    return client->control->ops->renew(client->control, &told, deadline_ns);
+}
+
 /* Renew the lease: when to do so again. */
 static uint64_t
 renew(attn_client_t *client)
@@ -180,8 +189,7 @@ renew(attn_client_t *client)
     control_t *control = client->control;
     uint64_t third     = control->lease_ms / 3 * ATTN_NS_PER_MS;
 
-    if (control->ops->renew(control, attn_now_ns() + RENEW_TIMEOUT_MS * ATTN_NS_PER_MS) ==
-        ATTN_OK) {
+    if (client_renew(client, attn_now_ns() + RENEW_TIMEOUT_MS * ATTN_NS_PER_MS) == ATTN_OK) {
         return attn_now_ns() + third;
     }
     attn_log(ATTN_LOG_WARN, "client.lease", "name=\"%s\" reason=\"%s\"", client->name,
@@ -321,11 +329,11 @@ add_engine(attn_client_t *client, const target_t *target, uint32_t i)
         return status;
     }
     engine_describe(engine, &info);
-    dir_worker_t hello = {.incarnation    = i + 1, /* and its id: directory ids count from 1 */
-                          .slab_bytes     = info.slab_bytes,
-                          .read_bandwidth = info.read_bandwidth,
-                          .device_bytes   = info.device.total_bytes,
-                          .device_free    = info.device.free_bytes};
+    dir_worker_t hello = {.incarnation  = i + 1, /* and its id: directory ids count from 1 */
+                          .slab_bytes   = info.slab_bytes,
+                          .speed        = info.speed,
+                          .device_bytes = info.device.total_bytes,
+                          .device_free  = info.device.free_bytes};
     snprintf(hello.address, sizeof(hello.address), "inproc:%u", i);
     snprintf(hello.kind, sizeof(hello.kind), "%s", info.kind);
     snprintf(hello.device, sizeof(hello.device), "%s", info.device.name);

@@ -56,6 +56,9 @@ struct attn_cache {
 
 uint64_t client_deadline(const attn_client_t *client); /* of a control call */
 
+/** Renew the lease, and tell what runs take. */
+attn_status_t client_renew(attn_client_t *client, uint64_t deadline_ns);
+
 /* Layouts. Under the cache's lock. */
 cached_layout_t *layout_find(attn_cache_t *cache, attn_seq_t seq);
 void layout_forget(attn_cache_t *cache, attn_seq_t seq);

@@ -6,13 +6,13 @@
 #include "base/clock.h"
 #include "base/log.h"
 #include "base/status.h"
+#include "client/measure.h"
 
 #include <assert.h>
 #include <stdlib.h>
 #include <string.h>
 
 #define RELEASES_MAX 1024u  /* chunks of one call */
-#define PINGS 9u            /* of which the median counts */
 #define OPEN_AGAIN_MS 5000u /* after a region could not be opened on a worker that joined late */
 
 static void
@@ -49,6 +49,7 @@ cluster_create(const directory_options_t *options, links_t *links, cluster_t **c
     cluster->start_ns    = attn_now_ns();
     cluster->lease_ns    = options->lease_ns;
     cluster->effects_end = &cluster->effects;
+    directory_set_merge(cluster->directory, measure_merge());
     pthread_mutex_init(&cluster->lock, NULL);
     pthread_mutex_init(&cluster->open_lock, NULL);
     *cluster_p = cluster;
@@ -167,10 +168,13 @@ cluster_client_open(cluster_t *cluster, const char *name, uint32_t *client_p)
 }
 
 attn_status_t
-cluster_client_renew(cluster_t *cluster, uint32_t client)
+cluster_client_renew(cluster_t *cluster, uint32_t client, const cost_link_t *told)
 {
     pthread_mutex_lock(&cluster->lock);
     attn_status_t status = directory_client_renew(cluster->directory, client, attn_now_ns());
+    if (status == ATTN_OK) {
+        directory_client_link(cluster->directory, client, told);
+    }
     pthread_mutex_unlock(&cluster->lock);
     return status;
 }
@@ -391,35 +395,7 @@ cluster_flush(cluster_t *cluster)
 
 /* ---- time ---- */
 
-static int
-by_value(const void *a, const void *b)
-{
-    double x = *(const double *)a, y = *(const double *)b;
-
-    return (x > y) - (x < y);
-}
-
-/* Median round trip of a few pings; 0 if the worker does not answer. The first connects. */
-static double
-measure_hop(link_t *link)
-{
-    double seconds[PINGS];
-
-    if (link->ops->ping(link, cluster_worker_deadline()) != ATTN_OK) {
-        return 0;
-    }
-    for (uint32_t i = 0; i < PINGS; i++) {
-        uint64_t start = attn_now_ns();
-        if (link->ops->ping(link, cluster_worker_deadline()) != ATTN_OK) {
-            return 0;
-        }
-        seconds[i] = (double)(attn_now_ns() - start) * 1e-9;
-    }
-    qsort(seconds, PINGS, sizeof(*seconds), by_value);
-    return seconds[PINGS / 2];
-}
-
-/* New workers: what a hop to them costs, for the cost model. */
+/* New workers: what the way to them costs, for the cost model. */
 static void
 ping_new_workers(cluster_t *cluster)
 {
@@ -434,11 +410,11 @@ ping_new_workers(cluster_t *cluster)
         if (ids[i] <= known || cluster_link(cluster, ids[i], &link) != ATTN_OK) {
             continue;
         }
-        double hop = measure_hop(link);
+        cost_link_t way; /* a worker that does not answer stays without */
+        measure_link(link, cluster_worker_deadline(), &way);
         pthread_mutex_lock(&cluster->lock);
         cluster->pinged = ids[i] > cluster->pinged ? ids[i] : cluster->pinged;
-        cluster->hop    = hop > cluster->hop ? hop : cluster->hop;
-        directory_set_hop(cluster->directory, cluster->hop);
+        directory_worker_link(cluster->directory, ids[i], &way);
         pthread_mutex_unlock(&cluster->lock);
     }
 }
@@ -529,15 +505,19 @@ cluster_describe(cluster_t *cluster, attn_cluster_info_t *info)
     const dir_worker_t *workers;
 
     pthread_mutex_lock(&cluster->lock);
-    uint32_t n = directory_workers(cluster->directory, &workers);
-    *info      = (attn_cluster_info_t){
-             .epoch     = directory_epoch(cluster->directory),
-             .sequences = seq_count(directory_sequences(cluster->directory)),
-             .uptime_ms = (attn_now_ns() - cluster->start_ns) / ATTN_NS_PER_MS,
-             .clients   = directory_clients(cluster->directory),
-             .caches    = directory_caches(cluster->directory, NULL, 0),
-             .n_workers = n,
-             .workers   = calloc(n + 1, sizeof(attn_worker_info_t)),
+    uint32_t n       = directory_workers(cluster->directory, &workers);
+    cost_link_t told = directory_clients_link(cluster->directory);
+    *info            = (attn_cluster_info_t){
+                   .epoch                  = directory_epoch(cluster->directory),
+                   .sequences              = seq_count(directory_sequences(cluster->directory)),
+                   .uptime_ms              = (attn_now_ns() - cluster->start_ns) / ATTN_NS_PER_MS,
+                   .clients                = directory_clients(cluster->directory),
+                   .caches                 = directory_caches(cluster->directory, NULL, 0),
+                   .clients_hop_seconds    = told.hop_seconds,
+                   .clients_send_seconds   = told.send_seconds,
+                   .clients_link_bandwidth = told.bandwidth,
+                   .n_workers              = n,
+                   .workers                = calloc(n + 1, sizeof(attn_worker_info_t)),
     };
     for (uint32_t i = 0; info->workers != NULL && i < n; i++) {
         const dir_worker_t *w    = &workers[i];
@@ -555,10 +535,15 @@ cluster_describe(cluster_t *cluster, attn_cluster_info_t *info)
                                      .device_bytes      = w->device_bytes,
                                      .device_free_bytes = w->device_free,
                                      .kv_bytes_per_s    = w->kv_rate,
-                                     .read_bandwidth    = w->read_bandwidth,
+                                     .read_bandwidth    = w->speed.read_bandwidth,
                                      .ucx               = w->ucx,
                                      .ucx_clients       = w->ucx_clients,
-                                     .ucx_runs          = w->ucx_runs};
+                                     .ucx_runs          = w->ucx_runs,
+                                     .attend_seconds    = w->speed.attend_seconds,
+                                     .hop_seconds       = w->link.hop_seconds,
+                                     .link_bandwidth    = w->link.bandwidth};
+        memcpy(into->few_flops, w->speed.few_flops, sizeof(into->few_flops));
+        memcpy(into->many_flops, w->speed.many_flops, sizeof(into->many_flops));
         memcpy(into->address, w->address, sizeof(into->address));
         memcpy(into->kind, w->kind, sizeof(into->kind));
         memcpy(into->device, w->device, sizeof(into->device));

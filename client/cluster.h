@@ -35,7 +35,8 @@ attn_status_t cluster_worker_heartbeat(cluster_t *cluster, const dir_worker_t *f
 
 /* Clients. */
 attn_status_t cluster_client_open(cluster_t *cluster, const char *name, uint32_t *client_p);
-attn_status_t cluster_client_renew(cluster_t *cluster, uint32_t client);
+/** told: as the client says its runs reach workers; hop_seconds 0: it does not say. */
+attn_status_t cluster_client_renew(cluster_t *cluster, uint32_t client, const cost_link_t *told);
 void cluster_client_close(cluster_t *cluster, uint32_t client);
 
 /** Open or join, with a region on every live worker; geometry NULL only joins. kind: of its

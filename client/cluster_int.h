@@ -28,7 +28,6 @@ struct cluster {
     pthread_mutex_t lock;      /* guards all below; never held while a worker is asked */
     directory_t *directory;
     uint32_t pinged;        /* workers up to this id were measured */
-    double hop;             /* seconds: the slowest worker's */
     uint64_t open_again_ns; /* no region is opened on late workers before: one failed */
     held_seq_t *held;       /* sequences that an operation is changing */
     effect_node_t *effects, **effects_end;

@@ -188,7 +188,7 @@ test_unknown_objects_are_not_found(void **state)
     assert_int_equal(cluster_cache_open(f.cluster, f.client, "other", NULL, &cache, kind),
                      ATTN_ERR_NOT_FOUND);
     assert_int_equal(cluster_cache_close(f.cluster, f.client, f.cache + 1), ATTN_ERR_NOT_FOUND);
-    assert_int_equal(cluster_client_renew(f.cluster, f.client + 1), ATTN_ERR_NOT_FOUND);
+    assert_int_equal(cluster_client_renew(f.cluster, f.client + 1, &(cost_link_t){0}), ATTN_ERR_NOT_FOUND);
     assert_int_equal(cluster_worker_address(f.cluster, 9, address, &alive), ATTN_ERR_NOT_FOUND);
     OK(cluster_cache_open(f.cluster, f.client, "cache", NULL, &cache, kind)); /* joins */
     assert_int_equal(cache, f.cache);

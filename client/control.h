@@ -11,7 +11,9 @@ typedef struct control control_t;
 
 typedef struct control_ops {
     void (*close)(control_t *control); /**< leaves: what the client made is freed */
-    attn_status_t (*renew)(control_t *control, uint64_t deadline_ns); /**< the lease */
+    /** The lease. told: how runs reach workers, for where sequences are placed; hop_seconds 0: not
+     * known. */
+    attn_status_t (*renew)(control_t *control, const cost_link_t *told, uint64_t deadline_ns);
     /** *complete gets every default; its layer table is *table_p, the caller's to free(). */
     attn_status_t (*cache_open)(control_t *control, const char *name,
                                 const attn_geometry_t *geometry, uint64_t deadline_ns,

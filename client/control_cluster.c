@@ -25,10 +25,10 @@ local_close(control_t *control)
 }
 
 static attn_status_t
-local_renew(control_t *control, uint64_t deadline_ns)
+local_renew(control_t *control, const cost_link_t *told, uint64_t deadline_ns)
 {
     (void)deadline_ns;
-    return cluster_client_renew(of(control)->cluster, of(control)->client);
+    return cluster_client_renew(of(control)->cluster, of(control)->client, told);
 }
 
 static attn_status_t

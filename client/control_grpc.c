@@ -87,15 +87,18 @@ remote_close(control_t *control)
 }
 
 static attn_status_t
-remote_renew(control_t *control, uint64_t deadline_ns)
+remote_renew(control_t *control, const cost_link_t *told, uint64_t deadline_ns)
 {
     Attn__V1__ClientRequest request = ATTN__V1__CLIENT_REQUEST__INIT;
     Attn__V1__KeepAliveReply *reply;
     rpc_message_t *message;
 
-    request.client_id    = of(control)->client;
-    attn_status_t status = call(control, "/attn.v1.Attention/KeepAlive", &request, deadline_ns,
-                                &attn__v1__keep_alive_reply__descriptor, &reply, &message);
+    request.client_id      = of(control)->client;
+    request.hop_seconds    = told->hop_seconds;
+    request.send_seconds   = told->send_seconds;
+    request.link_bandwidth = told->bandwidth;
+    attn_status_t status   = call(control, "/attn.v1.Attention/KeepAlive", &request, deadline_ns,
+                                  &attn__v1__keep_alive_reply__descriptor, &reply, &message);
     if (status == ATTN_OK) {
         status = take_ticket(of(control), reply->ticket);
         rpc_message_free(message);
@@ -345,12 +348,15 @@ remote_describe(control_t *control, uint64_t deadline_ns, attn_cluster_info_t *i
         return status;
     }
     *info =
-        (attn_cluster_info_t){.epoch     = reply->epoch,
-                              .sequences = reply->sequences,
-                              .uptime_ms = reply->uptime_ms,
-                              .clients   = reply->clients,
-                              .caches    = reply->caches,
-                              .n_workers = (uint32_t)reply->n_workers,
+        (attn_cluster_info_t){.epoch                  = reply->epoch,
+                              .sequences              = reply->sequences,
+                              .uptime_ms              = reply->uptime_ms,
+                              .clients_hop_seconds    = reply->clients_hop_seconds,
+                              .clients_send_seconds   = reply->clients_send_seconds,
+                              .clients_link_bandwidth = reply->clients_link_bandwidth,
+                              .clients                = reply->clients,
+                              .caches                 = reply->caches,
+                              .n_workers              = (uint32_t)reply->n_workers,
                               .workers = calloc(reply->n_workers + 1, sizeof(attn_worker_info_t))};
     for (size_t w = 0; info->workers != NULL && w < reply->n_workers; w++) {
         wire_worker_decode(reply->workers[w], &info->workers[w]);

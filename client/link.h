@@ -10,6 +10,7 @@
 #define ATTN_LINK_H
 
 #include "client/attn.h"
+#include "client/way_meter.h"
 #include "engine/engine.h"
 #include "rpc/ucx.h"
 
@@ -43,12 +44,15 @@ typedef struct link_room {
 #define LINK_NO_Q UINT32_C(1)
 #define LINK_NO_KV UINT32_C(2)
 
+#define LINK_PING_MAX (1u << 20)
+
 typedef struct link_ops {
     const char *name;       /**< "engine", "grpc", "ucx" */
     uint64_t run_bytes_max; /**< of q, k and v of one run together; 0: no limit */
     void (*close)(link_t *link);
 
-    attn_status_t (*ping)(link_t *link, uint64_t deadline_ns); /**< there and back, for its time */
+    /** There and back with so many bytes each way, at most LINK_PING_MAX, for its time. */
+    attn_status_t (*ping)(link_t *link, uint32_t bytes, uint64_t deadline_ns);
 
     attn_status_t (*cache_open)(link_t *link, uint64_t epoch, uint64_t cache, const char *name,
                                 const attn_geometry_t *geometry, uint64_t deadline_ns,
@@ -98,6 +102,7 @@ typedef struct link_ops {
 
 struct link {
     const link_ops_t *ops; /* first member of every row's own struct */
+    way_meter_t meter;     /* what runs take there; zeroed at first */
 };
 
 /** The engine's link; the engine stays the caller's. */
@@ -133,6 +138,9 @@ ucx_asks_t *links_asks(const links_t *links);
 
 /** All links that are not to engines; infos[room]. @return how many there are */
 uint32_t links_describe(links_t *links, attn_link_info_t *infos, uint32_t room);
+
+/** The slowest of them by what their runs took, engines left out. @return false: not known yet */
+bool links_meter(links_t *links, cost_link_t *link);
 
 /** The worker at this address ("inproc:0") is the engine; takes the engine over. */
 attn_status_t links_add_engine(links_t *links, const char *address, engine_t *engine);

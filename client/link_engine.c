@@ -37,9 +37,9 @@ engine_of(link_t *link)
 /* ---- control ---- */
 
 static attn_status_t
-engine_link_ping(link_t *link, uint64_t deadline_ns)
+engine_link_ping(link_t *link, uint32_t bytes, uint64_t deadline_ns)
 {
-    (void)link, (void)deadline_ns;
+    (void)link, (void)bytes, (void)deadline_ns;
     return ATTN_OK;
 }
 

@@ -144,12 +144,31 @@ channel_of(link_t *link)
 }
 
 static attn_status_t
-grpc_link_ping(link_t *link, uint64_t deadline_ns)
+grpc_link_ping(link_t *link, uint32_t bytes, uint64_t deadline_ns)
 {
-    Attn__V1__Empty request = ATTN__V1__EMPTY__INIT;
+    Attn__V1__PingRequest request = ATTN__V1__PING_REQUEST__INIT;
+    Attn__V1__PingReply *reply;
+    rpc_message_t *message;
 
-    return rpc_call_typed(channel_of(link), "/attn.v1.Worker/Status", &request, deadline_ns, NULL,
-                          NULL, NULL);
+    request.answer_bytes = bytes;
+    request.data         = (ProtobufCBinaryData){.len = bytes, .data = calloc(bytes + 1, 1)};
+    if (request.data.data == NULL) {
+        return attn_fail(ATTN_ERR_NO_MEMORY, "no memory for a ping of %u bytes", bytes);
+    }
+    attn_status_t status =
+        rpc_call_typed(channel_of(link), "/attn.v1.Worker/Ping", &request, deadline_ns,
+                       &attn__v1__ping_reply__descriptor, &reply, &message);
+    free(request.data.data);
+    if (status != ATTN_OK) {
+        return status;
+    }
+    if (rpc_message_data_size(message) != bytes) {
+        status = attn_fail(ATTN_ERR_INTERNAL, "worker %s answered a ping with %llu bytes, not %u",
+                           grpc_of(link)->pipes.address,
+                           (unsigned long long)rpc_message_data_size(message), bytes);
+    }
+    rpc_message_free(message);
+    return status;
 }
 
 static attn_status_t
@@ -317,6 +336,11 @@ grpc_link_describe(link_t *link, attn_link_info_t *info)
     snprintf(info->address, sizeof(info->address), "%.63s", grpc_of(link)->pipes.address);
     snprintf(info->transport, sizeof(info->transport), "grpc");
     info->runs_grpc = atomic_load(&grpc_of(link)->runs);
+    cost_link_t way;
+    way_meter_read(&link->meter, &way);
+    info->hop_seconds    = way.hop_seconds;
+    info->send_seconds   = way.send_seconds;
+    info->link_bandwidth = way.bandwidth;
 }
 
 void

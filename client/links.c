@@ -165,6 +165,24 @@ links_asks(const links_t *links)
     return links->asks;
 }
 
+bool
+links_meter(links_t *links, cost_link_t *link)
+{
+    links_entry_t *entry, *next;
+
+    *link = (cost_link_t){0};
+    pthread_mutex_lock(&links->lock);
+    HASH_ITER(hh, links->by_address, entry, next)
+    {
+        cost_link_t way;
+        if (entry->engine == NULL && way_meter_read(&entry->link->meter, &way)) {
+            cost_link_slowest(link, &way);
+        }
+    }
+    pthread_mutex_unlock(&links->lock);
+    return link->hop_seconds > 0;
+}
+
 uint32_t
 links_describe(links_t *links, attn_link_info_t *infos, uint32_t room)
 {

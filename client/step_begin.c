@@ -417,7 +417,7 @@ attn_step_begin(attn_cache_t *cache, const attn_batch_t *batch, attn_step_t **st
     status            = begin_once(cache, batch, deadline, false, step_p);
     for (uint32_t attempt = 1; is_about_age(status) && attempt < BEGIN_ATTEMPTS; attempt++) {
         if (status == ATTN_ERR_DENIED) { /* what the next attempt meets tells more than this */
-            cache->client->control->ops->renew(cache->client->control, deadline);
+            client_renew(cache->client, deadline);
         }
         attn_status_t again = begin_once(cache, batch, deadline, true, step_p);
         bool same           = again == status;

@@ -26,6 +26,8 @@ typedef struct share {
     uint32_t *accepted;  /* [parts] at commit */
     uint32_t *path;      /* of its parts with a mask, at commit: room for all their new tokens */
     uint64_t compute_ns; /* of the last run */
+    uint64_t run_ns;     /* when it was sent */
+    uint64_t run_bytes;  /* of it, there and back; 0: it is not to be measured */
 } share_t;
 
 /** One partial of an entry: a node of the merge tree, and where its states are. */

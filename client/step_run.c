@@ -2,6 +2,7 @@
 #include "client/step_int.h"
 
 #include "base/checked.h"
+#include "base/clock.h"
 #include "base/status.h"
 
 #include <stdio.h>
@@ -193,6 +194,40 @@ share_lists(share_t *share, const attn_lists_t *lists)
     return n;
 }
 
+static uint64_t
+pieces_bytes(const struct iovec *pieces, const struct iovec *end)
+{
+    uint64_t bytes = 0;
+
+    for (const struct iovec *p = pieces; p < end; p++) {
+        bytes += p->iov_len;
+    }
+    return bytes;
+}
+
+/* Of the shares of a step the last one that is sent: the others also wait for those sent after
+ * them. An engine of this process is no way to speak of. */
+static bool
+is_measured(const share_t *share)
+{
+    const attn_step_t *step = share->step;
+
+    return share == &step->shares[step->n_shares - 1] && step->client->rpc != NULL;
+}
+
+static void
+run_done(void *arg, attn_status_t status, const char *sentence)
+{
+    share_t *share = arg;
+
+    if (status == ATTN_OK && share->run_bytes > 0) {
+        uint64_t took = attn_now_ns() - share->run_ns;
+        way_meter_run(&share->link->meter, share->run_bytes,
+                      took > share->compute_ns ? took - share->compute_ns : 0);
+    }
+    step_share_done(share, status, sentence);
+}
+
 static void
 share_run(share_t *share, void *q, void *k, void *v, const attn_lists_t *lists)
 {
@@ -221,8 +256,15 @@ share_run(share_t *share, void *q, void *k, void *v, const attn_lists_t *lists)
     if (run.n_q + run.n_k == 0) {
         return; /* nothing of this layer is this worker's */
     }
+    share->run_bytes = is_measured(share) ? pieces_bytes(share->pieces, end) : 0;
+    share->run_ns    = share->run_bytes > 0 ? attn_now_ns() : 0;
+    link_t *link     = share->link;
+    uint64_t sent_at = share->run_ns;
     step_share_start(share);
-    share->link->ops->run(share->remote, &run, step_share_done, share);
+    link->ops->run(share->remote, &run, run_done, share);
+    if (sent_at > 0) {
+        way_meter_sent(&link->meter, attn_now_ns() - sent_at);
+    }
 }
 
 /* Every share answered: merge, unpack, and hand over. */

@@ -82,7 +82,7 @@ add_worker(fixture_t *f, const char *kind)
     OK(engine_create(&options, &f->engines[i]));
     engine_describe(f->engines[i], &info);
     f->hello[i] = (dir_worker_t){
-        .incarnation = 100 + i, .slab_bytes = info.slab_bytes, .read_bandwidth = 1e10};
+        .incarnation = 100 + i, .slab_bytes = info.slab_bytes, .speed.read_bandwidth = 1e10};
     snprintf(f->hello[i].address, sizeof(f->hello[i].address), "inproc:%u", i);
     snprintf(f->hello[i].kind, sizeof(f->hello[i].kind), "%s", kind != NULL ? kind : info.kind);
     OK(cluster_worker_join(f->cluster, &f->hello[i], &f->hello[i].id));

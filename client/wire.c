@@ -624,7 +624,14 @@ wire_worker_decode(const Attn__V1__WorkerInfo *message, attn_worker_info_t *info
         .ucx               = message->ucx,
         .ucx_clients       = message->ucx_clients,
         .ucx_runs          = message->ucx_runs,
+        .attend_seconds    = message->attend_seconds,
+        .hop_seconds       = message->hop_seconds,
+        .link_bandwidth    = message->link_bandwidth,
     };
+    for (size_t d = 0; d + ATTN_F32 <= ATTN_BF16; d++) {
+        info->few_flops[ATTN_F32 + d]  = d < message->n_few_flops ? message->few_flops[d] : 0;
+        info->many_flops[ATTN_F32 + d] = d < message->n_many_flops ? message->many_flops[d] : 0;
+    }
     strncpy(info->address, message->address, sizeof(info->address) - 1);
     strncpy(info->kind, message->kind, sizeof(info->kind) - 1);
     strncpy(info->device, message->device, sizeof(info->device) - 1);

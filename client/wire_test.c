@@ -493,6 +493,10 @@ test_figures_and_long_texts_of_a_worker(void **state)
     message.device_bytes = 8, message.device_free_bytes = 9;
     message.kv_bytes_per_s = 10, message.read_bandwidth = 11;
     message.ucx = true, message.ucx_clients = 12, message.ucx_runs = 13;
+    double few[] = {1e9, 2e9}, many[] = {3e9, 4e9, 5e9, 6e9}; /* too few, and too many */
+    message.few_flops = few, message.n_few_flops = 2;
+    message.many_flops = many, message.n_many_flops = 4;
+    message.attend_seconds = 14, message.hop_seconds = 15, message.link_bandwidth = 16;
     wire_worker_decode(&message, &info);
     assert_int_equal(info.id, 3);
     assert_true(info.alive && info.chunks == UINT64_MAX);
@@ -501,6 +505,10 @@ test_figures_and_long_texts_of_a_worker(void **state)
     assert_true(info.device_bytes == 8 && info.device_free_bytes == 9);
     assert_true(info.kv_bytes_per_s == 10 && info.read_bandwidth == 11);
     assert_true(info.ucx && info.ucx_clients == 12 && info.ucx_runs == 13);
+    assert_true(info.attend_seconds == 14 && info.hop_seconds == 15 && info.link_bandwidth == 16);
+    assert_true(info.few_flops[ATTN_F32] == 1e9 && info.few_flops[ATTN_F16] == 2e9);
+    assert_true(info.few_flops[ATTN_BF16] == 0 && info.few_flops[ATTN_DTYPE_NONE] == 0);
+    assert_true(info.many_flops[ATTN_F32] == 3e9 && info.many_flops[ATTN_BF16] == 5e9);
     assert_int_equal(strlen(info.device), 95); /* cut to what there is room for */
     assert_int_equal(strlen(info.address), 63);
     assert_string_equal(info.kind, kind);

@@ -9,6 +9,7 @@
  * so that a page index means the same page in every layer, at a fixed stride.
  */
 #include "engine/engine_int.h"
+#include "engine/speed.h"
 
 #include "balancer/geometry.h"
 #include "base/checked.h"
@@ -87,6 +88,7 @@ engine_create(const engine_options_t *options, engine_t **engine_p)
         goto err_free;
     }
     ops->leaf_sizes(engine->backend, &engine->leaf_few, &engine->leaf_many);
+    engine_speed_measure(engine->backend, &engine->speed); /* before the slab takes the memory */
     void *slab = NULL;
     status     = settle_slab(engine, options);
     if (status != ATTN_OK) {
@@ -101,8 +103,7 @@ engine_create(const engine_options_t *options, engine_t **engine_p)
     if (status != ATTN_OK) {
         goto err_slab;
     }
-    engine->read_bandwidth = ops->read_bandwidth(engine->backend); /* asked once: it measures */
-    *engine_p              = engine;
+    *engine_p = engine;
     return ATTN_OK;
 
 err_slab:
@@ -140,7 +141,7 @@ engine_describe(engine_t *engine, engine_info_t *info)
 
     memset(info, 0, sizeof(*info));
     info->kind           = engine->backend->ops->kind(engine->backend);
-    info->read_bandwidth = engine->read_bandwidth;
+    info->speed          = engine->speed;
     info->slab_bytes     = engine->slab_bytes;
     info->runs           = atomic_load(&engine->runs);
     info->times.total_ns = atomic_load(&engine->run_ns);

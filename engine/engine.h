@@ -13,6 +13,7 @@
 #ifndef ATTN_ENGINE_H
 #define ATTN_ENGINE_H
 
+#include "balancer/cost.h"
 #include "base/attn_types.h"
 #include "kernels/kernels.h"
 #include "kvstore/kvstore.h"
@@ -82,7 +83,7 @@ typedef struct engine_steps {
 
 typedef struct engine_info {
     const char *kind;
-    double read_bandwidth;
+    cost_worker_t speed; /**< measured at its start */
     uint64_t slab_bytes, region_bytes, used_bytes;
     uint64_t chunks, open_steps, caches;
     uint64_t runs, kv_bytes; /**< since start */

@@ -84,7 +84,7 @@ struct engine {
     uint8_t *slab;
     uint64_t slab_bytes;
     uint32_t leaf_few, leaf_many;
-    double read_bandwidth;
+    cost_worker_t speed;
 
     pthread_mutex_t lock; /* guards all below but the counters */
     kv_store_t *store;

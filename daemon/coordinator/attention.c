@@ -4,6 +4,7 @@
 #include "base/status.h"
 
 #include <assert.h>
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -65,13 +66,36 @@ serve_open_client(const unary_call_t *u)
 }
 
 static attn_status_t
+take_link(const cost_link_t *told)
+{
+    const double figures[] = {told->hop_seconds, told->send_seconds, told->bandwidth};
+
+    for (size_t i = 0; i < sizeof(figures) / sizeof(figures[0]); i++) {
+        if (!(isfinite(figures[i]) && figures[i] >= 0)) {
+            return attn_fail(ATTN_ERR_INVALID,
+                             "hop_seconds is %g, send_seconds %g, link_bandwidth %g: finite, at "
+                             "least 0",
+                             figures[0], figures[1], figures[2]);
+        }
+    }
+    return ATTN_OK;
+}
+
+static attn_status_t
 serve_keep_alive(const unary_call_t *u)
 {
     const Attn__V1__ClientRequest *r = u->request;
     coordinator_t *c                 = u->service;
     Attn__V1__KeepAliveReply *reply  = u->reply;
 
-    attn_status_t status = cluster_client_renew(c->cluster, r->client_id);
+    cost_link_t told = {.hop_seconds  = r->hop_seconds,
+                        .send_seconds = r->send_seconds,
+                        .bandwidth    = r->link_bandwidth};
+
+    attn_status_t status = take_link(&told);
+    if (status == ATTN_OK) {
+        status = cluster_client_renew(c->cluster, r->client_id, &told);
+    }
     return status == ATTN_OK ? reply_ticket(c, u->block, r->client_id, &reply->ticket) : status;
 }
 
@@ -297,7 +321,13 @@ encode_workers(wire_block_t *block, const attn_cluster_info_t *info,
         m->ucx               = from[i].ucx;
         m->ucx_clients       = from[i].ucx_clients;
         m->ucx_runs          = from[i].ucx_runs;
-        reply->workers[i]    = m;
+        m->attend_seconds    = from[i].attend_seconds;
+        m->few_flops         = &from[i].few_flops[ATTN_F32];
+        m->many_flops        = &from[i].many_flops[ATTN_F32];
+        m->n_few_flops = m->n_many_flops = ATTN_BF16;
+        m->hop_seconds                   = from[i].hop_seconds;
+        m->link_bandwidth                = from[i].link_bandwidth;
+        reply->workers[i]                = m;
     }
     reply->n_workers = info->n_workers;
     return ATTN_OK;
@@ -314,12 +344,15 @@ serve_status(const unary_call_t *u)
     if (status != ATTN_OK) {
         return status;
     }
-    reply->epoch     = info.epoch;
-    reply->sequences = info.sequences;
-    reply->clients   = info.clients;
-    reply->caches    = info.caches;
-    reply->uptime_ms = info.uptime_ms;
-    status           = encode_workers(u->block, &info, reply);
+    reply->epoch                  = info.epoch;
+    reply->sequences              = info.sequences;
+    reply->clients                = info.clients;
+    reply->caches                 = info.caches;
+    reply->uptime_ms              = info.uptime_ms;
+    reply->clients_hop_seconds    = info.clients_hop_seconds;
+    reply->clients_send_seconds   = info.clients_send_seconds;
+    reply->clients_link_bandwidth = info.clients_link_bandwidth;
+    status                        = encode_workers(u->block, &info, reply);
     attn_cluster_info_free(&info);
     return status;
 }

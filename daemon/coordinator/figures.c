@@ -133,7 +133,7 @@ worker_status(const cluster_figures_t *c, const dir_worker_t *w)
     cJSON_AddStringToObject(object, "address", w->address);
     cJSON_AddStringToObject(object, "kind", w->kind);
     cJSON_AddNumberToObject(object, "heartbeat_age_s", age_s(c, w));
-    cJSON_AddNumberToObject(object, "read_bandwidth", w->read_bandwidth);
+    cJSON_AddNumberToObject(object, "read_bandwidth", w->speed.read_bandwidth);
     cJSON_AddNumberToObject(object, "slab_bytes", (double)w->slab_bytes);
     cJSON_AddNumberToObject(object, "region_bytes", (double)w->region_bytes);
     cJSON_AddNumberToObject(object, "used_bytes", (double)w->used_bytes);

@@ -181,6 +181,33 @@ take_worker(const Attn__V1__WorkerInfo *info, dir_worker_t *worker)
                : status;
 }
 
+/* What its kernels do, as a worker measured it. Fewer rates than dtypes: the others are not known.
+ */
+static attn_status_t
+take_speed(const Attn__V1__WorkerInfo *info, cost_worker_t *speed)
+{
+    const struct {
+        const char *name;
+        size_t n;
+        const double *from;
+        double *into;
+    } rates[] = {
+        {"attend_seconds", 1, &info->attend_seconds, &speed->attend_seconds},
+        {"few_flops", info->n_few_flops, info->few_flops, &speed->few_flops[ATTN_F32]},
+        {"many_flops", info->n_many_flops, info->many_flops, &speed->many_flops[ATTN_F32]}};
+
+    for (size_t i = 0; i < sizeof(rates) / sizeof(rates[0]); i++) {
+        for (size_t d = 0; d < rates[i].n && d < COST_DTYPES - ATTN_F32; d++) {
+            rates[i].into[d] = rates[i].from[d];
+            if (!(isfinite(rates[i].from[d]) && rates[i].from[d] >= 0)) {
+                return attn_fail(ATTN_ERR_INVALID, "%s[%zu] is %g: finite, at least 0",
+                                 rates[i].name, d, rates[i].from[d]);
+            }
+        }
+    }
+    return ATTN_OK;
+}
+
 /* Is this caller of those that may be workers? */
 static attn_status_t
 admit_worker(void *service, const rpc_call_t *call)
@@ -212,9 +239,10 @@ serve_join(const unary_call_t *u)
         status = attn_fail(ATTN_ERR_INVALID, "read_bandwidth is %g: finite, at least 0",
                            r->read_bandwidth);
     }
+    status = status == ATTN_OK ? take_speed(r->worker, &hello.speed) : status;
     if (status == ATTN_OK) {
-        hello.read_bandwidth = r->read_bandwidth;
-        status               = cluster_worker_join(c->cluster, &hello, &reply->worker_id);
+        hello.speed.read_bandwidth = r->read_bandwidth;
+        status                     = cluster_worker_join(c->cluster, &hello, &reply->worker_id);
     }
     if (status != ATTN_OK) {
         attn_log(ATTN_LOG_WARN, "member.refused", "address=\"%s\" reason=\"%s\"",

@@ -74,7 +74,7 @@ metrics(void *service, expose_t *e)
     expose_counter(e, "attnd_runs_total", "Layers answered.", engine.runs);
     expose_counter(e, "attnd_kv_read_bytes_total", "KV that attention read.", engine.kv_bytes);
     expose_gauge(e, "attnd_read_bandwidth_bytes_per_second",
-                 "What this device reads, measured at the start.", engine.read_bandwidth);
+                 "What this device reads, measured at the start.", engine.speed.read_bandwidth);
     expose_gauge(e, "attnd_kv_read_bytes_per_second",
                  "KV that attention read, a second, in the last ten.", engine.kv_rate);
     expose_gauge(e, "attnd_device_bytes", "Memory of the device.",
@@ -111,7 +111,7 @@ status(void *service)
     cJSON_AddNumberToObject(object, "chunks", (double)engine.chunks);
     cJSON_AddNumberToObject(object, "runs", (double)engine.runs);
     cJSON_AddNumberToObject(object, "kv_bytes", (double)engine.kv_bytes);
-    cJSON_AddNumberToObject(object, "read_bandwidth", engine.read_bandwidth);
+    cJSON_AddNumberToObject(object, "read_bandwidth", engine.speed.read_bandwidth);
     lender_describe(worker->lender, &ucx);
     cJSON_AddNumberToObject(object, "ucx_clients", ucx.sessions);
     cJSON_AddNumberToObject(object, "ucx_runs", (double)ucx.requests);

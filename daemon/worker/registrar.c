@@ -114,7 +114,7 @@ join(registrar_t *r)
     engine_describe(worker->engine, &engine);
     worker_describe(worker, &info);
     request.worker         = &info;
-    request.read_bandwidth = engine.read_bandwidth;
+    request.read_bandwidth = engine.speed.read_bandwidth;
     gate_joining(&worker->gate);
     attn_status_t status             = ask(r, "/attn.v1.Coordinator/Join", &request.base,
                                            &attn__v1__join_reply__descriptor, &message, &head);

@@ -346,11 +346,16 @@ worker_describe(worker_t *worker, Attn__V1__WorkerInfo *info)
     info->device_bytes      = engine.device.total_bytes;
     info->device_free_bytes = engine.device.free_bytes;
     info->kv_bytes_per_s    = engine.kv_rate;
-    info->read_bandwidth    = engine.read_bandwidth;
+    info->read_bandwidth    = engine.speed.read_bandwidth;
 
     info->ucx         = lender_lends(worker->lender, &reason);
     info->ucx_clients = ucx.sessions;
     info->ucx_runs    = ucx.requests;
+
+    info->attend_seconds = engine.speed.attend_seconds;
+    info->few_flops      = &worker->speed.few_flops[ATTN_F32]; /* as the engine's, and stays */
+    info->many_flops     = &worker->speed.many_flops[ATTN_F32];
+    info->n_few_flops = info->n_many_flops = COST_DTYPES - ATTN_F32;
 }
 
 static attn_status_t
@@ -360,6 +365,23 @@ serve_status(const unary_call_t *u)
 
     worker_describe(u->service, reply);
     return ATTN_OK;
+}
+
+#define PING_ANSWER_MAX (1u << 20)
+
+static attn_status_t
+serve_ping(const unary_call_t *u)
+{
+    const Attn__V1__PingRequest *r = u->request;
+    Attn__V1__PingReply *reply     = u->reply;
+
+    if (r->answer_bytes > PING_ANSWER_MAX) {
+        return attn_fail(ATTN_ERR_TOO_LARGE, "answer_bytes is %u: at most %u", r->answer_bytes,
+                         PING_ANSWER_MAX);
+    }
+    reply->data.data = wire_alloc(u->block, r->answer_bytes + (uint64_t)1, 1);
+    reply->data.len  = r->answer_bytes;
+    return reply->data.data != NULL ? ATTN_OK : ATTN_ERR_NO_MEMORY;
 }
 
 /* ---- the service ---- */
@@ -405,6 +427,11 @@ static const unary_method_t methods[] = {
      .reply   = &attn__v1__worker_info__descriptor,
      .admit   = admit_introduced,
      .request = &attn__v1__empty__descriptor},
+    {.path    = "/attn.v1.Worker/Ping",
+     .serve   = serve_ping,
+     .reply   = &attn__v1__ping_reply__descriptor,
+     .admit   = admit_introduced,
+     .request = &attn__v1__ping_request__descriptor},
 };
 
 attn_status_t

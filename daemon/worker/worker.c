@@ -82,6 +82,7 @@ start(worker_t *worker)
     if (status == ATTN_OK) {
         engine_info_t info;
         engine_describe(worker->engine, &info);
+        worker->speed = info.speed;
         snprintf(worker->device, sizeof(worker->device), "%s", info.device.name);
         status = worker_serve(worker);
     }
@@ -100,7 +101,7 @@ start(worker_t *worker)
     attn_log(ATTN_LOG_INFO, "worker.serving",
              "address=%s tls=%s kind=%s device=\"%s\" slab=%llu read_bandwidth=%.3g",
              worker->address, worker->certs.tls != NULL ? "yes" : "no", info.kind, worker->device,
-             (unsigned long long)info.slab_bytes, info.read_bandwidth);
+             (unsigned long long)info.slab_bytes, info.speed.read_bandwidth);
     /* Ready without a coordinator, too: it is waited for as long as it takes. */
     process_notify("READY=1\nSTATUS=waiting for the coordinator at %s", o->coordinator);
     return registrar_start(worker, &worker->registrar);

@@ -21,6 +21,7 @@ typedef struct worker {
     char name[OPTIONS_TEXT_MAX];       /* in logs and error sentences */
     char address[PROCESS_ADDRESS_MAX]; /* that clients are told */
     char device[96];                   /* as its maker calls it; empty: it has no name */
+    cost_worker_t speed;               /* the engine's: what is told points there */
     engine_t *engine;
     rpc_server_t *server;
     unary_t *unary;

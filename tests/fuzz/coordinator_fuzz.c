@@ -48,7 +48,7 @@ LLVMFuzzerInitialize(int *argc, char ***argv)
                            &engines[i]));
         engine_describe(engines[i], &info);
         hello[i] = (dir_worker_t){
-            .incarnation = 100 + i, .slab_bytes = info.slab_bytes, .read_bandwidth = 1e10};
+            .incarnation = 100 + i, .slab_bytes = info.slab_bytes, .speed.read_bandwidth = 1e10};
         snprintf(hello[i].address, sizeof(hello[i].address), "inproc:%u", i);
         snprintf(hello[i].kind, sizeof(hello[i].kind), "%s", info.kind);
         need(links_add_engine(c.links, hello[i].address, engines[i]));

@@ -63,7 +63,7 @@ class Admission(Clustered):
                  (forged, "not of the coordinator"),
                  (mint(secret, "o", 0, period, version=2), "version")]
         for text, words in table:
-            for method in (*self.CONTROL, *self.STEPS, "Status"):
+            for method in (*self.CONTROL, *self.STEPS, "Status", "Ping"):
                 with self.subTest(text=text and text[:40], method=method):
                     self.refused(DENIED, words, lambda: self.call(method, text))
 

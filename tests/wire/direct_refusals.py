@@ -110,3 +110,34 @@ class DirectRefusals(Clustered):
         self.refused(INVALID, "address", lambda: unary(
             coordinator.Join, pb.JoinRequest(worker=pb.WorkerInfo(kind="cpu"))))
         self.assertEqual(len(self.thin.status().workers), 2)
+
+    def test_what_workers_and_clients_measured(self):
+        """Figures are checked before they decide where a sequence goes, and told to who asks."""
+        nan, infinity = float("nan"), float("inf")
+        for name, fields in (("few_flops", dict(few_flops=[1, nan])),
+                             ("many_flops", dict(many_flops=[-1])),
+                             ("attend_seconds", dict(attend_seconds=infinity))):
+            worker = pb.WorkerInfo(address="nobody:1", kind="none", incarnation=7, **fields)
+            self.refused(INVALID, name, lambda: unary(self.road.coordinator.Join,
+                                                      pb.JoinRequest(worker=worker)))
+        told = lambda **fields: lambda: unary(self.thin.attention.KeepAlive, pb.ClientRequest(
+            client_id=self.thin.id, **fields))
+        for fields in (dict(hop_seconds=nan), dict(hop_seconds=-1.0), dict(send_seconds=infinity),
+                       dict(link_bandwidth=-1.0)):
+            self.refused(INVALID, "link_bandwidth", told(**fields))
+        self.assertEqual(self.thin.status().clients_hop_seconds, 0)
+        self.thin.ticket.text = told(hop_seconds=3e-6, link_bandwidth=5e9)().ticket
+        self.thin.keep_alive()  # says nothing, which changes nothing
+        status = self.thin.status()
+        self.assertEqual((status.clients_hop_seconds, status.clients_link_bandwidth), (3e-6, 5e9))
+        for worker in status.workers:
+            self.assertGreater(min(*worker.few_flops, *worker.many_flops, worker.attend_seconds), 0)
+            self.assertEqual((len(worker.few_flops), len(worker.many_flops)), (3, 3))
+
+    def test_pings(self):
+        worker = self.road.worker(self.thin.status().workers[0].address).stub
+        for there, back in ((0, 0), (1, 1 << 20), (1 << 20, 0), (5, 7)):
+            reply = unary(worker.Ping, pb.PingRequest(answer_bytes=back, data=bytes(there)))
+            self.assertEqual(reply.data, bytes(back))
+        self.refused(TOO_LARGE, "answer_bytes", lambda: unary(
+            worker.Ping, pb.PingRequest(answer_bytes=(1 << 20) + 1)))

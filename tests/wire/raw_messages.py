@@ -124,7 +124,7 @@ class RawMessages(refusals.Clustered):
                                                 "Coordinator/Heartbeat"]
     WORKER_METHODS = ["Worker/" + m for m in (
         "Begin", "Run", "Commit", "Abort", "OpenCache", "CloseCache", "ForkChunk", "TruncateChunk",
-        "ReleaseChunks", "DescribeChunks", "Status")]
+        "ReleaseChunks", "DescribeChunks", "Status", "Ping")]
 
     def each_method(self):
         worker = self.thin.status().workers[0].address

@@ -1,0 +1,36 @@
+/*
+ * way_meter.h: what runs take on their way to a worker and back, beside what it computes: the cost
+ * model's constants of a link, found out by runs themselves over the transport that they take. Any
+ * number of threads add; nothing waits.
+ */
+#ifndef ATTN_CLIENT_WAY_METER_H
+#define ATTN_CLIENT_WAY_METER_H
+
+#include "balancer/cost.h"
+
+#include <stdatomic.h>
+
+#define WAY_METER_SAMPLES 64u
+#define WAY_METER_LEAST 9u /* less samples say nothing */
+
+/** Zeroed at first. */
+typedef struct way_meter {
+    atomic_uint n_small, n_large, n_sends;
+    _Atomic uint64_t
+        small[WAY_METER_SAMPLES]; /* bytes << 32 | ns; a meter that wraps forgets ... */
+    _Atomic uint64_t large[WAY_METER_SAMPLES]; /* ... what is oldest */
+    atomic_uint sends[WAY_METER_SAMPLES];      /* ns */
+} way_meter_t;
+
+/** A run of so many bytes, there and back, was answered after `ns`, what the worker computed not
+ * counted. */
+void way_meter_run(way_meter_t *meter, uint64_t bytes, uint64_t ns);
+
+/** Sending one took its thread so long. */
+void way_meter_sent(way_meter_t *meter, uint64_t ns);
+
+/** @return false, and zeros, before WAY_METER_LEAST small runs; bandwidth is 0 before as many large
+ * ones */
+bool way_meter_read(const way_meter_t *meter, cost_link_t *link);
+
+#endif
