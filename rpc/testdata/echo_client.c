@@ -82,8 +82,8 @@ echo_received(void *arg, attn_status_t status, const char *sentence, rpc_message
         atomic_fetch_add(&log->ends, 1);
         return;
     }
-    if (atomic_load(&log->pause_us) > 0) {
-        usleep((useconds_t)atomic_load(&log->pause_us));
+    while (log->holds != NULL && atomic_load(log->holds) > 0) {
+        usleep(1000);
     }
     echo_read(message, &answer);
     if (answer.status != ATTN_OK || answer.number != (uint64_t)atomic_load(&log->messages) ||

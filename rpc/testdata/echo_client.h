@@ -28,7 +28,7 @@ typedef struct echo_log {
     atomic_bool out_of_order; /* numbers are to be 0, 1, 2 ... */
     attn_status_t status;     /* of the end */
     char sentence[512];
-    atomic_int pause_us; /* in the callback, to be a slow reader */
+    atomic_int *holds; /* callbacks wait while it is above 0, to be a slow reader; or NULL */
 } echo_log_t;
 
 static inline uint64_t

@@ -115,6 +115,7 @@ flood(const request_t *r)
         }
     }
     atomic_store(&r->echo->flood_status, status);
+    atomic_store(&r->echo->floods, 0);
 }
 
 static void

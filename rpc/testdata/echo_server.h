@@ -22,6 +22,7 @@ typedef struct echo_server {
     atomic_int handled;   /* messages of all calls */
     atomic_int closed;    /* calls told to `closed` */
     atomic_int cancelled; /* handlers that saw a cancellation */
+    atomic_int floods;    /* set by who asks for a flood, 0 when it is over */
     atomic_int flooded;   /* messages that "flood" could queue */
     atomic_int flood_status;
     atomic_int in_one_call_max; /* handlers of one stream at once */
