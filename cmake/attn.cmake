@@ -47,6 +47,15 @@ function(attn_program name)
   target_link_libraries(${name} PRIVATE attn_flags)
 endfunction()
 
+# attn_timeout(SECONDS test...): how long tests that are there may take; several times as long with
+# sanitizers.
+function(attn_timeout seconds)
+  if(ATTN_SANITIZE)
+    math(EXPR seconds "4 * ${seconds}")
+  endif()
+  set_tests_properties(${ARGN} PROPERTIES TIMEOUT ${seconds})
+endfunction()
+
 # attn_test(NAME library... [TIMEOUT s]): NAME.c of this folder, with CMocka. Its ctest name is
 # attn.<folder>.<NAME without _test>; exit 77 is a skip.
 function(attn_test name)
@@ -57,9 +66,6 @@ function(attn_test name)
   if(NOT arg_TIMEOUT)
     set(arg_TIMEOUT 60)
   endif()
-  if(ATTN_SANITIZE) # everything takes several times as long
-    math(EXPR arg_TIMEOUT "4 * ${arg_TIMEOUT}")
-  endif()
   find_library(CMOCKA_LIBRARY cmocka REQUIRED)
   add_executable(${name} ${name}.c)
   list(TRANSFORM arg_UNPARSED_ARGUMENTS PREPEND attn_)
@@ -68,5 +74,6 @@ function(attn_test name)
   string(REPLACE "/" "." folder ${folder})
   string(REGEX REPLACE "_test$" "" short ${name})
   add_test(NAME attn.${folder}.${short} COMMAND ${name})
-  set_tests_properties(attn.${folder}.${short} PROPERTIES TIMEOUT ${arg_TIMEOUT} SKIP_RETURN_CODE 77)
+  attn_timeout(${arg_TIMEOUT} attn.${folder}.${short})
+  set_tests_properties(attn.${folder}.${short} PROPERTIES SKIP_RETURN_CODE 77)
 endfunction()
