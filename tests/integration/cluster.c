@@ -190,13 +190,19 @@ process_logged(const process_t *process, const char *words)
     return found;
 }
 
-/* A worker of which nothing is heard for so long is lost. A sanitizer, on a busy machine, keeps one
- * from being heard for longer. */
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-#define LOST_MS "3000"
-#else
-#define LOST_MS "600"
-#endif
+bool
+process_await_logged(const process_t *process, const char *words, uint32_t ms)
+{
+    uint64_t end = now_ms() + ms;
+
+    while (!process_logged(process, words) && now_ms() < end) {
+        sleep_ms(10);
+    }
+    return process_logged(process, words);
+}
+
+#define TEXT_(number) #number
+#define TEXT(number) TEXT_(number)
 
 /* ---- a cluster ---- */
 
@@ -228,7 +234,7 @@ void
 cluster_start_coordinator(test_cluster_t *cluster, const char *listen)
 {
     const cluster_options_t *o = &cluster->options;
-    const char *lost           = o->lost_ms != NULL ? o->lost_ms : LOST_MS;
+    const char *lost           = o->lost_ms != NULL ? o->lost_ms : TEXT(CLUSTER_LOST_MS);
     const char *lease          = o->lease_ms != NULL ? o->lease_ms : "30000";
     const char *argv[24]       = {attnd(), "coordinator",    "--listen", listen,       "--lost-ms",
                                   lost,    "--heartbeat-ms", "100",      "--lease-ms", lease};

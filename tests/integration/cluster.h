@@ -37,13 +37,24 @@ void process_kill(process_t *process);
 /** Does its log hold these words? */
 bool process_logged(const process_t *process, const char *words);
 
+/** As soon as it does. @return false: not within so long */
+bool process_await_logged(const process_t *process, const char *words, uint32_t ms);
+
 /* ---- a cluster ---- */
+
+/* A worker of which nothing is heard for so long is lost. A sanitizer, on a busy machine, keeps one
+ * from being heard for longer. */
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#define CLUSTER_LOST_MS 3000
+#else
+#define CLUSTER_LOST_MS 600
+#endif
 
 typedef struct cluster_options {
     uint32_t workers;
     const char *slab;     /**< of each; NULL: 32MiB */
     const char *device;   /**< of each; NULL: cpu */
-    const char *lost_ms;  /**< NULL: 600, under a sanitizer 3000, with a heartbeat of 100 */
+    const char *lost_ms;  /**< NULL: CLUSTER_LOST_MS; with a heartbeat of 100 */
     const char *lease_ms; /**< NULL: 30000 */
     const char *drain_ms; /**< NULL: 5000 */
     const char *certs;    /**< folder of server.pem, server.key and ca.pem: mTLS; NULL: plaintext */
