@@ -424,6 +424,32 @@ common_make(actor_t *a)
     }
 }
 
+void
+connection_close(connection_t *c, stress_t *stress)
+{
+    uint64_t ucx, grpc;
+
+    if (c->open) {
+        target_runs(&c->target, &ucx, &grpc);
+        atomic_fetch_add(&stress->runs_ucx, ucx);
+        atomic_fetch_add(&stress->runs_grpc, grpc);
+        target_close(&c->target);
+        c->open = false;
+    }
+}
+
+/* Every other connection is over gRPC alone, unless $ATTN_TRANSPORT is for all of them. */
+static attn_transport_t
+transport_of(const actor_t *a)
+{
+    const char *said = getenv("ATTN_TRANSPORT");
+    uint32_t turn    = a->plan->process + a->connection->index + a->connection->number;
+
+    return said != NULL && said[0] != '\0' ? ATTN_TRANSPORT_DEFAULT
+           : turn % 2 == 0                 ? ATTN_TRANSPORT_AUTO
+                                           : ATTN_TRANSPORT_GRPC;
+}
+
 /* Alone with the connection. */
 static void
 reopen(actor_t *a)
@@ -437,17 +463,14 @@ reopen(actor_t *a)
     snprintf(name, sizeof(name), "stress-%s-%u-%u", target_names[plan->kind], plan->process,
              plan->life);
     snprintf(cache, sizeof(cache), "stress-%u", plan->geometry);
-    if (c->open) {
-        target_close(&c->target);
-        c->open = false;
-    }
+    connection_close(c, a->stress);
     do {
         c->coordinator = atomic_load(&a->stress->coordinators);
         status =
             target_open(&c->target, plan->kind,
                         plan->kind == TARGET_INPROC ? "inproc://cpu?workers=3&threads=1&slab=64MiB"
                                                     : a->stress->address,
-                        name, a->stress->options.timeout_ms, cache, a->geometry);
+                        name, a->stress->options.timeout_ms, transport_of(a), cache, a->geometry);
         if (status != ATTN_OK) {
             actor_log(a, "open: %s: %.120s", attn_strerror(status), attn_last_error());
             nanosleep(&(struct timespec){.tv_nsec = 50000000}, NULL);

@@ -25,11 +25,15 @@ typedef struct connection {
     pthread_rwlock_t lock; /* held for reading during an act */
     target_t target;
     bool open;
+    uint32_t index;       /* among those of its process */
     uint32_t number;      /* how often it was opened */
     uint32_t coordinator; /* stress->coordinators when it was opened */
     shadow_t common;      /* a sequence that all its threads fork */
     atomic_bool common_is_lost;
 } connection_t;
+
+/** Close it, if it is open, and count what went over it. */
+void connection_close(connection_t *connection, stress_t *stress);
 
 typedef struct actor {
     const client_plan_t *plan;

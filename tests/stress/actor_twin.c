@@ -78,7 +78,7 @@ actor_twin(actor_t *a, const part_t *part, const attn_batch_t *batch)
 
     if (!a->twin_open) {
         if (target_open(&a->twin, TARGET_INPROC, "inproc://cpu?workers=1&threads=1&slab=32MiB",
-                        "twin", 10000, "twin", a->geometry) != ATTN_OK) {
+                        "twin", 10000, ATTN_TRANSPORT_DEFAULT, "twin", a->geometry) != ATTN_OK) {
             actor_fail(a, "no engine to compare with: %s", attn_last_error());
             return;
         }

@@ -53,8 +53,8 @@ warm_up(const client_plan_t *plan)
         if (target_open(&target, plan->kind,
                         plan->kind == TARGET_INPROC ? "inproc://cpu?workers=1&threads=1&slab=64MiB"
                                                     : plan->stress->address,
-                        "warm-up", plan->stress->options.timeout_ms, "warm-up",
-                        truth_geometry(2)) == ATTN_OK) {
+                        "warm-up", plan->stress->options.timeout_ms, ATTN_TRANSPORT_DEFAULT,
+                        "warm-up", truth_geometry(2)) == ATTN_OK) {
             target_close(&target);
             nanosleep(&(struct timespec){.tv_nsec = 300000000}, NULL);
             proc_count(getpid(), &counts);
@@ -142,6 +142,7 @@ run_threads(const client_plan_t *plan, actor_t *actors, connection_t *connection
 
     for (uint32_t c = 0; c < n_c; c++) {
         connection_init(&connections[c]);
+        connections[c].index = c;
     }
     for (uint32_t i = 0; i < plan->n; i++) {
         if (threads == NULL ||
@@ -155,9 +156,7 @@ run_threads(const client_plan_t *plan, actor_t *actors, connection_t *connection
         actor_fini(&actors[i]);
     }
     for (uint32_t c = 0; c < n_c; c++) {
-        if (connections[c].open) {
-            target_close(&connections[c].target);
-        }
+        connection_close(&connections[c], plan->stress);
         shadow_clear(&connections[c].common);
         pthread_rwlock_destroy(&connections[c].lock);
     }

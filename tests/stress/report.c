@@ -79,6 +79,9 @@ print_table(const supervisor_t *s, const totals_t *t, const proc_counts_t *coord
     ROW("calls", "%llu; the slowest took %.1f ms", (unsigned long long)t->calls,
         (double)t->slow_us / 1e3);
     ROW("latest end behind a deadline", "%.1f ms", (double)t->late_us / 1e3);
+    ROW("layers of direct clients", "%llu through shared memory, %llu over gRPC, where counted",
+        (unsigned long long)atomic_load(&s->stress->runs_ucx),
+        (unsigned long long)atomic_load(&s->stress->runs_grpc));
     ROW("answers judged", "%llu, %llu query rows, all heads", (unsigned long long)t->answers,
         (unsigned long long)t->rows);
     ROW("answers asked again elsewhere", "%llu, bit by bit", (unsigned long long)t->twins);
@@ -132,6 +135,8 @@ write_json(const supervisor_t *s, const totals_t *t, const proc_counts_t *coordi
     cJSON_AddNumberToObject(root, "seconds", s->seconds);
     cJSON_AddNumberToObject(root, "steps", (double)t->steps);
     cJSON_AddNumberToObject(root, "calls", (double)t->calls);
+    cJSON_AddNumberToObject(root, "runs_ucx", (double)atomic_load(&s->stress->runs_ucx));
+    cJSON_AddNumberToObject(root, "runs_grpc", (double)atomic_load(&s->stress->runs_grpc));
     cJSON_AddNumberToObject(root, "answers", (double)t->answers);
     cJSON_AddNumberToObject(root, "rows", (double)t->rows);
     cJSON_AddNumberToObject(root, "twins", (double)t->twins);

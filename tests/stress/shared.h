@@ -78,8 +78,9 @@ typedef struct stress {
     atomic_uint n_gone;
     char gone[DISTURBED_MAX][64]; /* addresses of workers that were lost, or may be */
 
-    atomic_uint_fast64_t steps;       /* verified, of all */
-    atomic_uint_fast64_t most_growth; /* of any process, in bytes, slabs aside */
+    atomic_uint_fast64_t steps;               /* verified, of all */
+    atomic_uint_fast64_t runs_ucx, runs_grpc; /* of direct connections that were closed */
+    atomic_uint_fast64_t most_growth;         /* of any process, in bytes, slabs aside */
     actor_figures_t actors[ACTORS_MAX];
 } stress_t;
 

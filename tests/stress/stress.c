@@ -319,8 +319,8 @@ warm_up_clients(supervisor_t *s)
         target_t target;
         shadow_t shadow = {0};
         fine            = actor_init(&actor, &plan, 0, NULL) &&
-               target_open(&target, plan.kind, s->stress->address, "warm-up", 5000, "warm-up",
-                           actor.geometry) == ATTN_OK;
+               target_open(&target, plan.kind, s->stress->address, "warm-up", 5000,
+                           ATTN_TRANSPORT_DEFAULT, "warm-up", actor.geometry) == ATTN_OK;
         for (uint32_t n = 0; fine && n < s->cluster.options.workers; n++) {
             fine = target_create(&target, &shadow.seq) == ATTN_OK &&
                    actor_ingest(&actor, &target, &shadow, 8 * actor.geometry->chunk_size, n) ==

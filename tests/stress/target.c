@@ -10,7 +10,8 @@ const char *const target_names[TARGET_KINDS] = {"direct", "thin", "inproc"};
 
 attn_status_t
 target_open(target_t *target, target_kind_t kind, const char *address, const char *name,
-            uint32_t timeout_ms, const char *cache, const attn_geometry_t *geometry)
+            uint32_t timeout_ms, attn_transport_t transport, const char *cache,
+            const attn_geometry_t *geometry)
 {
     attn_client_options_t options;
     attn_status_t status;
@@ -19,6 +20,7 @@ target_open(target_t *target, target_kind_t kind, const char *address, const cha
     attn_client_options_init(&options);
     options.name       = name;
     options.timeout_ms = timeout_ms;
+    options.transport  = transport;
     options.spin_us    = 0; /* many clients share the cores */
     if (kind == TARGET_THIN) {
         status = door_open(address, &options, &target->door);
@@ -48,6 +50,21 @@ target_close(target_t *target)
     attn_cache_close(target->cache);
     attn_client_close(target->client);
     memset(target, 0, sizeof(*target));
+}
+
+void
+target_runs(target_t *target, uint64_t *ucx, uint64_t *grpc)
+{
+    attn_links_info_t links;
+
+    *ucx = *grpc = 0;
+    if (target->kind == TARGET_DIRECT && attn_client_links(target->client, &links) == ATTN_OK) {
+        for (uint32_t i = 0; i < links.n_links; i++) {
+            *ucx += links.links[i].runs_ucx;
+            *grpc += links.links[i].runs_grpc;
+        }
+        attn_links_info_free(&links);
+    }
 }
 
 /* ---- sequences ---- */

@@ -35,11 +35,15 @@ typedef struct target_run {
     bool submit;               /* direct: attn_step_submit() and wait for its completion */
 } target_run_t;
 
-/** Connect and open the cache. Whatever fails, nothing is left open. */
+/** Connect and open the cache. Whatever fails, nothing is left open. transport is of direct ones.
+ */
 attn_status_t target_open(target_t *target, target_kind_t kind, const char *address,
-                          const char *name, uint32_t timeout_ms, const char *cache,
-                          const attn_geometry_t *geometry);
+                          const char *name, uint32_t timeout_ms, attn_transport_t transport,
+                          const char *cache, const attn_geometry_t *geometry);
 void target_close(target_t *target);
+
+/** Layers that a direct one asked for since it was opened, by transport; zeros of other kinds. */
+void target_runs(target_t *target, uint64_t *ucx, uint64_t *grpc);
 
 attn_status_t target_create(target_t *target, attn_seq_t *seq);
 attn_status_t target_fork(target_t *target, attn_seq_t seq, uint64_t length, attn_seq_t *fork);
