@@ -80,7 +80,7 @@ class Cluster:
         self.attnd = attnd
         self.coordinator = Daemon(
             attnd, "coordinator", "--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0",
-            "--lost-ms", 800, "--heartbeat-ms", 100, *coordinator)
+            "--lost-ms", 4000, "--heartbeat-ms", 100, *coordinator)
         self.address = self.coordinator.field("coordinator.serving", "address")
         self.url = self.coordinator.field("monitor.serving", "url")
         self.workers = [
