@@ -500,6 +500,80 @@ ATTN_API attn_status_t attn_step_commit_with(attn_step_t *step, const attn_commi
  * submitted run completes first, if need be as ATTN_ERR_DEADLINE after 1 s. NULL is allowed. */
 ATTN_API void attn_step_abort(attn_step_t *step);
 
+/* ---- what a batch costs ---- */
+
+/** Where the partial answers of a sequence are put together. */
+typedef enum attn_merge_place {
+    ATTN_MERGE_LOCAL,       /**< nowhere: one worker has all of it */
+    ATTN_MERGE_GROUP,       /**< among workers that share a host; none do yet */
+    ATTN_MERGE_CLIENT,      /**< in this library */
+    ATTN_MERGE_COORDINATOR, /**< in the coordinator, for clients that speak to it alone */
+} attn_merge_place_t;
+
+/** How runs reach workers, and what follows for where sequences are placed. */
+typedef struct attn_way {
+    char transport[16]; /**< "ucx", "grpc", "mixed", "engine", or empty: not known */
+    char source[48];    /**< who measured it */
+    double hop_seconds, send_seconds, link_bandwidth; /**< as attn_link_info_t */
+    uint64_t break_even_tokens; /**< a longer sequence is faster spread; UINT64_MAX: none is */
+} attn_way_t;
+
+/** Seconds of one layer: total = attend + max(read, compute) + hop + link + merge. */
+typedef struct attn_cost {
+    attn_merge_place_t place;
+    bool available; /**< there are figures; if not, reason says why */
+    bool taken;     /**< this is how it is, or would be, done */
+    bool cheapest;  /**< of those over the same way */
+    uint32_t workers;
+    uint32_t way; /**< index into ways: over that */
+    char reason[128];
+    double attend, read, compute; /**< of the worker that takes longest: beginning, reading KV, and
+                                       the products, which go on meanwhile */
+    double hop;                   /**< until the last worker's answer is there */
+    double link;                  /**< bytes of q, k, v and answers */
+    double merge;
+    double total;
+} attn_cost_t;
+
+#define ATTN_WAYS_MAX 3u
+#define ATTN_COSTS_MAX 8u
+
+typedef struct attn_explain {
+    size_t size;        /**< sizeof(attn_explain_t) */
+    attn_seq_t seq;     /**< id 0: of no sequence that there is */
+    uint64_t tokens;    /**< of each sequence, if seq.id is 0 */
+    uint32_t n_q;       /**< query rows of each; 0: 1 */
+    uint32_t n_new;     /**< new tokens of each */
+    uint32_t sequences; /**< alike, in one step, if seq.id is 0; 0: 1 */
+} attn_explain_t;
+
+typedef struct attn_explanation {
+    uint64_t tokens;
+    uint32_t workers; /**< that are alive */
+    /* Of the slowest of them; 0: not known. */
+    double read_bandwidth, attend_seconds;
+    double flops;           /**< FLOP/s with so many query rows */
+    double merge_bandwidth; /**< bytes/s of partials that this client merges */
+    uint32_t n_ways;
+    attn_way_t ways[ATTN_WAYS_MAX]; /**< the first is how runs of this client go */
+    uint32_t n_costs;
+    attn_cost_t costs[ATTN_COSTS_MAX];
+} attn_explanation_t;
+
+/**
+ * What a layer of a batch would take, by where its answers are put together, and which is taken.
+ * Nothing is run: figures are those of a model (docs/architecture.md), with constants that workers,
+ * coordinator and clients measured. Where a sequence's chunks are is decided when they are placed,
+ * and decides where it is merged.
+ *
+ * @return ATTN_ERR_INVALID    no tokens, or more query rows than tokens
+ * @return ATTN_ERR_NOT_FOUND  seq was freed
+ * @return ATTN_ERR_LOST       seq lost tokens
+ * @return ATTN_ERR_UNAVAILABLE  no worker is alive, or the coordinator does not answer
+ */
+ATTN_API attn_status_t attn_explain(attn_cache_t *cache, const attn_explain_t *batch,
+                                    attn_explanation_t *explanation);
+
 /* ---- attention states, for callers with partials of their own ---- */
 
 /**

@@ -6,6 +6,7 @@
  *     attnctl top                       the same as a table that renews itself
  *     attnctl doctor                    what is wrong, and what to do
  *     attnctl seq 4294967297 --cache chat    where a sequence's chunks live
+ *     attnctl explain --tokens 131072  what a layer would take, by where it is merged
  *     attnctl bench --context 8192     drive it, measure, and verify
  *
  * Exit codes: 0 fine, 1 a problem of the cluster, 2 a mistake in the arguments.
@@ -13,6 +14,7 @@
 #include "client/attnctl.h"
 
 #include "client/attnctl_bench.h"
+#include "client/attnctl_explain.h"
 
 #include <errno.h>
 #include <getopt.h>
@@ -38,6 +40,9 @@ static const char usage[] =
     "do.\n"
     "  seq ID --cache NAME [--json]\n"
     "        Where the chunks of a sequence live. NAME is a cache that is open.\n"
+    "  explain [ID] [options]\n"
+    "        What a layer of a step would take, whole and spread, and which is taken: see explain\n"
+    "        --help.\n"
     "  bench [options]\n"
     "        Drive the cluster with decode steps, measure, and verify answers: see bench --help.\n"
     "\n"
@@ -219,7 +224,7 @@ static int (*pick_command(attnctl_t *ctl, const arguments_t *arguments))(const a
     const char *command = arguments->n_words > 0 ? arguments->words[0] : NULL;
 
     if (command == NULL) {
-        mistake("which command? status, top, doctor, seq or bench", NULL);
+        mistake("which command? status, top, doctor, seq, explain or bench", NULL);
     } else if (strcmp(command, "status") == 0) {
         if (arguments->n_words == 1) {
             return attnctl_status;
@@ -239,14 +244,23 @@ static int (*pick_command(attnctl_t *ctl, const arguments_t *arguments))(const a
             return attnctl_seq;
         }
     } else {
-        mistake("there is no such command; there are status, top, doctor, seq and bench", command);
+        mistake("there is no such command; there are status, top, doctor, seq, explain and bench",
+                command);
     }
     return NULL;
 }
 
-/* Where "bench" stands, behind options of all commands; its own come behind it. Or argc. */
+/* Commands with options of their own. */
+static const struct {
+    const char *name;
+    int (*run)(int argc, char **argv, const char *target, const attn_client_options_t *options);
+} programs[] = {{"bench", attnctl_bench}, {"explain", attnctl_explain}};
+
+#define PROGRAMS (sizeof(programs) / sizeof(programs[0]))
+
+/* Where such a command stands, behind options of all commands; its own come behind it. Or argc. */
 static int
-bench_at(int argc, char **argv)
+program_at(int argc, char **argv, size_t *program)
 {
     int i = 1;
 
@@ -255,7 +269,12 @@ bench_at(int argc, char **argv)
                      strcmp(argv[i], "--watch") == 0 || strcmp(argv[i], "--once") == 0;
         i += alone ? 1 : 2;
     }
-    return i < argc && strcmp(argv[i], "bench") == 0 ? i : argc;
+    for (*program = 0; i < argc && *program < PROGRAMS; ++*program) {
+        if (strcmp(argv[i], programs[*program].name) == 0) {
+            return i;
+        }
+    }
+    return argc;
 }
 
 int
@@ -264,15 +283,16 @@ main(int argc, char **argv)
     attnctl_t ctl         = {.target = "127.0.0.1:7070"};
     arguments_t arguments = {.timeout_ms = 5000, .interval_ms = 1000};
     attn_client_options_t options;
-    int bench = bench_at(argc, argv);
+    size_t program;
+    int own = program_at(argc, argv, &program);
 
     attn_client_options_init(&arguments.tls);
-    int code = read_arguments(bench, argv, &ctl, &arguments);
+    int code = read_arguments(own, argv, &ctl, &arguments);
     if (code != 0 || arguments.done) {
         return code;
     }
-    if (bench < argc) {
-        return attnctl_bench(argc - bench, argv + bench, ctl.target, &arguments.tls);
+    if (own < argc) {
+        return programs[program].run(argc - own, argv + own, ctl.target, &arguments.tls);
     }
     int (*command)(const attnctl_t *) = pick_command(&ctl, &arguments);
     if (command == NULL) {
