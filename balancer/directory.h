@@ -92,7 +92,8 @@ typedef struct dir_worker {
     uint64_t region_bytes, used_bytes, chunks, open_steps, runs, kv_bytes;
     uint64_t device_free;
     double kv_rate; /**< KV bytes per second */
-    bool ucx;       /**< it lends shared memory, to ucx_clients now */
+    bool ucx;       /**< tensors may come through UCX, as those of ucx_clients do now */
+    char ucx_ways[32];
     uint32_t ucx_clients;
     uint64_t ucx_runs;
 } dir_worker_t;

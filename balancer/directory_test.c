@@ -114,6 +114,7 @@ test_heartbeats_keep_a_worker_alive(void **state)
                             .ucx          = true,
                             .ucx_clients  = 9,
                             .ucx_runs     = 10,
+                            .ucx_ways     = "shm net",
                             .slab_bytes   = 7};
     (void)state;
     fixture_open(&f, 0);
@@ -131,6 +132,7 @@ test_heartbeats_keep_a_worker_alive(void **state)
     assert_int_equal(worker->device_free, 7);
     assert_true(worker->kv_rate == 8);
     assert_true(worker->ucx && worker->ucx_clients == 9 && worker->ucx_runs == 10);
+    assert_string_equal(worker->ucx_ways, "shm net");
     assert_int_equal(worker->slab_bytes, 1 << 20); /* told by hello alone */
 
     directory_tick(f.directory, f.now_ns + 2 * SECOND - 1);

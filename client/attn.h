@@ -57,16 +57,17 @@ ATTN_API const char *attn_last_error(void);
 
 /**
  * Which way the tensors of a run go to a worker, and its answer from there. Everything else goes
- * over gRPC, and so do, whatever is chosen, the runs of a step that found no room in the worker's
- * shared memory, and runs with lists of pages of their own: attn_client_links() counts both.
+ * over gRPC, and so do, whatever is chosen, the runs of a step that found no room in its slab, and
+ * runs with lists of pages of their own: attn_client_links() counts both.
  */
 typedef enum attn_transport {
     ATTN_TRANSPORT_DEFAULT, /**< as $ATTN_TRANSPORT says (auto, grpc, ucx), or else auto */
     ATTN_TRANSPORT_AUTO,    /**< through the worker's shared memory (UCX) if it lends some that this
-                               process can map, else over gRPC */
+                               process can map; else as messages of UCX's, if the worker takes
+                               them (`attnd worker --ucx-net`) and they come through; else gRPC */
     ATTN_TRANSPORT_GRPC,    /**< over gRPC */
     ATTN_TRANSPORT_UCX, /**< as auto, but attn_step_begin() fails, with the reason, if one of the
-                           step's workers lends none that this process can map */
+                           step's workers is reached through UCX in neither way */
 } attn_transport_t;
 
 typedef struct attn_client_options {
@@ -130,9 +131,11 @@ typedef struct attn_worker_info {
     uint64_t device_bytes, device_free_bytes; /**< memory of the device; 0: not known */
     double kv_bytes_per_s;                    /**< read by attention in the last ten seconds */
     double read_bandwidth; /**< bytes/s that the device reads, as measured at its start */
-    bool ucx;              /**< it lends shared memory to clients of its host ... */
-    uint32_t ucx_clients;  /**< ... to so many now */
-    uint64_t ucx_runs;     /**< layers asked through it since start */
+    bool ucx;              /**< tensors may come through UCX ... */
+    uint32_t ucx_clients;  /**< ... as those of so many clients do now */
+    uint64_t ucx_runs;     /**< layers asked so since start */
+    char ucx_ways[32];     /**< how: "shm" (shared memory of its host), and "net" or, once a client
+                              came by it, the transport that UCX chose: "tcp", "rc_mlx5", ... */
     /* Constants of the cost model, as measured at its start; 0: not known. */
     double attend_seconds; /**< of attention over next to nothing */
     double few_flops[4];   /**< FLOP/s over KV of each attn_dtype_t, for up to 64 packed rows (n_q *
@@ -163,9 +166,10 @@ ATTN_API void attn_cluster_info_free(attn_cluster_info_t *info);
 /** How this client reaches a worker that it has begun a step on. */
 typedef struct attn_link_info {
     char address[64];       /**< the worker's */
-    char transport[16];     /**< of runs, now: "ucx" (shared memory) or "grpc" */
-    char reason[256];       /**< why not "ucx", if that was tried */
-    uint64_t runs_ucx;      /**< layers asked through shared memory */
+    char transport[16];     /**< of runs, now: "ucx shm" (shared memory); "ucx " and what UCX sends
+                               messages by: "ucx tcp", "ucx rc_mlx5", ...; or "grpc" */
+    char reason[256];       /**< why "grpc", if UCX was tried */
+    uint64_t runs_ucx;      /**< layers asked through UCX */
     uint64_t runs_grpc;     /**< and over gRPC ... */
     uint64_t steps_no_slot; /**< steps of which all were, since they found no room in the slab */
     uint64_t slabs_lost;    /**< slabs given up with a step that broke off, or by the worker */

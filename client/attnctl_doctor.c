@@ -364,12 +364,12 @@ worker_at(const doctor_t *d, const char *address)
     return NULL;
 }
 
-/* Of the step that was taken. A worker of another host has no shared memory for us, which is well;
- * UCX on one side alone is not. */
+/* Of the step that was taken. A worker of another host that takes no messages is well; UCX on one
+ * side alone is not. */
 static void
 check_transport(doctor_t *d)
 {
-    uint32_t shared = 0, elsewhere = 0;
+    uint32_t shared = 0, sent = 0, elsewhere = 0;
     attn_links_info_t info;
 
     if (attn_client_links(d->client, &info) != ATTN_OK) {
@@ -378,24 +378,28 @@ check_transport(doctor_t *d)
     for (uint32_t i = 0; i < info.n_links; i++) {
         const attn_link_info_t *l   = &info.links[i];
         const attn_worker_info_t *w = worker_at(d, l->address);
-        if (strcmp(l->transport, "ucx") == 0) {
+        if (strcmp(l->transport, "ucx shm") == 0) {
             shared++;
-        } else if (l->reason[0] == '\0' || strstr(l->reason, "another host") != NULL) {
+        } else if (strncmp(l->transport, "ucx ", 4) == 0) {
+            sent++;
+        } else if (l->reason[0] == '\0' || strstr(l->reason, "no ucx-net") != NULL) {
             elsewhere++;
         } else {
             found(d, WARN, "transport",
                   w != NULL && w->ucx
-                      ? "UCX is on the worker's side only: install libucx0 here, run "
-                        "as its user, and see UCX_TLS; runs go over gRPC"
+                      ? "UCX is on the worker's side only, or does not get through: install "
+                        "libucx0 here, run as its user, and see UCX_TLS and UCX_NET_DEVICES; runs "
+                        "go over gRPC"
                       : "the worker lends no shared memory: install libucx0 there, "
                         "and see its ucx-memory; runs go over gRPC",
                   "worker at %s: %s", l->address, l->reason);
         }
     }
-    if (shared + elsewhere > 0) {
+    if (shared + sent + elsewhere > 0) {
         found(d, FINE, "transport", NULL,
-              "shared memory to %u workers, gRPC to %u of other hosts, or by choice", shared,
-              elsewhere);
+              "shared memory to %u workers, messages of UCX's to %u, gRPC to %u of other hosts, or "
+              "by choice",
+              shared, sent, elsewhere);
     }
     attn_links_info_free(&info);
 }

@@ -30,9 +30,9 @@ static void
 print_ucx(const attn_worker_info_t *w)
 {
     if (!w->ucx) {
-        printf("  not lent: gRPC\n");
+        printf("  none: gRPC\n");
     } else {
-        printf("  %u clients, %.0f %% of layers\n", w->ucx_clients,
+        printf("  %s: %u clients, %.0f %% of layers\n", w->ucx_ways, w->ucx_clients,
                w->runs > 0 ? fmin(100.0 * (double)w->ucx_runs / (double)w->runs, 100) : 0);
     }
 }
@@ -42,7 +42,7 @@ static void
 print_devices(const attn_cluster_info_t *info)
 {
     printf("\n%6s  %-32s %10s %10s %14s %12s %9s  %s\n", "worker", "device", "memory", "free",
-           "KV read/s, 10s", "limit/s", "of limit", "shared memory");
+           "KV read/s, 10s", "limit/s", "of limit", "UCX");
     for (uint32_t i = 0; i < info->n_workers; i++) {
         const attn_worker_info_t *w = &info->workers[i];
         if (!w->alive) {
@@ -113,6 +113,7 @@ worker_json(const attn_worker_info_t *w, rates_t rates)
     cJSON_AddBoolToObject(object, "ucx", w->ucx);
     attnctl_json_u64(object, "ucx_clients", w->ucx_clients);
     attnctl_json_u64(object, "ucx_runs", w->ucx_runs);
+    cJSON_AddStringToObject(object, "ucx_ways", w->ucx_ways);
     cJSON_AddNumberToObject(object, "runs_per_s", w->alive ? rates.runs : 0);
     cJSON_AddNumberToObject(object, "kv_bytes_per_s", w->alive ? rates.kv_bytes : 0);
     return object;

@@ -547,6 +547,7 @@ cluster_describe(cluster_t *cluster, attn_cluster_info_t *info)
         memcpy(into->address, w->address, sizeof(into->address));
         memcpy(into->kind, w->kind, sizeof(into->kind));
         memcpy(into->device, w->device, sizeof(into->device));
+        memcpy(into->ucx_ways, w->ucx_ways, sizeof(into->ucx_ways));
     }
     pthread_mutex_unlock(&cluster->lock);
     return info->workers != NULL ? ATTN_OK

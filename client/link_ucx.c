@@ -1,9 +1,10 @@
 /*
- * link_ucx.c: the row over UCX: the gRPC link with another way for runs. Begin says on the stream,
- * besides, where in the slab (slab.h) the step's runs will be; a run is then copied there, and its
- * answer from there, and nothing of it goes over the stream. Everything else does: so a step ends
- * by its deadline, is cancelled and breaks off as over gRPC, and a run that is over by then is one
- * whose answer nobody takes.
+ * link_ucx.c: the row over UCX: the gRPC link with another way for runs, through shared memory or
+ * as messages, which rpc/ucx.h makes one. Begin says on the stream, besides, where in the slab
+ * (slab.h) the step's runs will be; a run is then copied there, and its answer from there, and
+ * nothing of it goes over the stream. Everything else does: so a step ends by its deadline, is
+ * cancelled and breaks off as over gRPC, and a run that is over by then is one whose answer nobody
+ * takes.
  *
  * Over gRPC go the runs of a step that the slab has no room for, and those with lists of their own,
  * for a slot holds nothing whose size changes.
@@ -59,7 +60,7 @@ take_place(ucx_link_t *link, const link_room_t *room, uint64_t deadline_ns, link
         step->slab = NULL;
         return link->strict
                    ? attn_fail_in(status,
-                                  "transport is ucx, but worker %s lends no shared memory: ",
+                                  "transport is ucx, but worker %s is not reached through it: ",
                                   link->grpc.pipes.address)
                    : ATTN_OK;
     }
@@ -207,9 +208,7 @@ ucx_link_describe(link_t *base, attn_link_info_t *info)
     ucx_link_t *link = ucx_of(grpc_of(base));
 
     link_grpc_ops.describe(base, info);
-    bool slab =
-        slabs_describe(link->grpc.slabs, info->reason, sizeof(info->reason), &info->slabs_lost);
-    snprintf(info->transport, sizeof(info->transport), slab ? "ucx" : "grpc");
+    slabs_describe(link->grpc.slabs, info);
     info->runs_ucx      = atomic_load(&link->runs);
     info->steps_no_slot = atomic_load(&link->steps_no_slot);
 }

@@ -202,14 +202,16 @@ is_answered(void *arg)
     return atomic_load(&((slab_t *)arg)->answered);
 }
 
-/* Ask for a slab, and wait for the offer. */
+/* Ask for a slab, and wait for the offer. maps: of shared memory, if we are on one host. */
 static attn_status_t
-ask(slab_t *slab, uint64_t deadline_ns)
+ask(slab_t *slab, bool maps, uint64_t deadline_ns)
 {
     Attn__V1__SlabRequest request = ATTN__V1__SLAB_REQUEST__INIT;
-    char host[96];
+    char host[96]                 = "";
 
-    ucx_host(host);
+    if (maps) {
+        ucx_host(host);
+    }
     request.bytes = SLAB_BYTES;
     request.host  = host;
     rpc_stream_send(slab->stream, &(rpc_outgoing_t){.head = &request.base});
@@ -224,6 +226,24 @@ ask(slab_t *slab, uint64_t deadline_ns)
     return status;
 }
 
+/* If messages were offered: say where answers go, and see that they come through. */
+static attn_status_t
+greet(slab_t *slab, uint64_t deadline_ns)
+{
+    Attn__V1__SlabRequest request = ATTN__V1__SLAB_REQUEST__INIT;
+    const uint8_t *address;
+    uint64_t size;
+
+    if (!ucx_peer_address(slab->peer, &address, &size)) {
+        return ATTN_OK;
+    }
+    request.address.data = (uint8_t *)address;
+    request.address.len  = size;
+    request.host         = "";
+    rpc_stream_send(slab->stream, &(rpc_outgoing_t){.head = &request.base});
+    return ucx_peer_greet(slab->peer, deadline_ns);
+}
+
 static attn_status_t
 map(slab_t *slab)
 {
@@ -235,16 +255,18 @@ map(slab_t *slab)
                                     .base         = r->at,
                                     .bytes        = r->bytes,
                                     .session      = r->session,
-                                    .secret       = r->secret};
+                                    .secret       = r->secret,
+                                    .messages     = r->messages};
 
     snprintf(offer.host, sizeof(offer.host), "%s", r->host);
+    snprintf(offer.version, sizeof(offer.version), "%s", r->ucx_version);
     slab->session = r->session;
     slab->secret  = r->secret;
     return ucx_peer_open(slab->slabs->asks, &offer, &slab->peer);
 }
 
 static attn_status_t
-slab_open(slabs_t *slabs, uint64_t deadline_ns, slab_t **slab_p)
+slab_open(slabs_t *slabs, bool maps, uint64_t deadline_ns, slab_t **slab_p)
 {
     slab_t *slab = calloc(1, sizeof(*slab));
 
@@ -265,9 +287,12 @@ slab_open(slabs_t *slabs, uint64_t deadline_ns, slab_t **slab_p)
     pthread_mutex_lock(&slabs->lock);
     slabs->references++;
     pthread_mutex_unlock(&slabs->lock);
-    status = ask(slab, deadline_ns);
+    status = ask(slab, maps, deadline_ns);
     if (status == ATTN_OK) {
         status = map(slab);
+    }
+    if (status == ATTN_OK) {
+        status = greet(slab, deadline_ns);
     }
     if (status != ATTN_OK) {
         slab_release(slab);
@@ -277,11 +302,27 @@ slab_open(slabs_t *slabs, uint64_t deadline_ns, slab_t **slab_p)
     return ATTN_OK;
 }
 
+/* Through shared memory; if that is lent and cannot be mapped, as messages. */
+static attn_status_t
+slab_open_either(slabs_t *slabs, uint64_t deadline_ns, slab_t **slab_p)
+{
+    char reason[sizeof(slabs->reason)];
+
+    attn_status_t status = slab_open(slabs, true, deadline_ns, slab_p);
+    if (status != ATTN_ERR_UNSUPPORTED) {
+        return status;
+    }
+    snprintf(reason, sizeof(reason), "%s", attn_last_error());
+    return slab_open(slabs, false, deadline_ns, slab_p) == ATTN_OK
+               ? ATTN_OK
+               : attn_fail(status, "%s", reason);
+}
+
 /* ---- the slab that now is ---- */
 
 /* Keep what came of a try, and say so where it is news. Under the lock. */
 static void
-note_try(slabs_t *slabs, attn_status_t status)
+note_try(slabs_t *slabs, attn_status_t status, const slab_t *slab)
 {
     bool refused = status != ATTN_OK && status != ATTN_ERR_UNAVAILABLE &&
                    status != ATTN_ERR_DEADLINE && status != ATTN_ERR_CANCELLED;
@@ -299,8 +340,9 @@ note_try(slabs_t *slabs, attn_status_t status)
     memcpy(slabs->reason, reason, sizeof(reason));
     if (news) {
         attn_log(refused && status != ATTN_ERR_UNSUPPORTED ? ATTN_LOG_WARN : ATTN_LOG_INFO,
-                 "client.transport", "worker=%s transport=%s reason=\"%s\"", slabs->address,
-                 status != ATTN_OK ? "grpc" : "ucx", reason);
+                 "client.transport", "worker=%s transport=%s%s reason=\"%s\"", slabs->address,
+                 status != ATTN_OK ? "grpc" : "ucx-",
+                 status != ATTN_OK ? "" : ucx_peer_way(slab->peer), reason);
     }
 }
 
@@ -336,10 +378,10 @@ open_current(slabs_t *slabs, uint64_t deadline_ns, slab_t **slab_p)
     slab_t *slab   = NULL;
     slabs->opening = true;
     pthread_mutex_unlock(&slabs->lock);
-    attn_status_t status = slab_open(slabs, deadline_ns, &slab);
+    attn_status_t status = slab_open_either(slabs, deadline_ns, &slab);
     pthread_mutex_lock(&slabs->lock);
     slabs->opening = false;
-    note_try(slabs, status);
+    note_try(slabs, status, slab);
     pthread_cond_broadcast(&slabs->opened);
     if (status != ATTN_OK) {
         return status;
@@ -354,12 +396,31 @@ open_current(slabs_t *slabs, uint64_t deadline_ns, slab_t **slab_p)
     return ATTN_OK;
 }
 
+/* A slab whose messages go nowhere is not for another step. */
+static void
+drop_broken(slabs_t *slabs)
+{
+    pthread_mutex_lock(&slabs->lock);
+    slab_t *slab = slabs->current;
+    if (slab != NULL && ucx_peer_is_broken(slab->peer)) {
+        slabs->current = NULL;
+        slabs->lost++;
+    } else {
+        slab = NULL;
+    }
+    pthread_mutex_unlock(&slabs->lock);
+    if (slab != NULL) {
+        slab_release(slab);
+    }
+}
+
 attn_status_t
 slabs_take(slabs_t *slabs, uint64_t deadline_ns, slab_t **slab_p)
 {
     uint64_t until = attn_min(deadline_ns, attn_now_ns() + OPEN_MS_MAX * ATTN_NS_PER_MS);
     attn_status_t status;
 
+    drop_broken(slabs);
     pthread_mutex_lock(&slabs->lock);
     if (!await_opener(slabs, until)) {
         status = attn_fail(ATTN_ERR_DEADLINE, "the worker did not answer in time");
@@ -431,15 +492,19 @@ slab_await_no_more(link_step_t *step)
 
 /* ---- life ---- */
 
-bool
-slabs_describe(slabs_t *slabs, char *reason, size_t room, uint64_t *lost)
+void
+slabs_describe(slabs_t *slabs, attn_link_info_t *info)
 {
     pthread_mutex_lock(&slabs->lock);
-    bool there = slabs->current != NULL;
-    snprintf(reason, room, "%s", slabs->reason);
-    *lost = slabs->lost;
+    if (slabs->current != NULL) {
+        snprintf(info->transport, sizeof(info->transport), "ucx %.11s",
+                 ucx_peer_way(slabs->current->peer));
+    } else {
+        snprintf(info->transport, sizeof(info->transport), "grpc");
+    }
+    snprintf(info->reason, sizeof(info->reason), "%s", slabs->reason);
+    info->slabs_lost = slabs->lost;
     pthread_mutex_unlock(&slabs->lock);
-    return there;
 }
 
 attn_status_t

@@ -1,8 +1,9 @@
 /*
- * slab.h: the shared memory that one worker lends this client. A slab is opened when a step first
- * wants one, by asking on a stream of the worker's Slab method, and lives as long as that. Steps
- * hold references to it. One that broke off spoils its slab: the worker may still write into it, so
- * it is given up with its last step, and later steps get another.
+ * slab.h: the shared memory that one worker lends this client, or where messages to it are written
+ * and its answers come; which of them is nothing to steps. A slab is opened when a step first wants
+ * one, by asking on a stream of the worker's Slab method, and lives as long as that. Steps hold
+ * references to it. One that broke off spoils its slab: the worker may still write into it, so it
+ * is given up with its last step, and later steps get another.
  */
 #ifndef ATTN_SLAB_H
 #define ATTN_SLAB_H
@@ -35,8 +36,8 @@ void slab_slot(const slab_t *slab, const ucx_place_t *place, Attn__V1__Slot *slo
 void slab_await(slab_t *slab, link_step_t *step, uint64_t number);
 void slab_await_no_more(link_step_t *step);
 
-/** Does the next step get shared memory, as far as is known? Why not, if it was tried. Slabs given
- * up with steps, or by the worker. */
-bool slabs_describe(slabs_t *slabs, char *reason, size_t room, uint64_t *lost);
+/** Does the next step get a slab, as far as is known, and of which kind? Why not, if it was tried.
+ * Slabs given up with steps, or by the worker: transport, reason, slabs_lost. */
+void slabs_describe(slabs_t *slabs, attn_link_info_t *info);
 
 #endif

@@ -635,6 +635,7 @@ wire_worker_decode(const Attn__V1__WorkerInfo *message, attn_worker_info_t *info
     strncpy(info->address, message->address, sizeof(info->address) - 1);
     strncpy(info->kind, message->kind, sizeof(info->kind) - 1);
     strncpy(info->device, message->device, sizeof(info->device) - 1);
+    strncpy(info->ucx_ways, message->ucx_ways, sizeof(info->ucx_ways) - 1);
 }
 
 attn_status_t

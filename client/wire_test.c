@@ -497,6 +497,7 @@ test_figures_and_long_texts_of_a_worker(void **state)
     message.few_flops = few, message.n_few_flops = 2;
     message.many_flops = many, message.n_many_flops = 4;
     message.attend_seconds = 14, message.hop_seconds = 15, message.link_bandwidth = 16;
+    message.ucx_ways = "shm tcp";
     wire_worker_decode(&message, &info);
     assert_int_equal(info.id, 3);
     assert_true(info.alive && info.chunks == UINT64_MAX);
@@ -509,6 +510,7 @@ test_figures_and_long_texts_of_a_worker(void **state)
     assert_true(info.few_flops[ATTN_F32] == 1e9 && info.few_flops[ATTN_F16] == 2e9);
     assert_true(info.few_flops[ATTN_BF16] == 0 && info.few_flops[ATTN_DTYPE_NONE] == 0);
     assert_true(info.many_flops[ATTN_F32] == 3e9 && info.many_flops[ATTN_BF16] == 5e9);
+    assert_string_equal(info.ucx_ways, "shm tcp");
     assert_int_equal(strlen(info.device), 95); /* cut to what there is room for */
     assert_int_equal(strlen(info.address), 63);
     assert_string_equal(info.kind, kind);

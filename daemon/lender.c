@@ -16,14 +16,17 @@
 struct lender {
     steps_t *steps;
     lender_options_t options;
-    ucx_crew_t *crew; /* NULL: none are lent, because ... */
+    ucx_crew_t *crew; /* of shared memory; NULL: none is lent, because ... */
     char reason[256];
+    ucx_crew_t *far; /* of messages; NULL: none are taken, because ... */
+    char far_reason[256];
     pthread_mutex_t lock;
     struct lending *lendings; /* under the lock */
 };
 
 /* A stream that a slab is lent on. */
 typedef struct lending {
+    lender_t *lender;
     rpc_call_t *call;
     ucx_session_t *session;
     struct lending *next, **link;
@@ -69,28 +72,42 @@ list(lender_t *lender, lending_t *lending)
     return status;
 }
 
+/* Who serves a client that says it is there: shared memory where both can have it. */
+static attn_status_t
+choose(const lender_t *lender, const char *client_host, ucx_crew_t **crew_p)
+{
+    char host[96];
+
+    ucx_host(host);
+    bool here = host[0] != '\0' && strcmp(client_host, host) == 0;
+    *crew_p   = here && lender->crew != NULL ? lender->crew : lender->far;
+    if (*crew_p != NULL) {
+        return ATTN_OK;
+    }
+    return here ? attn_fail(ATTN_ERR_UNSUPPORTED, "%s", lender->reason)
+                : attn_fail(ATTN_ERR_UNSUPPORTED,
+                            "the client is on another host, or in another IPC namespace, and %s",
+                            lender->far_reason);
+}
+
 static attn_status_t
 lend(lender_t *lender, rpc_call_t *call, const Attn__V1__SlabRequest *request,
      lending_t **lending_p)
 {
-    char host[96];
+    ucx_crew_t *crew;
 
-    if (lender->crew == NULL) {
-        return attn_fail(ATTN_ERR_UNSUPPORTED, "%s", lender->reason);
-    }
-    ucx_host(host);
-    if (host[0] == '\0' || strcmp(request->host, host) != 0) {
-        return attn_fail(ATTN_ERR_UNSUPPORTED,
-                         "the client is on another host, or in another IPC namespace");
+    attn_status_t status = choose(lender, request->host, &crew);
+    if (status != ATTN_OK) {
+        return status;
     }
     lending_t *lending = calloc(1, sizeof(*lending));
     if (lending == NULL) {
         return attn_fail(ATTN_ERR_NO_MEMORY, "no memory for a session");
     }
-    lending->call = call;
-    attn_status_t status =
-        ucx_session_open(lender->crew, attn_min(request->bytes, lender->options.slab_bytes), ring,
-                         lending, &lending->session);
+    lending->lender = lender;
+    lending->call   = call;
+    status = ucx_session_open(crew, attn_min(request->bytes, lender->options.slab_bytes), ring,
+                              lending, &lending->session);
     if (status != ATTN_OK) {
         free(lending);
         return status;
@@ -120,6 +137,8 @@ offer(const lending_t *lending)
     reply.key.len      = offered.key_size;
     reply.at           = offered.base;
     reply.bytes        = offered.bytes;
+    reply.messages     = offered.messages;
+    reply.ucx_version  = offered.version;
     return rpc_call_send(lending->call, &(rpc_outgoing_t){.head = &reply.base});
 }
 
@@ -147,6 +166,35 @@ begin_lending(lender_t *lender, rpc_call_t *call, rpc_message_t *message)
     return status;
 }
 
+/* Messages neither come nor go: the client is told by the stream's end. The session does not call
+ * this after it was closed. */
+static void
+broken(void *arg, const char *why)
+{
+    lending_t *lending = arg;
+    char sentence[160];
+
+    snprintf(sentence, sizeof(sentence), "the connection to the client broke, UCX says: %s", why);
+    attn_log(ATTN_LOG_INFO, "worker.ucx_broken", "reason=\"%s\"", why);
+    rpc_call_end(lending->call, ATTN_ERR_UNAVAILABLE, sentence);
+}
+
+/* The second message of a stream: where the answers of a session of messages go. */
+static attn_status_t
+take_address(lending_t *lending, rpc_message_t *message)
+{
+    ProtobufCMessage *head;
+
+    attn_status_t status = rpc_message_unpack(message, &attn__v1__slab_request__descriptor, &head);
+    if (status != ATTN_OK) {
+        return status;
+    }
+    const ProtobufCBinaryData *address = &((const Attn__V1__SlabRequest *)head)->address;
+    return address->len > 0
+               ? ucx_session_answer(lending->session, address->data, address->len, broken)
+               : attn_fail(ATTN_ERR_INVALID, "a slab is asked for once a stream");
+}
+
 static void
 slab_handle(void *service, rpc_call_t *call, rpc_message_t *message)
 {
@@ -156,9 +204,8 @@ slab_handle(void *service, rpc_call_t *call, rpc_message_t *message)
         rpc_call_end(call, ATTN_OK, "");
         return;
     }
-    status = rpc_call_context(call) == NULL
-                 ? begin_lending(service, call, message)
-                 : attn_fail(ATTN_ERR_INVALID, "a slab is asked for once a stream");
+    status = rpc_call_context(call) == NULL ? begin_lending(service, call, message)
+                                            : take_address(rpc_call_context(call), message);
     rpc_message_free(message);
     if (status == ATTN_OK) {
         rpc_call_next(call, 0); /* none comes: this is to hear of the end */
@@ -261,6 +308,20 @@ room_check(const step_slot_t *slot, const ucx_place_t *place)
                            (unsigned long long)(s->q + s->k + s->v), (unsigned long long)s->answer);
 }
 
+static attn_status_t
+session_find(lender_t *lender, uint64_t number, uint64_t secret, ucx_session_t **session_p)
+{
+    attn_status_t status = ATTN_ERR_NOT_FOUND;
+
+    if (lender->crew != NULL) {
+        status = ucx_session_find(lender->crew, number, secret, session_p);
+    }
+    if (status != ATTN_OK && lender->far != NULL) {
+        status = ucx_session_find(lender->far, number, secret, session_p);
+    }
+    return status;
+}
+
 attn_status_t
 lender_slot_open(lender_t *lender, uint64_t step_id, const Attn__V1__Slot *asked,
                  ucx_slot_t **slot_p)
@@ -268,8 +329,8 @@ lender_slot_open(lender_t *lender, uint64_t step_id, const Attn__V1__Slot *asked
     ucx_place_t place = {.offset = asked->offset, .in = asked->in, .out = asked->out};
     ucx_session_t *session;
 
-    if (lender == NULL || lender->crew == NULL) {
-        return attn_fail(ATTN_ERR_UNSUPPORTED, "there is no shared memory here");
+    if (lender == NULL || !lender_lends(lender)) {
+        return attn_fail(ATTN_ERR_UNSUPPORTED, "there is no UCX here");
     }
     step_slot_t *slot = calloc(1, sizeof(*slot));
     if (slot == NULL) {
@@ -282,7 +343,7 @@ lender_slot_open(lender_t *lender, uint64_t step_id, const Attn__V1__Slot *asked
         status = room_check(slot, &place);
     }
     if (status == ATTN_OK) {
-        status = ucx_session_find(lender->crew, asked->session, asked->secret, &session);
+        status = session_find(lender, asked->session, asked->secret, &session);
     }
     if (status == ATTN_OK) {
         status = ucx_slot_open(session, &place, step_id, run, free, slot, slot_p);
@@ -297,31 +358,67 @@ lender_slot_open(lender_t *lender, uint64_t step_id, const Attn__V1__Slot *asked
 /* ---- life ---- */
 
 bool
-lender_lends(const lender_t *lender, const char **reason_p)
+lender_lends(const lender_t *lender)
 {
-    *reason_p = lender->reason;
-    return lender->crew != NULL;
+    return lender->crew != NULL || lender->far != NULL;
 }
 
-void
-lender_describe(lender_t *lender, ucx_figures_t *figures)
+static void
+crew_describe(ucx_crew_t *crew, ucx_figures_t *figures)
 {
-    if (lender->crew != NULL) {
-        ucx_crew_describe(lender->crew, figures);
+    if (crew != NULL) {
+        ucx_crew_describe(crew, figures);
     } else {
         *figures = (ucx_figures_t){0};
     }
 }
 
-static attn_status_t
-crew_start(lender_t *lender)
+void
+lender_describe(lender_t *lender, ucx_figures_t *near, ucx_figures_t *far)
 {
-    return lender->options.memory == 0
-               ? attn_fail(ATTN_ERR_UNSUPPORTED,
-                           "this worker lends no shared memory: ucx-memory is 0")
-               : ucx_crew_create(&(ucx_crew_options_t){.spin_us    = lender->options.spin_us,
-                                                       .memory_max = lender->options.memory},
-                                 &lender->crew);
+    crew_describe(lender->crew, near);
+    crew_describe(lender->far, far);
+}
+
+/* One of the two crews. If it is not to be, or cannot be: why. */
+static ucx_crew_t *
+crew_start(const lender_options_t *options, const char *network, const char *unwanted, char *reason,
+           size_t room)
+{
+    ucx_crew_options_t crew_options = {
+        .network = network, .spin_us = options->spin_us, .memory_max = options->memory};
+    ucx_crew_t *crew = NULL;
+
+    if (unwanted != NULL) {
+        snprintf(reason, room, "%s", unwanted);
+        attn_log(ATTN_LOG_INFO, "worker.no_ucx", "reason=\"%s\"", reason);
+    } else if (ucx_crew_create(&crew_options, &crew) != ATTN_OK) {
+        crew = NULL;
+        snprintf(reason, room, "%s%s", network != NULL ? "messages cannot be taken: " : "",
+                 attn_last_error());
+        attn_log(ATTN_LOG_WARN, "worker.no_ucx", "reason=\"%s\"", reason);
+    }
+    return crew;
+}
+
+static void
+crews_start(lender_t *lender)
+{
+    const lender_options_t *options = &lender->options;
+    const char *network             = options->network != NULL ? options->network : "";
+
+    lender->crew = crew_start(
+        options, NULL,
+        options->memory == 0 ? "this worker lends no shared memory: ucx-memory is 0" : NULL,
+        lender->reason, sizeof(lender->reason));
+    if (network[0] == '\0' || options->memory == 0) { /* as ever, and not worth a line */
+        snprintf(lender->far_reason, sizeof(lender->far_reason),
+                 "this worker takes no messages of UCX's: %s",
+                 options->memory == 0 ? "ucx-memory is 0" : "it has no ucx-net");
+        return;
+    }
+    lender->far =
+        crew_start(options, network, NULL, lender->far_reason, sizeof(lender->far_reason));
 }
 
 attn_status_t
@@ -341,12 +438,7 @@ lender_create(rpc_server_t *server, steps_t *steps, const lender_options_t *opti
     lender->options = *options;
     pthread_mutex_init(&lender->lock, NULL);
     *lender_p = lender; /* also when it fails: the server may know of it, so destroy it after */
-    if (crew_start(lender) != ATTN_OK) {
-        lender->crew = NULL;
-        snprintf(lender->reason, sizeof(lender->reason), "%s", attn_last_error());
-        attn_log(options->memory > 0 ? ATTN_LOG_WARN : ATTN_LOG_INFO, "worker.no_ucx",
-                 "reason=\"%s\"", lender->reason);
-    }
+    crews_start(lender);
     steps_set_lender(steps, lender);
     return rpc_server_add(server, &method, 1, lender);
 }
@@ -356,6 +448,7 @@ lender_destroy(lender_t *lender)
 {
     if (lender != NULL) {
         ucx_crew_destroy(lender->crew);
+        ucx_crew_destroy(lender->far);
         pthread_mutex_destroy(&lender->lock);
         free(lender);
     }

@@ -1,7 +1,7 @@
 /*
- * lender.h: the worker's side of shared memory (rpc/ucx.h): the Slab method, on whose streams slabs
- * are lent, and the slots of steps. A slab lives as long as its stream, a slot as long as its step
- * is open on the stream that began it.
+ * lender.h: the worker's side of UCX (rpc/ucx.h): the Slab method, on whose streams slabs of shared
+ * memory are lent, or messages agreed on, and the slots of steps. A slab lives as long as its
+ * stream, a slot as long as its step is open on the stream that began it.
  */
 #ifndef ATTN_DAEMON_LENDER_H
 #define ATTN_DAEMON_LENDER_H
@@ -10,9 +10,10 @@
 #include "rpc/ucx.h"
 
 typedef struct lender_options {
-    uint64_t memory;     /**< bytes of all slabs; 0: none are lent */
+    uint64_t memory;     /**< bytes of all slabs, of either kind; 0: none are lent */
     uint64_t slab_bytes; /**< of one, at most */
     uint32_t spin_us;    /**< look for runs so long in vain before sleeping */
+    const char *network; /**< devices that messages come by; empty: none */
 } lender_options_t;
 
 /** Add Slab to the server, whose other methods are those of steps. Without UCX here streams are
@@ -26,11 +27,11 @@ void lender_end_streams(lender_t *lender);
 /** After the server, before its steps. Waits for runs. NULL is allowed. */
 void lender_destroy(lender_t *lender);
 
-/** Are slabs lent? If not, why: valid while the lender is. */
-bool lender_lends(const lender_t *lender, const char **reason_p);
+/** Is shared memory lent, or are messages taken? */
+bool lender_lends(const lender_t *lender);
 
-/** Zeros where none are lent. */
-void lender_describe(lender_t *lender, ucx_figures_t *figures);
+/** Of shared memory, and of messages; zeros where there are none. */
+void lender_describe(lender_t *lender, ucx_figures_t *near, ucx_figures_t *far);
 
 /* ---- for stream_ops.c ---- */
 

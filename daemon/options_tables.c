@@ -182,6 +182,30 @@ check_ucx(const worker_options_t *options)
                            (unsigned long long)options->ucx_memory);
 }
 
+/* Messages of UCX's are not encrypted, and its ports take them from anybody. */
+static attn_status_t
+check_ucx_net(const worker_options_t *options)
+{
+    bool secured = options->tls.cert[0] != '\0';
+
+    if (options->ucx_net[0] == '\0' || strcmp(options->ucx_net, "lo") == 0) {
+        return ATTN_OK;
+    }
+    if (secured && !options->ucx_net_plaintext) {
+        return attn_fail(ATTN_ERR_INVALID,
+                         "--ucx-net %s would send q, k, v and answers in clear beside the "
+                         "encrypted ports: say --ucx-net-plaintext if that network is trusted, or "
+                         "leave it out",
+                         options->ucx_net);
+    }
+    return secured || options->ucx_net_plaintext || options->tls.allow_plaintext
+               ? ATTN_OK
+               : attn_fail(ATTN_ERR_INVALID,
+                           "--ucx-net %s reaches beyond this machine, and is not encrypted: say "
+                           "--ucx-net-plaintext if that network is trusted, or leave it out",
+                           options->ucx_net);
+}
+
 static attn_status_t
 worker_check(const void *values)
 {
@@ -190,6 +214,9 @@ worker_check(const void *values)
     attn_status_t status = check_device(options->device, options->slab);
     if (status == ATTN_OK) {
         status = check_ucx(options);
+    }
+    if (status == ATTN_OK) {
+        status = check_ucx_net(options);
     }
     if (status == ATTN_OK) {
         status = check_tls(&options->tls, "--listen", options->listen);
@@ -285,6 +312,22 @@ static const option_t worker_table[] = {
      .least   = WORKER_UCX_SLAB_LEAST,
      .most    = WORKER_UCX_SLAB_MOST,
      .help    = "Of ucx-memory, for one client at most. Steps whose runs do not fit go over gRPC."},
+    {.name = "ucx-net",
+     .kind = OPTION_TEXT,
+     OPTION_FIELD(worker_options_t, ucx_net),
+     .initial    = "",
+     .value_name = "DEVICES",
+     .help = "Take runs of clients that can map no memory of this host as messages of UCX's, over "
+             "these devices, as ucx_info -d names them, with commas (mlx5_0:1, eth1), or all. "
+             "They may use as much memory again as ucx-memory says. UCX listens on them, "
+             "encrypts nothing and believes what it reads: name networks that are trusted. "
+             "Empty: none."},
+    {.name = "ucx-net-plaintext",
+     .kind = OPTION_SWITCH,
+     OPTION_FIELD(worker_options_t, ucx_net_plaintext),
+     .initial = "no",
+     .help    = "Allow ucx-net beyond this machine, though what goes there is not encrypted, also "
+                "where certificates encrypt everything else."},
     {.name = "check-store",
      .kind = OPTION_SWITCH,
      OPTION_FIELD(worker_options_t, check_store),
@@ -387,8 +430,9 @@ static const option_t coordinator_table[] = {
      .initial    = "auto",
      .choices    = transports,
      .value_name = "TRANSPORT",
-     .help = "Which way runs of thin clients go on to workers: ucx is shared memory, and steps on "
-             "workers that lend none fail; auto is ucx where it can be, else grpc."},
+     .help = "Which way runs of thin clients go on to workers: ucx is shared memory or messages of "
+             "UCX's, and steps on workers that offer neither fail; auto is ucx where it can be, "
+             "else grpc."},
     METRICS_ROW(coordinator_options_t, METRICS_TEXT),
     LOG_LEVEL_ROW(coordinator_options_t),
     TLS_ROWS(coordinator_options_t),

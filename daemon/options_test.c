@@ -292,6 +292,20 @@ test_rules_over_several_options(void **state)
     assert_refused(&worker_option_set, ARGS("--ucx-slab=65535"), "--ucx-slab", "64KiB");
     assert_int_equal(parse(&worker_option_set, &values, ARGS("--ucx-memory=0")), ATTN_OK);
     assert_int_equal(parse(&worker_option_set, &values, ARGS("--ucx-memory=32MiB")), ATTN_OK);
+    assert_refused(&worker_option_set, ARGS("--ucx-net=all"), "--ucx-net all",
+                   "--ucx-net-plaintext");
+    assert_refused(
+        &worker_option_set,
+        ARGS("--ucx-net=eth1", "--tls-cert=a", "--tls-key=b", "--tls-ca=c", "--allow-plaintext"),
+        "in clear", "--ucx-net-plaintext");
+    assert_int_equal(parse(&worker_option_set, &values, ARGS("--ucx-net=lo")), ATTN_OK);
+    assert_int_equal(
+        parse(&worker_option_set, &values, ARGS("--ucx-net=eth1", "--allow-plaintext")), ATTN_OK);
+    assert_int_equal(parse(&worker_option_set, &values,
+                           ARGS("--ucx-net=mlx5_0:1", "--ucx-net-plaintext", "--tls-cert=a",
+                                "--tls-key=b", "--tls-ca=c")),
+                     ATTN_OK);
+    assert_string_equal(values.worker.ucx_net, "mlx5_0:1");
 }
 
 static void

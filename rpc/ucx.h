@@ -1,8 +1,11 @@
 /*
- * ucx.h: runs of one host over shared memory, beside gRPC. A server lends each of its clients a
- * slab that UCX allocated (a System V segment, which nobody can shorten under its users' feet); the
- * client maps it through UCX, writes what it asks into a slot, and then a sequence number. Nothing
- * else happens on either side while both look: no message, no system call, no allocation.
+ * ucx.h: runs beside gRPC, through UCX: over shared memory of one host, or as messages between
+ * hosts.
+ *
+ * Over shared memory a server lends each of its clients a slab that UCX allocated (a System V
+ * segment, which nobody can shorten under its users' feet); the client maps it through UCX, writes
+ * what it asks into a slot, and then a sequence number. Nothing else happens on either side while
+ * both look: no message, no system call, no allocation.
  *
  *     slab   | card | server's line | client's bell | client's line | slot | slot | ...
  *     slot   | request head | data ... | answer head, sentence | answer data ... |
@@ -21,9 +24,15 @@
  * those of a gRPC stream of its user's, which closes it. A slab that one side has given up stays
  * mapped at the other's, and the kernel frees it with the last of them, killed or not.
  *
- * libucp is opened at run time, when the first node is made, so that a process which does not use
- * it gets none of the signal handlers and patched functions that come with it; ucx_map.c has that,
- * and is the only file that knows a type of UCX's.
+ * With messages each side has a slab of its own, and its slots are filled by what comes: the same
+ * heads and data, checked before they are put there, number last. Sessions, slots, asks and their
+ * handlers are the same; ucx_far.c (servers) and ucx_asks_far.c (clients) are what differs. UCX
+ * notices connections that break; who stopped is not noticed here either. Of a head's flags the
+ * two highest are not the user's.
+ *
+ * libucp is opened at run time, when the first node or port is made, so that a process which does
+ * not use it gets none of the signal handlers and patched functions that come with it. ucx_lib.c
+ * has that; with ucx_map.c and ucx_port.c it is all that knows a type of UCX's.
  */
 #ifndef ATTN_RPC_UCX_H
 #define ATTN_RPC_UCX_H
@@ -126,7 +135,8 @@ typedef struct ucx_figures {
     uint64_t bytes_in, bytes_out; /**< of data */
     uint64_t slab_bytes;
     uint32_t sessions, slots;
-    char way[16]; /**< "shm"; of messages UCX's transport, of the session that opened last; or "" */
+    char way[16]; /**< "shm"; of messages "net", or UCX's transport of the session that opened last
+                   */
 } ucx_figures_t;
 
 /** @return ATTN_ERR_UNSUPPORTED as ucx_node_create(), or the kernel has no futex_waitv (5.16), or

@@ -247,5 +247,6 @@ ucx_far_create(ucx_crew_t *crew, const char *network)
         return attn_fail(ATTN_ERR_EXHAUSTED, "no descriptor for the threads of UCX: %s",
                          strerror(errno));
     }
+    snprintf(crew->figures.way, sizeof(crew->figures.way), "net");
     return ucx_port_create(network, &user, &crew->port);
 }

@@ -321,6 +321,7 @@ encode_workers(wire_block_t *block, const attn_cluster_info_t *info,
         m->ucx               = from[i].ucx;
         m->ucx_clients       = from[i].ucx_clients;
         m->ucx_runs          = from[i].ucx_runs;
+        m->ucx_ways          = from[i].ucx_ways;
         m->attend_seconds    = from[i].attend_seconds;
         m->few_flops         = &from[i].few_flops[ATTN_F32];
         m->many_flops        = &from[i].many_flops[ATTN_F32];

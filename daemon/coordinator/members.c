@@ -175,6 +175,10 @@ take_worker(const Attn__V1__WorkerInfo *info, dir_worker_t *worker)
         status =
             coordinator_take_text("device", info->device, worker->device, sizeof(worker->device));
     }
+    if (status == ATTN_OK) {
+        status = coordinator_take_text("ucx_ways", info->ucx_ways, worker->ucx_ways,
+                                       sizeof(worker->ucx_ways));
+    }
     return status == ATTN_OK && !(isfinite(worker->kv_rate) && worker->kv_rate >= 0)
                ? attn_fail(ATTN_ERR_INVALID, "kv_bytes_per_s is %g: finite, at least 0",
                            worker->kv_rate)

@@ -23,25 +23,37 @@ silence_s(const worker_t *worker)
     return (double)(attn_now_ns() - atomic_load(&worker->heard_ns)) / 1e9;
 }
 
-/* Runs through shared memory. */
+/* One figure of each way that there is. */
+static void
+expose_ways(expose_t *e, const char *name, const char *type, const char *help, double near,
+            double far)
+{
+    expose_family(e, name, type, help);
+    expose_sample(e, name, near, "way", "shm", NULL);
+    expose_sample(e, name, far, "way", "net", NULL);
+}
+
+/* Runs through UCX. */
 static void
 expose_ucx(worker_t *worker, expose_t *e)
 {
-    ucx_figures_t ucx;
+    ucx_figures_t n, f;
 
-    lender_describe(worker->lender, &ucx);
-    expose_gauge(e, "attnd_ucx_clients", "Clients that shared memory is lent to.", ucx.sessions);
-    expose_gauge(e, "attnd_ucx_slab_bytes", "Shared memory that is lent.", (double)ucx.slab_bytes);
-    expose_gauge(e, "attnd_ucx_slots", "Open steps with a place in it.", ucx.slots);
-    expose_counter(e, "attnd_ucx_runs_total", "Layers asked through shared memory.", ucx.requests);
-    expose_counter(e, "attnd_ucx_received_bytes_total", "q, k and v of them.", ucx.bytes_in);
-    expose_counter(e, "attnd_ucx_sent_bytes_total", "Their answers.", ucx.bytes_out);
-    expose_counter(e, "attnd_ucx_dropped_total",
-                   "Requests in shared memory with a wrong secret, owner, size or number.",
-                   ucx.dropped);
-    expose_counter(e, "attnd_ucx_sleeps_total", "Times that nothing came for spin-us.", ucx.sleeps);
+    lender_describe(worker->lender, &n, &f);
+#define WAYS(name, type, help, field)                                                              \
+    expose_ways(e, name, type, help, (double)n.field, (double)f.field)
+    WAYS("attnd_ucx_clients", "gauge", "Clients that send q, k and v through UCX.", sessions);
+    WAYS("attnd_ucx_slab_bytes", "gauge", "Memory for their slots.", slab_bytes);
+    WAYS("attnd_ucx_slots", "gauge", "Open steps with a place in it.", slots);
+    WAYS("attnd_ucx_runs_total", "counter", "Layers asked through UCX.", requests);
+    WAYS("attnd_ucx_received_bytes_total", "counter", "q, k and v of them.", bytes_in);
+    WAYS("attnd_ucx_sent_bytes_total", "counter", "Their answers.", bytes_out);
+    WAYS("attnd_ucx_dropped_total", "counter",
+         "Requests with a wrong secret, owner, size or number.", dropped);
+    WAYS("attnd_ucx_sleeps_total", "counter", "Times that nothing came for spin-us.", sleeps);
+#undef WAYS
     expose_counter(e, "attnd_ucx_rings_total", "Clients woken by a message for their answer.",
-                   ucx.rings);
+                   n.rings);
 }
 
 static void
@@ -91,7 +103,7 @@ status(void *service)
     worker_t *worker = service;
     engine_info_t engine;
     figures_t figures;
-    ucx_figures_t ucx;
+    ucx_figures_t near, far;
 
     gather(worker, &engine, &figures);
     cJSON *object = figures_status(&figures);
@@ -112,9 +124,9 @@ status(void *service)
     cJSON_AddNumberToObject(object, "runs", (double)engine.runs);
     cJSON_AddNumberToObject(object, "kv_bytes", (double)engine.kv_bytes);
     cJSON_AddNumberToObject(object, "read_bandwidth", engine.speed.read_bandwidth);
-    lender_describe(worker->lender, &ucx);
-    cJSON_AddNumberToObject(object, "ucx_clients", ucx.sessions);
-    cJSON_AddNumberToObject(object, "ucx_runs", (double)ucx.requests);
+    lender_describe(worker->lender, &near, &far);
+    cJSON_AddNumberToObject(object, "ucx_clients", near.sessions + far.sessions);
+    cJSON_AddNumberToObject(object, "ucx_runs", (double)(near.requests + far.requests));
     cJSON_AddNumberToObject(object, "kv_bytes_per_s", engine.kv_rate);
     cJSON_AddStringToObject(object, "device", worker->device);
     cJSON_AddNumberToObject(object, "device_bytes", (double)engine.device.total_bytes);

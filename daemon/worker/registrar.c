@@ -106,13 +106,14 @@ join(registrar_t *r)
 {
     worker_t *worker = r->worker;
     Attn__V1__WorkerInfo info;
+    char ways[WORKER_WAYS_ROOM];
     Attn__V1__JoinRequest request = ATTN__V1__JOIN_REQUEST__INIT;
     rpc_message_t *message;
     ProtobufCMessage *head = NULL;
     engine_info_t engine;
 
     engine_describe(worker->engine, &engine);
-    worker_describe(worker, &info);
+    worker_describe(worker, &info, ways);
     request.worker         = &info;
     request.read_bandwidth = engine.speed.read_bandwidth;
     gate_joining(&worker->gate);
@@ -145,11 +146,12 @@ static attn_status_t
 heartbeat(registrar_t *r)
 {
     Attn__V1__WorkerInfo info;
+    char ways[WORKER_WAYS_ROOM];
     Attn__V1__HeartbeatRequest request = ATTN__V1__HEARTBEAT_REQUEST__INIT;
     rpc_message_t *message;
     ProtobufCMessage *head;
 
-    worker_describe(r->worker, &info);
+    worker_describe(r->worker, &info, ways);
     request.worker       = &info;
     attn_status_t status = ask(r, "/attn.v1.Coordinator/Heartbeat", &request.base,
                                &attn__v1__heartbeat_reply__descriptor, &message, &head);

@@ -320,14 +320,13 @@ serve_export_chunk(const unary_call_t *u)
 /* ---- status ---- */
 
 void
-worker_describe(worker_t *worker, Attn__V1__WorkerInfo *info)
+worker_describe(worker_t *worker, Attn__V1__WorkerInfo *info, char ways[WORKER_WAYS_ROOM])
 {
-    ucx_figures_t ucx;
+    ucx_figures_t near, far;
     engine_info_t engine;
-    const char *reason;
 
     engine_describe(worker->engine, &engine);
-    lender_describe(worker->lender, &ucx);
+    lender_describe(worker->lender, &near, &far);
     attn__v1__worker_info__init(info);
     info->id           = atomic_load(&worker->id);
     info->incarnation  = atomic_load(&worker->incarnation);
@@ -348,9 +347,12 @@ worker_describe(worker_t *worker, Attn__V1__WorkerInfo *info)
     info->kv_bytes_per_s    = engine.kv_rate;
     info->read_bandwidth    = engine.speed.read_bandwidth;
 
-    info->ucx         = lender_lends(worker->lender, &reason);
-    info->ucx_clients = ucx.sessions;
-    info->ucx_runs    = ucx.requests;
+    info->ucx         = lender_lends(worker->lender);
+    info->ucx_clients = near.sessions + far.sessions;
+    info->ucx_runs    = near.requests + far.requests;
+    snprintf(ways, WORKER_WAYS_ROOM, "%s%s%s", near.way,
+             near.way[0] != '\0' && far.way[0] != '\0' ? " " : "", far.way);
+    info->ucx_ways = ways;
 
     info->attend_seconds = engine.speed.attend_seconds;
     info->few_flops      = &worker->speed.few_flops[ATTN_F32]; /* as the engine's, and stays */
@@ -363,7 +365,11 @@ serve_status(const unary_call_t *u)
 {
     Attn__V1__WorkerInfo *reply = u->reply;
 
-    worker_describe(u->service, reply);
+    char *ways = wire_alloc(u->block, WORKER_WAYS_ROOM, 1);
+    if (ways == NULL) {
+        return ATTN_ERR_NO_MEMORY;
+    }
+    worker_describe(u->service, reply, ways);
     return ATTN_OK;
 }
 
@@ -453,7 +459,8 @@ worker_serve(worker_t *worker)
         status = lender_create(worker->server, worker->steps,
                                &(lender_options_t){.memory     = worker->options.ucx_memory,
                                                    .slab_bytes = worker->options.ucx_slab,
-                                                   .spin_us    = (uint32_t)worker->options.spin_us},
+                                                   .spin_us    = (uint32_t)worker->options.spin_us,
+                                                   .network    = worker->options.ucx_net},
                                &worker->lender);
     }
     return status;

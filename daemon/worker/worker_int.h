@@ -42,7 +42,8 @@ typedef struct worker {
 attn_status_t worker_serve(worker_t *worker);
 
 /** What the worker says of itself; strings are the worker's. */
-void worker_describe(worker_t *worker, Attn__V1__WorkerInfo *info);
+#define WORKER_WAYS_ROOM 36u /* bytes of WorkerInfo.ucx_ways, which lie where the caller says */
+void worker_describe(worker_t *worker, Attn__V1__WorkerInfo *info, char ways[WORKER_WAYS_ROOM]);
 
 /* ---- figures.c ---- */
 

@@ -1,4 +1,4 @@
-/* fake_ucx.c: no shared memory here: workers lend none, and clients get none. */
+/* fake_ucx.c: no UCX here: workers lend no memory and take no messages, and clients get neither. */
 #include "rpc/ucx.h"
 
 #include "base/status.h"
@@ -104,6 +104,14 @@ ucx_session_offer(const ucx_session_t *session, ucx_offer_t *offer)
     abort();
 }
 
+attn_status_t
+ucx_session_answer(ucx_session_t *session, const uint8_t *address, uint64_t size,
+                   void (*broken)(void *arg, const char *why))
+{
+    (void)session, (void)address, (void)size, (void)broken;
+    abort();
+}
+
 void
 ucx_session_close(ucx_session_t *session)
 {
@@ -134,6 +142,34 @@ ucx_asks_look(ucx_asks_t *asks)
 
 void
 ucx_peer_close(ucx_peer_t *peer)
+{
+    (void)peer;
+    abort();
+}
+
+bool
+ucx_peer_address(ucx_peer_t *peer, const uint8_t **address_p, uint64_t *size_p)
+{
+    (void)peer, (void)address_p, (void)size_p;
+    abort();
+}
+
+attn_status_t
+ucx_peer_greet(ucx_peer_t *peer, uint64_t deadline_ns)
+{
+    (void)peer, (void)deadline_ns;
+    abort();
+}
+
+const char *
+ucx_peer_way(ucx_peer_t *peer)
+{
+    (void)peer;
+    abort();
+}
+
+bool
+ucx_peer_is_broken(ucx_peer_t *peer)
 {
     (void)peer;
     abort();

@@ -4,6 +4,7 @@
 #include <fcntl.h>
 #include <poll.h>
 #include <setjmp.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -63,12 +64,15 @@ open_client(const char *address, uint32_t timeout_ms)
 
 /* In the child: never returns. */
 static void
-child_exec(const char *log, int ready_fd, const char *const *argv)
+child_exec(const char *log, int ready_fd, bool apart, const char *const *argv)
 {
     char text[16];
     int fd = open(log, O_WRONLY | O_CREAT | O_TRUNC, 0600);
 
     prctl(PR_SET_PDEATHSIG, SIGKILL);
+    if (apart && unshare(CLONE_NEWIPC) != 0) {
+        _exit(126);
+    }
     dup2(fd, STDOUT_FILENO);
     dup2(fd, STDERR_FILENO);
     snprintf(text, sizeof(text), "%d", ready_fd);
@@ -77,8 +81,8 @@ child_exec(const char *log, int ready_fd, const char *const *argv)
     _exit(127);
 }
 
-void
-process_start(process_t *process, const char *const *argv)
+static void
+start(process_t *process, bool apart, const char *const *argv)
 {
     static unsigned number;
     const char *folder = getenv("TMPDIR");
@@ -92,11 +96,23 @@ process_start(process_t *process, const char *const *argv)
     assert_true(pid >= 0);
     if (pid == 0) {
         fcntl(ends[1], F_SETFD, 0);
-        child_exec(process->log, ends[1], argv);
+        child_exec(process->log, ends[1], apart, argv);
     }
     close(ends[1]);
     process->pid      = pid;
     process->ready_fd = ends[0];
+}
+
+void
+process_start(process_t *process, const char *const *argv)
+{
+    start(process, false, argv);
+}
+
+void
+process_start_apart(process_t *process, const char *const *argv)
+{
+    start(process, true, argv);
 }
 
 static void
@@ -252,7 +268,7 @@ worker_launch(test_cluster_t *cluster, uint32_t i)
     const char *slab           = o->slab != NULL ? o->slab : "32MiB";
     const char *drain          = o->drain_ms != NULL ? o->drain_ms : "5000";
     char name[16], paths[3][128];
-    const char *argv[24] = {attnd(),         "worker",
+    const char *argv[28] = {attnd(),         "worker",
                             "--coordinator", cluster->coordinator.address,
                             "--slab",        slab,
                             "--threads",     "1",
@@ -260,12 +276,35 @@ worker_launch(test_cluster_t *cluster, uint32_t i)
                             "--name",        name,
                             "--device",      o->device != NULL ? o->device : "cpu"};
 
+    unsigned n = 14;
+
     snprintf(name, sizeof(name), "w%u", i);
     if (o->check_store) {
-        argv[14] = "--check-store";
+        argv[n++] = "--check-store";
     }
-    add_certs(o, argv, o->check_store ? 15 : 14, paths);
-    process_start(&cluster->workers[i], argv);
+    if (o->ucx_net) {
+        argv[n++] = "--ucx-net";
+        argv[n++] = "lo";
+    }
+    add_certs(o, argv, n, paths);
+    start(&cluster->workers[i], o->apart, argv);
+}
+
+/* May processes have IPC namespaces of their own here? */
+static void
+need_apart(void)
+{
+    int status;
+    pid_t pid = fork();
+
+    if (pid == 0) {
+        _exit(unshare(CLONE_NEWIPC) != 0);
+    }
+    assert_int_equal(waitpid(pid, &status, 0), pid);
+    if (status != 0) {
+        print_message("skipped: unshare(CLONE_NEWIPC) is not allowed here\n");
+        _exit(77);
+    }
 }
 
 void
@@ -281,6 +320,11 @@ cluster_up(test_cluster_t *cluster, const cluster_options_t *options)
 {
     memset(cluster, 0, sizeof(*cluster));
     cluster->options = *options;
+    if (options->apart || getenv("ATTN_TEST_APART") != NULL) {
+        need_apart();
+        setenv("UCX_NET_DEVICES", "lo", 0); /* of clients and coordinators */
+        cluster->options.apart = cluster->options.ucx_net = true;
+    }
     cluster_start_coordinator(cluster, "127.0.0.1:0");
     for (uint32_t i = 0; i < options->workers; i++) {
         worker_launch(cluster, i);

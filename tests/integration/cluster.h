@@ -22,6 +22,8 @@ typedef struct process {
 
 /** Start a program, argv ended by NULL; its stderr and stdout go to a log of its own. */
 void process_start(process_t *process, const char *const *argv);
+/** The same, in an IPC namespace of its own. */
+void process_start_apart(process_t *process, const char *const *argv);
 
 /** Wait until it wrote its line of readiness; fails the test if it does not in time. */
 void process_wait_ready(process_t *process);
@@ -59,6 +61,11 @@ typedef struct cluster_options {
     const char *drain_ms; /**< NULL: 5000 */
     const char *certs;    /**< folder of server.pem, server.key and ca.pem: mTLS; NULL: plaintext */
     bool check_store;     /**< workers verify their stores all the time */
+    bool ucx_net;         /**< workers take messages of UCX's, over loopback */
+    /** Each worker has an IPC namespace of its own, which makes it another host's for shared
+     * memory; then ucx_net is true, too. So with ATTN_TEST_APART in the environment. Where that is
+     * not allowed the test is skipped. */
+    bool apart;
 } cluster_options_t;
 
 typedef struct cluster {
