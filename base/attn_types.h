@@ -56,6 +56,8 @@ typedef enum attn_status {
     ATTN_ERR_UNAVAILABLE = -60, /**< no route to the daemon now: retry, it reconnects by itself */
     ATTN_ERR_DENIED      = -61, /**< not allowed: the coordinator did not introduce the caller */
     ATTN_ERR_INTERNAL    = -62, /**< a defect of attnd; the sentence says where */
+    ATTN_ERR_CORRUPT     = -63, /**< KV changed on its way between workers, and was dropped: retry;
+                                     the sentence names worker, chunk, layer and tokens */
 } attn_status_t;
 
 /** Element type of a tensor. The values are those of the wire. */

@@ -34,6 +34,7 @@ static const struct {
     {ATTN_ERR_UNAVAILABLE, 14, "ATTN_ERR_UNAVAILABLE"},
     {ATTN_ERR_DENIED, 7, "ATTN_ERR_DENIED"},
     {ATTN_ERR_INTERNAL, 13, "ATTN_ERR_INTERNAL"},
+    {ATTN_ERR_CORRUPT, 15, "ATTN_ERR_CORRUPT"},
 };
 
 #define TABLE_N (sizeof(table) / sizeof(table[0]))

@@ -15,14 +15,6 @@
 
 #include <stdlib.h>
 
-uint32_t
-export_part_rows(const attn_geometry_t *g)
-{
-    uint64_t row = engine_kv_row_bytes(g);
-
-    return row < ENGINE_EXPORT_BYTES_MAX ? (uint32_t)(ENGINE_EXPORT_BYTES_MAX / row) : 1;
-}
-
 attn_status_t
 export_check(const attn_seq_info_t *info, const attn_geometry_t *g, attn_seq_t seq, uint32_t layer,
              uint64_t first, uint64_t end)
@@ -53,7 +45,7 @@ part_rows(const attn_geometry_t *g, uint64_t first, uint64_t end)
 {
     uint64_t in_chunk = g->chunk_size - first % g->chunk_size;
 
-    return (uint32_t)attn_min(attn_min(end - first, in_chunk), export_part_rows(g));
+    return (uint32_t)attn_min(attn_min(end - first, in_chunk), engine_part_rows(g));
 }
 
 /* A chunk that is not there any more was released: the sequence was freed or cut meanwhile. */

@@ -4,9 +4,6 @@
 
 #include "client/client_int.h"
 
-/** Tokens of a part: what fits ENGINE_EXPORT_BYTES_MAX, at least one. */
-uint32_t export_part_rows(const attn_geometry_t *g);
-
 /** @return ATTN_ERR_INVALID layer, range or its end, ATTN_ERR_LOST a hole is in the range */
 attn_status_t export_check(const attn_seq_info_t *info, const attn_geometry_t *g, attn_seq_t seq,
                            uint32_t layer, uint64_t first, uint64_t end);

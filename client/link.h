@@ -74,6 +74,16 @@ typedef struct link_ops {
     attn_status_t (*chunk_export)(link_t *link, const engine_export_t *what, void *k, void *v,
                                   uint64_t k_bytes, uint64_t v_bytes, uint64_t deadline_ns);
 
+    /** Have tokens of a chunk there, from another worker, to which `source` is a link of the same
+     * row: as engine_copy_between(). */
+    attn_status_t (*chunk_copy)(link_t *link, link_t *source, uint64_t epoch,
+                                const engine_copy_t *copy, uint64_t deadline_ns);
+
+    /** As engine_chunk_leave(), but for HOLD: until_ns is for how long. */
+    attn_status_t (*chunk_leave)(link_t *link, uint64_t epoch, uint64_t cache,
+                                 const kv_leaving_t *leaving, uint64_t deadline_ns,
+                                 kv_chunk_info_t *info);
+
     /**
      * Begin a step there. On ATTN_OK *step_p is set, and done tells, or has told, how begin
      * went; step_free it in any case. The batch may go when the call returns.

@@ -102,6 +102,27 @@ engine_link_chunks_describe(link_t *link, uint64_t cache, const uint64_t *chunks
     return engine_chunks_describe(engine_of(link), cache, chunks, n, infos, seqs, n_seqs, in_step);
 }
 
+static attn_status_t
+engine_link_chunk_copy(link_t *link, link_t *source, uint64_t epoch, const engine_copy_t *copy,
+                       uint64_t deadline_ns)
+{
+    (void)epoch;
+    return source->ops == link->ops
+               ? engine_copy_between(engine_of(source), engine_of(link), copy, deadline_ns)
+               : attn_fail(ATTN_ERR_UNSUPPORTED, "a chunk goes between engines of one process");
+}
+
+static attn_status_t
+engine_link_chunk_leave(link_t *link, uint64_t epoch, uint64_t cache, const kv_leaving_t *leaving,
+                        uint64_t deadline_ns, kv_chunk_info_t *info)
+{
+    kv_leaving_t until = *leaving;
+
+    (void)epoch, (void)deadline_ns;
+    until.until_ns = attn_now_ns() + leaving->until_ns;
+    return engine_chunk_leave(engine_of(link), cache, &until, info);
+}
+
 /* ---- steps ---- */
 
 static void
@@ -239,6 +260,8 @@ static const link_ops_t engine_link_ops = {
     .chunks_release  = engine_link_chunks_release,
     .chunks_describe = engine_link_chunks_describe,
     .chunk_export    = engine_link_chunk_export,
+    .chunk_copy      = engine_link_chunk_copy,
+    .chunk_leave     = engine_link_chunk_leave,
     .begin           = engine_link_begin,
     .run             = engine_link_run,
     .commit          = engine_link_commit,

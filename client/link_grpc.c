@@ -4,6 +4,7 @@
  */
 #include "client/link_grpc_int.h"
 
+#include "base/checked.h"
 #include "base/clock.h"
 #include "base/status.h"
 #include "client/rpc_call.h"
@@ -330,6 +331,61 @@ grpc_link_chunk_export(link_t *link, const engine_export_t *what, void *k, void 
     return status;
 }
 
+static attn_status_t
+grpc_link_chunk_copy(link_t *link, link_t *source, uint64_t epoch, const engine_copy_t *copy,
+                     uint64_t deadline_ns)
+{
+    Attn__V1__CopyChunkRequest request = ATTN__V1__COPY_CHUNK_REQUEST__INIT;
+    uint64_t now                       = attn_now_ns();
+
+    if (source->ops != link->ops) {
+        return attn_fail(ATTN_ERR_UNSUPPORTED, "a chunk goes between workers of one network");
+    }
+    request.epoch      = epoch;
+    request.cache_id   = copy->cache;
+    request.chunk      = copy->chunk;
+    request.generation = copy->generation;
+    request.source     = (char *)grpc_of(source)->pipes.address;
+    request.copy       = copy->copy;
+    request.first      = copy->first;
+    request.length     = copy->length;
+    request.timeout_ms = (uint32_t)attn_min(
+        attn_max(deadline_ns > now ? (deadline_ns - now) / ATTN_NS_PER_MS : 0, 1),
+        ENGINE_TIMEOUT_MS_MAX);
+    return rpc_call_typed(channel_of(link), "/attn.v1.Worker/CopyChunk", &request, deadline_ns,
+                          NULL, NULL, NULL);
+}
+
+static attn_status_t
+grpc_link_chunk_leave(link_t *link, uint64_t epoch, uint64_t cache, const kv_leaving_t *leaving,
+                      uint64_t deadline_ns, kv_chunk_info_t *info)
+{
+    Attn__V1__LeaveChunkRequest request = ATTN__V1__LEAVE_CHUNK_REQUEST__INIT;
+    Attn__V1__WorkerChunk *reply;
+    rpc_message_t *message;
+
+    request.epoch      = epoch;
+    request.cache_id   = cache;
+    request.chunk      = leaving->chunk;
+    request.what       = leaving->what == KV_LEAVE_HOLD ? ATTN__V1__LEAVE_CHUNK_REQUEST__WHAT__HOLD
+                         : leaving->what == KV_LEAVE_GO ? ATTN__V1__LEAVE_CHUNK_REQUEST__WHAT__GO
+                                                        : ATTN__V1__LEAVE_CHUNK_REQUEST__WHAT__STAY;
+    request.move       = leaving->move;
+    request.generation = leaving->generation;
+    request.length     = leaving->length;
+    request.hold_ms =
+        leaving->what == KV_LEAVE_HOLD ? (uint32_t)(leaving->until_ns / ATTN_NS_PER_MS) : 0;
+    attn_status_t status =
+        rpc_call_typed(channel_of(link), "/attn.v1.Worker/LeaveChunk", &request, deadline_ns,
+                       &attn__v1__worker_chunk__descriptor, &reply, &message);
+    if (status == ATTN_OK) {
+        *info = (kv_chunk_info_t){
+            .generation = reply->generation, .length = reply->length, .in_step = reply->in_step};
+        rpc_message_free(message);
+    }
+    return status;
+}
+
 static void
 grpc_link_describe(link_t *link, attn_link_info_t *info)
 {
@@ -369,6 +425,8 @@ const link_ops_t link_grpc_ops = {
     .chunks_release  = grpc_link_chunks_release,
     .chunks_describe = grpc_link_chunks_describe,
     .chunk_export    = grpc_link_chunk_export,
+    .chunk_copy      = grpc_link_chunk_copy,
+    .chunk_leave     = grpc_link_chunk_leave,
     .begin           = grpc_link_begin,
     .run             = link_grpc_run,
     .commit          = grpc_link_commit,

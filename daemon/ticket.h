@@ -25,11 +25,12 @@
 typedef enum ticket_role {
     TICKET_CLIENT      = 'c',
     TICKET_COORDINATOR = 'o',
+    TICKET_WORKER      = 'w', /**< shown to another worker, whose chunks it copies */
 } ticket_role_t;
 
 typedef struct ticket {
     ticket_role_t role;
-    uint32_t client; /**< its id; 0 of a coordinator */
+    uint32_t client; /**< its id, or the worker's; 0 of a coordinator */
     uint64_t period; /**< in which it was given */
 } ticket_t;
 

@@ -164,6 +164,63 @@ attn_status_t engine_chunk_export(engine_t *engine, const engine_export_t *what,
 attn_status_t engine_export_bytes(engine_t *engine, const engine_export_t *what, uint64_t *k_bytes,
                                   uint64_t *v_bytes);
 
+/** Tokens of a part: as many as ENGINE_EXPORT_BYTES_MAX has room for, or one. */
+static inline uint32_t
+engine_part_rows(const attn_geometry_t *g)
+{
+    uint64_t row = engine_kv_row_bytes(g);
+
+    return row < ENGINE_EXPORT_BYTES_MAX ? (uint32_t)(ENGINE_EXPORT_BYTES_MAX / row) : 1;
+}
+
+/** Of a part's k and v, one behind the other: XXH3, 64 bits, seed 0. */
+uint64_t engine_checksum(const void *data, uint64_t bytes);
+
+/* ---- chunks from one worker to another: arrival.c ---- */
+
+/** As kv_chunk_leave(); of HOLD, until_ns is as attn_now_ns(). @return ATTN_ERR_NOT_FOUND cache */
+attn_status_t engine_chunk_leave(engine_t *engine, uint64_t cache, const kv_leaving_t *leaving,
+                                 kv_chunk_info_t *info);
+
+/** Committed tokens of a chunk of another worker that are to be here. */
+typedef struct engine_copy {
+    uint64_t cache, chunk; /**< there */
+    uint32_t generation;   /**< there */
+    uint64_t copy;         /**< its id here */
+    uint32_t first;        /**< so many tokens of it came before; 0: none, it is new here */
+    uint32_t length;       /**< of it when this is done */
+} engine_copy_t;
+
+typedef struct engine_arrival engine_arrival_t;
+
+/**
+ * Reserve pages. All calls for one arrival come one after the other.
+ * @return as kv_arrival_begin(), and ATTN_ERR_NOT_FOUND cache
+ */
+attn_status_t engine_arrival_begin(engine_t *engine, const engine_copy_t *copy,
+                                   engine_arrival_t **arrival_p);
+
+/** The part to ask for next, of the chunk there: layer after layer. False: all were asked for. */
+bool engine_arrival_ask(engine_arrival_t *arrival, engine_export_t *part);
+
+/**
+ * Check a part, and put it where it belongs. Parts come in the order in which they were asked for.
+ * @return ATTN_ERR_CORRUPT    it is not what the checksum was made of
+ * @return ATTN_ERR_INVALID    bytes are not k and v of the part, or no part is due
+ * @return ATTN_ERR_NOT_FOUND  the cache was closed meanwhile
+ */
+attn_status_t engine_arrival_store(engine_arrival_t *arrival, const void *data, uint64_t bytes,
+                                   uint64_t checksum);
+
+/** All is there: the chunk may be named. The arrival is gone in any case, and on failure nothing of
+ * it is left. @return as kv_arrival_publish(); ATTN_ERR_INCOMPLETE parts are missing */
+attn_status_t engine_arrival_publish(engine_arrival_t *arrival);
+void engine_arrival_drop(engine_arrival_t *arrival); /* NULL is allowed */
+
+/** All of that between two engines of this process. @return ATTN_ERR_DEADLINE also */
+attn_status_t engine_copy_between(engine_t *from, engine_t *to, const engine_copy_t *copy,
+                                  uint64_t deadline_ns);
+
 /* ---- steps ---- */
 
 /** One sequence of a batch as far as this worker owns it. */
@@ -280,7 +337,8 @@ attn_status_t engine_path_check(const uint32_t *path, uint32_t n, uint32_t n_new
 /** Abort: idempotent, unknown ids are ATTN_OK. reason goes to whoever asks for the step later. */
 attn_status_t engine_step_abort(engine_t *engine, uint64_t step_id, const char *reason);
 
-/** Abort the steps whose deadline passed. Call every 100 ms or so. */
+/** Abort the steps whose deadline passed, and let chunks go that a move held too long. Call every
+ * 100 ms or so. */
 void engine_tick(engine_t *engine, uint64_t now_ns);
 
 /** kv_store_check() under the lock: for tests. */

@@ -587,6 +587,7 @@ engine_tick(engine_t *engine, uint64_t now_ns)
         engine_step_abort(engine, id, ENGINE_BY_DEADLINE);
     }
     pthread_mutex_lock(&engine->lock);
+    kv_leaving_tick(engine->store, now_ns);
     engine_rate_sample(&engine->rate, now_ns, atomic_load(&engine->kv_bytes));
     pthread_mutex_unlock(&engine->lock);
 }

@@ -233,7 +233,7 @@ check_free_stack(const kv_region_t *region, uint32_t *owners)
     return ATTN_OK;
 }
 
-/* Pages that no chunk accounts for: those of readers, and spare ones of steps. */
+/* Pages that no chunk accounts for: those of readers, of arrivals, and spare ones of steps. */
 static attn_status_t
 count_others(const kv_store_t *store, const kv_region_t *region, uint32_t *owners)
 {
@@ -245,6 +245,11 @@ count_others(const kv_store_t *store, const kv_region_t *region, uint32_t *owner
             pages_fit = count_page(region, owners, read->pages[i]) && pages_fit;
         }
     }
+    for (const kv_arrival_t *a = region->arrivals; a != NULL; a = a->next) {
+        for (uint32_t i = 0; i < a->n; i++) {
+            pages_fit = count_page(region, owners, a->pages[i]) && pages_fit;
+        }
+    }
     HASH_ITER(hh, store->steps, step, next)
     {
         for (uint32_t i = 0; step->region == region && i < step->n_spares; i++) {
@@ -252,7 +257,7 @@ count_others(const kv_store_t *store, const kv_region_t *region, uint32_t *owner
         }
     }
     return pages_fit ? ATTN_OK
-                     : WRONG("cache %" PRIu64 ": a reader's or spare page outside the region",
+                     : WRONG("cache %" PRIu64 ": a reader's, arriving or spare page outside the region",
                              region->cache);
 }
 

@@ -193,6 +193,9 @@ truncate_check(const kv_region_t *region, const kv_chunk_t *chunk, uint32_t gene
     if (chunk->generation != generation) {
         return wrong_generation(region, chunk, generation);
     }
+    if (kv_left_check(region, chunk->id) != ATTN_OK) {
+        return ATTN_ERR_BUSY;
+    }
     if (length > chunk->length) {
         return attn_fail(ATTN_ERR_INVALID,
                          "chunk %" PRIu64 " of cache %" PRIu64
@@ -244,6 +247,9 @@ kv_chunk_release(kv_store_t *store, uint64_t cache, uint64_t id)
     attn_status_t status = need_idle_chunk(store, cache, id, &region, &chunk);
     if (status == ATTN_OK) {
         kv_chunk_drop(region, chunk);
+    }
+    if (status == ATTN_OK || (status == ATTN_ERR_NOT_FOUND && region != NULL)) {
+        kv_left_forget(region, id);
     }
     return status;
 }

@@ -30,6 +30,7 @@ region_destroy(kv_region_t *region)
     kv_chunk_t *chunk, *next;
 
     assert(region->reads == NULL);
+    kv_arrivals_detach(region);
     HASH_CLEAR(hh, region->holds); /* the records are the steps' */
     HASH_ITER(hh, region->chunks, chunk, next)
     {
@@ -269,8 +270,9 @@ kv_region_close(kv_store_t *store, uint64_t cache)
         return attn_fail(ATTN_ERR_BUSY, "cache %" PRIu64 " has %u open steps", cache,
                          region->n_steps);
     }
-    if (region->reads != NULL) {
-        return attn_fail(ATTN_ERR_BUSY, "cache %" PRIu64 " is being read", cache);
+    if (region->reads != NULL || kv_arrivals_busy(region)) {
+        return attn_fail(ATTN_ERR_BUSY, "cache %" PRIu64 " is being %s", cache,
+                         region->reads != NULL ? "read" : "copied to");
     }
     while (store->by_offset[at] != region) {
         at++;

@@ -71,8 +71,8 @@ attn_status_t kv_region_open(kv_store_t *store, uint64_t cache, uint64_t page_by
                              uint32_t page_size, uint32_t chunk_size, uint64_t bytes,
                              kv_region_info_t *info);
 
-/** Return the region with all chunks in it. @return ATTN_ERR_BUSY a step of it is open, or a read
- */
+/** Return the region with all chunks in it; what was still to arrive is left in the air.
+ * @return ATTN_ERR_BUSY a step of it is open, or a read, or tokens are being put there */
 attn_status_t kv_region_close(kv_store_t *store, uint64_t cache);
 attn_status_t kv_region_describe(const kv_store_t *store, uint64_t cache, kv_region_info_t *info);
 
@@ -101,8 +101,9 @@ attn_status_t kv_chunk_fork(kv_store_t *store, uint64_t cache, uint64_t from, ui
 /**
  * Drop the tokens from `length` on, and grow the generation (also where no token is dropped).
  * A chunk cut to 0 stays. generation_p may be NULL.
- * @return ATTN_ERR_NOT_FOUND, ATTN_ERR_BUSY a step names it, ATTN_ERR_STALE generation differs,
- *         ATTN_ERR_INVALID length above the committed one, ATTN_ERR_EXHAUSTED no generation is left
+ * @return ATTN_ERR_NOT_FOUND, ATTN_ERR_BUSY a step names it, or it is being moved, ATTN_ERR_STALE
+ *         generation differs, ATTN_ERR_INVALID length above the committed one, ATTN_ERR_EXHAUSTED
+ * no generation is left
  */
 attn_status_t kv_chunk_truncate(kv_store_t *store, uint64_t cache, uint64_t chunk,
                                 uint32_t generation, uint32_t length, uint32_t *generation_p);
@@ -130,6 +131,72 @@ attn_status_t kv_read_begin(kv_store_t *store, uint64_t cache, uint64_t chunk, u
                             uint32_t first, uint32_t n, uint32_t *pages, uint32_t *offsets,
                             uint32_t *n_held, kv_read_t **read_p);
 void kv_read_end(kv_read_t *read);
+
+/* ---- moving a chunk from one store to another ---- */
+
+/**
+ * What becomes of a chunk that another worker is to own (kv_chunk_leave()). The chunk need not be
+ * here: one that nobody has stored into yet is moved, too, and must not be made meanwhile.
+ */
+typedef enum kv_leave {
+    KV_LEAVE_HOLD, /**< no step may name it until `until_ns`, or until this is said otherwise */
+    KV_LEAVE_GO,   /**< nor ever again: it was held by this move, and is what it was copied as */
+    KV_LEAVE_STAY, /**< the move came to nothing: all is as before, if this move holds it */
+} kv_leave_t;
+
+typedef struct kv_leaving {
+    kv_leave_t what;
+    uint64_t chunk, move; /**< move: a number of the attempt, not 0; a later HOLD takes over */
+    uint32_t generation, length; /**< of GO: as it was copied; both 0: it was not here */
+    uint64_t until_ns;           /**< of HOLD: kv_leaving_tick() lets it go then */
+} kv_leaving_t;
+
+/**
+ * Hold a chunk for a move, let it go, or keep it. A begin that names a chunk which is held or gone
+ * is ATTN_ERR_STALE: a fresh layout tells where it is. Truncating it is ATTN_ERR_BUSY. Steps that
+ * have named it before go on; info->in_step tells of them. Releasing the chunk ends all this.
+ * @param info  the chunk as it is now, generation 0 if it is not here; may be NULL
+ * @return ATTN_ERR_BUSY   GO while a step names it
+ * @return ATTN_ERR_STALE  GO: it is not held by this move (any more), or is another than was copied
+ */
+attn_status_t kv_chunk_leave(kv_store_t *store, uint64_t cache, const kv_leaving_t *leaving,
+                             kv_chunk_info_t *info);
+
+/** Chunks whose hold is over may be named again. */
+void kv_leaving_tick(kv_store_t *store, uint64_t now_ns);
+
+/** Tokens on their way into a chunk that nobody sees until they are all there. */
+typedef struct kv_arrival kv_arrival_t;
+
+/**
+ * Reserve pages for tokens [first, length) of a chunk that comes from elsewhere. first 0: the chunk
+ * is new here. Otherwise it has come before, and has `first` tokens.
+ * @return ATTN_ERR_EXISTS     first is 0, and the chunk is here
+ * @return ATTN_ERR_STALE      first is not its length
+ * @return ATTN_ERR_NOT_FOUND  first is not 0, and it is not here
+ * @return ATTN_ERR_BUSY       a step names it
+ * @return ATTN_ERR_EXHAUSTED  too few free pages, names how many; or too many chunks
+ * @return ATTN_ERR_INVALID    first < length <= chunk_size does not hold
+ */
+attn_status_t kv_arrival_begin(kv_store_t *store, uint64_t cache, uint64_t chunk, uint32_t first,
+                               uint32_t length, kv_arrival_t **arrival_p);
+
+/**
+ * Where tokens [first, first + n) of it go, and hold the region open until kv_arrival_leave().
+ * @return ATTN_ERR_NOT_FOUND  the cache was closed meanwhile
+ * @return ATTN_ERR_INVALID    other tokens than are to come
+ */
+attn_status_t kv_arrival_enter(kv_arrival_t *arrival, uint32_t first, uint32_t n, uint32_t *pages,
+                               uint32_t *offsets);
+void kv_arrival_leave(kv_arrival_t *arrival);
+
+/** All tokens are there: the chunk has them, with generation 1. The arrival is gone in any case,
+ * and on failure its pages are back. @return ATTN_ERR_NOT_FOUND the cache, or the chunk that was to
+ * grow, is gone; ATTN_ERR_EXISTS a step has made it meanwhile; ATTN_ERR_BUSY, _STALE it changed */
+attn_status_t kv_arrival_publish(kv_arrival_t *arrival);
+
+/** Give its pages back. */
+void kv_arrival_drop(kv_arrival_t *arrival);
 
 /** Is a step open on the sequence? */
 bool kv_seq_in_step(const kv_store_t *store, uint64_t cache, uint64_t seq);
@@ -180,7 +247,7 @@ typedef struct kv_step kv_step_t;
  * @return ATTN_ERR_EXISTS     step_id is open
  * @return ATTN_ERR_BUSY       a sequence is in another open step; or a chunk is, and one of the two
  *                             steps appends to it
- * @return ATTN_ERR_STALE      names chunk, and both generations and lengths
+ * @return ATTN_ERR_STALE      names chunk, and both generations and lengths; or it is being moved
  * @return ATTN_ERR_NOT_FOUND  a chunk with generation > 0 that is not here
  * @return ATTN_ERR_EXHAUSTED  too few free pages, names how many; or too many steps or chunks
  * @return ATTN_ERR_INVALID    step 0, length + n_new above chunk_size, a chunk or sequence twice,

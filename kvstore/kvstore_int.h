@@ -73,6 +73,24 @@ struct kv_read {
     uint32_t pages[];
 };
 
+/* Pages for tokens that come from another store. */
+struct kv_arrival {
+    struct kv_region *region; /* NULL: it was closed */
+    struct kv_arrival *next, **link;
+    uint64_t chunk;
+    uint32_t first, length;
+    bool busy;       /* tokens are being put into them without the lock */
+    uint32_t n, old; /* pages; the first `old` of them (0 or 1) is the chunk's own, counted here too */
+    uint32_t pages[];
+};
+
+/* A chunk that no step may name. */
+typedef struct kv_left {
+    uint64_t chunk, move;
+    uint64_t until_ns; /* UINT64_MAX: for ever */
+    UT_hash_handle hh;
+} kv_left_t;
+
 typedef struct kv_region {
     uint64_t cache, offset, bytes, page_bytes;
     uint32_t page_size, chunk_size;
@@ -84,6 +102,8 @@ typedef struct kv_region {
     kv_chunk_t *chunks;   /* by id */
     kv_hold_t *holds;     /* by sequence */
     kv_read_t *reads;     /* open */
+    kv_arrival_t *arrivals;
+    kv_left_t *left; /* chunks that are being moved away, by id */
     UT_hash_handle hh;
 } kv_region_t;
 
@@ -163,6 +183,18 @@ kv_chunk_tail_is_shared(const kv_region_t *region, const kv_chunk_t *chunk)
     return chunk->length % region->page_size != 0 &&
            region->owners[chunk->pages[chunk->n_pages - 1]] > 1;
 }
+
+/* ---- move.c ---- */
+
+/* May steps name the chunk? @return ATTN_ERR_STALE if it is being moved away */
+attn_status_t kv_left_check(const kv_region_t *region, uint64_t chunk);
+
+/* The chunk was released: nothing is to be remembered of its move. */
+void kv_left_forget(kv_region_t *region, uint64_t chunk);
+
+/* Of a region that is closed: are tokens being put there? Else its arrivals are left in the air. */
+bool kv_arrivals_busy(const kv_region_t *region);
+void kv_arrivals_detach(kv_region_t *region);
 
 /* ---- step_begin.c, step.c ---- */
 

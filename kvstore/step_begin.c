@@ -190,10 +190,13 @@ check_chunk(kv_begin_t *begin, uint32_t entry, const kv_step_chunk_t *want, kv_n
                          begin->step->id, want->chunk, want->length, want->n_new,
                          region->chunk_size);
     }
-    kv_chunk_t *chunk = kv_chunk_find(region, want->chunk);
-    *named            = (kv_named_t){chunk, want->n_new};
-    attn_status_t status =
-        chunk != NULL ? check_found(begin, entry, want, chunk) : check_missing(begin, want);
+    kv_chunk_t *chunk    = kv_chunk_find(region, want->chunk);
+    *named               = (kv_named_t){chunk, want->n_new};
+    attn_status_t status = kv_left_check(region, want->chunk);
+    if (status == ATTN_OK) {
+        status =
+            chunk != NULL ? check_found(begin, entry, want, chunk) : check_missing(begin, want);
+    }
     begin->n_pages += kv_pages_for(region, (uint32_t)length) - kv_pages_for(region, want->length);
     return status;
 }

@@ -56,6 +56,23 @@ expose_ucx(worker_t *worker, expose_t *e)
                    n.rings);
 }
 
+/* Chunks between workers. */
+static void
+expose_copies(worker_t *worker, expose_t *e)
+{
+    copier_figures_t copies;
+
+    copier_describe(worker->copier, &copies);
+    expose_counter(e, "attnd_copied_chunks_total", "Chunks that came from other workers.",
+                   copies.chunks_in);
+    expose_counter(e, "attnd_copied_bytes_total", "k and v of them.", copies.bytes_in);
+    expose_counter(e, "attnd_copies_failed_total", "Chunks that did not come.", copies.failed);
+    expose_counter(e, "attnd_copies_corrupt_total",
+                   "Chunks of which a part was not what had been sent.", copies.corrupt);
+    expose_counter(e, "attnd_copied_away_bytes_total", "k and v sent to other workers.",
+                   copies.bytes_out);
+}
+
 static void
 metrics(void *service, expose_t *e)
 {
@@ -93,6 +110,7 @@ metrics(void *service, expose_t *e)
                  (double)engine.device.total_bytes);
     expose_gauge(e, "attnd_device_free_bytes", "Of that, free.", (double)engine.device.free_bytes);
     expose_ucx(worker, e);
+    expose_copies(worker, e);
     expose_times(e, "attnd_compute_seconds", "Layers: storing k, v, and attention.",
                  engine.times.total_ns, engine.times.counts, ENGINE_TIMES, ENGINE_TIME_LEAST_NS);
 }

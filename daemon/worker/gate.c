@@ -62,6 +62,24 @@ gate_period(gate_t *gate, uint64_t period)
     pthread_mutex_unlock(&gate->lock);
 }
 
+attn_status_t
+gate_ticket(gate_t *gate, uint32_t worker, char text[TICKET_MAX])
+{
+    uint8_t secret[TICKET_SECRET];
+
+    pthread_mutex_lock(&gate->lock);
+    bool open       = gate->open;
+    ticket_t ticket = {.role = TICKET_WORKER, .client = worker, .period = gate->period};
+    memcpy(secret, gate->secret, sizeof(secret));
+    pthread_mutex_unlock(&gate->lock);
+    if (open) {
+        ticket_write(&ticket, secret, text);
+    }
+    explicit_bzero(secret, sizeof(secret));
+    return open ? ATTN_OK
+                : attn_fail(ATTN_ERR_UNAVAILABLE, "this worker has not joined a coordinator yet");
+}
+
 /* Where this text is if it is known: its MAC ends like random digits. NULL: it is no ticket. */
 static gate_known_t *
 place_of(gate_t *gate, const char *text)

@@ -46,6 +46,10 @@ void gate_joined(gate_t *gate, const uint8_t secret[TICKET_SECRET], uint64_t per
 /** The coordinator counts on. */
 void gate_period(gate_t *gate, uint64_t period);
 
+/** A ticket of our own, for other workers: whoever has joined is given what it is made with.
+ * @return ATTN_ERR_UNAVAILABLE  this worker has not joined */
+attn_status_t gate_ticket(gate_t *gate, uint32_t worker, char text[TICKET_MAX]);
+
 /**
  * May who shows this ticket (NULL: none) call here? Any thread; may block for a second at most, and
  * only while joining.

@@ -14,6 +14,8 @@
 _Static_assert(WORKER_UCX_SLAB_LEAST == UCX_SLAB_MIN && WORKER_UCX_SLAB_MOST == UCX_SLAB_MAX,
                "--ucx-slab allows what a session does");
 
+#define HOLD_MS_MAX 60000u /* of a chunk, for a move */
+
 /* ---- who may ---- */
 
 static attn_status_t
@@ -312,9 +314,80 @@ serve_export_chunk(const unary_call_t *u)
     }
     reply->data.data = wire_alloc(u->block, k + v + 1, 1);
     reply->data.len  = k + v;
-    return reply->data.data != NULL ? engine_chunk_export(worker->engine, &what, reply->data.data,
-                                                          reply->data.data + k, k, v)
-                                    : ATTN_ERR_NO_MEMORY;
+    status = reply->data.data != NULL ? engine_chunk_export(worker->engine, &what, reply->data.data,
+                                                            reply->data.data + k, k, v)
+                                      : ATTN_ERR_NO_MEMORY;
+    if (status == ATTN_OK) {
+        reply->checksum = engine_checksum(reply->data.data, k + v);
+    }
+    return status;
+}
+
+/* ---- moving chunks ---- */
+
+#define COPY_TIMEOUT_MS 60000u
+
+static attn_status_t
+serve_copy_chunk(const unary_call_t *u)
+{
+    const Attn__V1__CopyChunkRequest *r = u->request;
+    worker_t *worker                    = u->service;
+    Attn__V1__CopyChunkReply *reply     = u->reply;
+    engine_copy_t copy                  = {.cache      = r->cache_id,
+                                           .chunk      = r->chunk,
+                                           .generation = r->generation,
+                                           .copy       = r->copy,
+                                           .first      = r->first,
+                                           .length     = r->length};
+    uint32_t timeout                    = r->timeout_ms != 0 ? r->timeout_ms : COPY_TIMEOUT_MS;
+
+    if (timeout > ENGINE_TIMEOUT_MS_MAX) {
+        return attn_fail(ATTN_ERR_INVALID, "timeout_ms is %u: at most %u", timeout,
+                         ENGINE_TIMEOUT_MS_MAX);
+    }
+    attn_status_t status = engine_check_epoch(worker->engine, r->epoch);
+    if (status == ATTN_OK) {
+        status = copier_copy(worker->copier, atomic_load(&worker->id), r->source, &copy,
+                             attn_now_ns() + timeout * ATTN_NS_PER_MS, &reply->bytes);
+    }
+    return status;
+}
+
+static attn_status_t
+serve_leave_chunk(const unary_call_t *u)
+{
+    static const kv_leave_t words[] = {
+        [ATTN__V1__LEAVE_CHUNK_REQUEST__WHAT__HOLD] = KV_LEAVE_HOLD,
+        [ATTN__V1__LEAVE_CHUNK_REQUEST__WHAT__GO]   = KV_LEAVE_GO,
+        [ATTN__V1__LEAVE_CHUNK_REQUEST__WHAT__STAY] = KV_LEAVE_STAY,
+    };
+    const Attn__V1__LeaveChunkRequest *r = u->request;
+    worker_t *worker                     = u->service;
+    Attn__V1__WorkerChunk *reply         = u->reply;
+    kv_chunk_info_t info                 = {0};
+
+    if ((uint32_t)r->what >= sizeof(words) / sizeof(words[0]) || r->move == 0) {
+        return attn_fail(ATTN_ERR_INVALID, "what is %d: 0 to 2; move is %llu: not 0", (int)r->what,
+                         (unsigned long long)r->move);
+    }
+    if (r->hold_ms > HOLD_MS_MAX) {
+        return attn_fail(ATTN_ERR_INVALID, "hold_ms is %u: at most %u", r->hold_ms, HOLD_MS_MAX);
+    }
+    kv_leaving_t leaving = {.what       = words[r->what],
+                            .chunk      = r->chunk,
+                            .move       = r->move,
+                            .generation = r->generation,
+                            .length     = r->length,
+                            .until_ns   = attn_now_ns() + r->hold_ms * ATTN_NS_PER_MS};
+    attn_status_t status = engine_check_epoch(worker->engine, r->epoch);
+    if (status == ATTN_OK) {
+        status = engine_chunk_leave(worker->engine, r->cache_id, &leaving, &info);
+    }
+    reply->chunk      = r->chunk;
+    reply->generation = info.generation;
+    reply->length     = info.length;
+    reply->in_step    = info.in_step;
+    return status;
 }
 
 /* ---- status ---- */
@@ -428,6 +501,16 @@ static const unary_method_t methods[] = {
      .reply   = &attn__v1__export_chunk_reply__descriptor,
      .admit   = admit_introduced,
      .request = &attn__v1__export_chunk_request__descriptor},
+    {.path    = "/attn.v1.Worker/CopyChunk",
+     .serve   = serve_copy_chunk,
+     .reply   = &attn__v1__copy_chunk_reply__descriptor,
+     .admit   = admit_coordinator,
+     .request = &attn__v1__copy_chunk_request__descriptor},
+    {.path    = "/attn.v1.Worker/LeaveChunk",
+     .serve   = serve_leave_chunk,
+     .reply   = &attn__v1__worker_chunk__descriptor,
+     .admit   = admit_coordinator,
+     .request = &attn__v1__leave_chunk_request__descriptor},
     {.path    = "/attn.v1.Worker/Status",
      .serve   = serve_status,
      .reply   = &attn__v1__worker_info__descriptor,
@@ -462,6 +545,13 @@ worker_serve(worker_t *worker)
                                                    .spin_us    = (uint32_t)worker->options.spin_us,
                                                    .network    = worker->options.ucx_net},
                                &worker->lender);
+    }
+    if (status == ATTN_OK) {
+        status = copier_create(worker->server,
+                               &(copier_options_t){.engine = worker->engine,
+                                                   .gate   = &worker->gate,
+                                                   .tls    = worker->certs.tls},
+                               &worker->copier);
     }
     return status;
 }

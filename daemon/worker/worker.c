@@ -143,6 +143,7 @@ tick(worker_t *worker)
     monitor_tick(worker->monitor);
     engine_tick(worker->engine, attn_now_ns());
     steps_tick(worker->steps, attn_now_ns());
+    copier_tick(worker->copier, attn_now_ns());
     check_store(worker);
     if (++ticks % TRIM_TICKS == 0) {
         process_trim();
@@ -194,6 +195,7 @@ destroy(worker_t *worker)
     rpc_server_destroy(worker->server);
     unary_destroy(worker->unary);
     lender_destroy(worker->lender);
+    copier_destroy(worker->copier);
     steps_destroy(worker->steps);
     engine_destroy(worker->engine);
     certs_close(&worker->certs);

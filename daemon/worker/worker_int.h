@@ -7,6 +7,7 @@
 #include "daemon/process.h"
 #include "daemon/lender.h"
 #include "daemon/steps.h"
+#include "daemon/worker/copier.h"
 #include "daemon/worker/gate.h"
 #include "engine/engine.h"
 
@@ -27,6 +28,7 @@ typedef struct worker {
     unary_t *unary;
     steps_t *steps;
     lender_t *lender;
+    copier_t *copier;
     registrar_t *registrar;
     gate_t gate;
     atomic_uint id; /* as the coordinator knows us; 0: not joined yet */

@@ -110,6 +110,21 @@ def worker_seeds():
         .call(S, pb.StepRequest(run=pb.RunRequest(step_id=12), data=tensors(2)))
         .end(S, broken=True))
     write("worker_fuzz", "partials", b"\0" + partials.data)
+    # A chunk that comes in one part, of zeros, and then leaves.
+    part = pb.ExportChunkReply(checksum=0xb2987a9d949e807c, data=b"\0" * 512)
+    copy = dict(cache_id=77, chunk=5, generation=1, source="127.0.0.1:9", copy=8)
+    leave = dict(cache_id=77, chunk=8, move=9)
+    moved = (opened().call(W + "CopyChunk", pb.CopyChunkRequest(length=2, **copy))
+             .call(W + "LeaveChunk", pb.LeaveChunkRequest(what=0, hold_ms=1000, **leave))
+             .call(W + "CopyChunk", pb.CopyChunkRequest(first=2, length=4, timeout_ms=50, **copy))
+             .call(W + "LeaveChunk", pb.LeaveChunkRequest(what=1, generation=1, length=4, **leave))
+             .call(W + "Begin", worker_begin(9, 0, 2))
+             .call(W + "LeaveChunk", pb.LeaveChunkRequest(what=2, **leave))
+             .call(W + "ExportChunks", pb.ExportChunkRequest(cache_id=77, chunk=8, generation=1, first=1, n=3))
+             .call(W + "ExportChunks", pb.ExportChunkRequest(cache_id=77, chunk=8, generation=2, n=1))
+             .call(W + "ReleaseChunks", pb.ReleaseChunksRequest(cache_id=77, chunks=[8])))
+    answers = 2 * (b"\0" + sized(bytes_of(part)))
+    write("worker_fuzz", "copy", b"\2" + sized(answers) + moved.data)
     ticket = b"1.c.17.1." + b"0f" * 32
     write("worker_fuzz", "ticket", b"\1" + sized(ticket) + unary.data[:200])
 

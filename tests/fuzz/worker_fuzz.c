@@ -1,7 +1,8 @@
 /*
  * attn.v1.Worker: calls and streams of a worker, of anybody's making. Callers show the ticket of
- * its coordinator or, where byte 0 is odd, one that the input brings. After each input the store
- * is checked, and with its caches closed nothing of it is left.
+ * its coordinator or, where byte 0 is odd, one that the input brings. Where bit 1 of it is set, the
+ * input brings what other workers answer that chunks are copied from. After each input the store is
+ * checked, and with its caches closed nothing of it is left.
  */
 #include "tests/fuzz/serve.h"
 
@@ -51,17 +52,25 @@ int
 LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t n)
 {
     input_t in                 = {bytes, bytes + n};
+    input_t answers            = {0};
     char shown[2 * TICKET_MAX] = {0};
     engine_info_t info;
     size_t size;
 
-    bool own = input_byte(&in) & 1;
+    uint8_t how = input_byte(&in);
+    bool own    = how & 1;
+    if (how & 2) {
+        const uint8_t *told = input_bytes(&in, &size);
+        answers             = (input_t){told, told + size};
+    }
+    fake_answers(&answers);
     if (own) {
         const uint8_t *text = input_bytes(&in, &size);
         memcpy(shown, text, size < sizeof(shown) - 1 ? size : sizeof(shown) - 1);
     }
     fake_header(TICKET_HEADER, own ? shown : ticket);
     serve_input(worker.server, &in);
+    fake_answers(NULL);
     fake_spared_begin();
     need(engine_check(worker.engine));
     serve_forget(worker.engine);

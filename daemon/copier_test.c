@@ -1,0 +1,382 @@
+/*
+ * copier_test.c: chunks between two workers over gRPC, in one process: the same tokens, or an error
+ * that says why and nothing left behind. A proxy stands between them where bytes are to change, or
+ * to stop, on their way.
+ */
+#include "daemon/worker/copier.h"
+#include "engine/test_engine.h"
+
+#include <arpa/inet.h>
+#include <netinet/in.h>
+#include <poll.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#define N 4000u /* tokens */
+#define CHUNK 3u
+#define COPY 9u
+
+static const uint8_t secret[TICKET_SECRET] = {1, 2, 3};
+
+/* ---- two workers ---- */
+
+typedef struct worker {
+    world_t w;
+    gate_t gate;
+    rpc_server_t *server;
+    copier_t *copier;
+    char address[64];
+} worker_t;
+
+static void
+worker_open(worker_t *worker, const uint8_t *its_secret)
+{
+    attn_geometry_t g = plain_geometry;
+
+    g.page_size    = 16;
+    g.layers       = 12; /* a part each: more than are asked for at a time */
+    g.chunk_size   = 4096;
+    g.region_bytes = 2 * (uint64_t)g.chunk_size * (k_row(&g) + v_row(&g)) * g.layers;
+    world_open(&worker->w, &g, 1);
+    gate_init(&worker->gate);
+    gate_joined(&worker->gate, its_secret, 5);
+    OK(rpc_server_create(&(rpc_server_options_t){.address = "127.0.0.1:0"}, &worker->server));
+    OK(copier_create(worker->server,
+                     &(copier_options_t){.engine = worker->w.engine, .gate = &worker->gate},
+                     &worker->copier));
+    OK(rpc_server_start(worker->server));
+    snprintf(worker->address, sizeof(worker->address), "127.0.0.1:%u",
+             rpc_server_port(worker->server));
+}
+
+static void
+worker_close(worker_t *worker)
+{
+    rpc_server_destroy(worker->server);
+    copier_destroy(worker->copier);
+    gate_destroy(&worker->gate);
+    world_close(&worker->w);
+}
+
+/* N random tokens in a chunk. */
+static void
+fill(world_t *w, uint64_t chunk)
+{
+    kv_step_chunk_t named = {.chunk = chunk, .n_new = N};
+    engine_entry_t entry  = {.seq = 7, .n_new = N, .n_chunks = 1, .chunks = &named};
+    engine_batch_t batch  = {.cache       = w->cache,
+                             .step_id     = w->next_id++,
+                             .n           = 1,
+                             .entries     = &entry,
+                             .q_dtype     = ATTN_F32,
+                             .o_dtype     = ATTN_F32,
+                             .deadline_ns = UINT64_MAX};
+    engine_sizes_t sizes;
+
+    OK(engine_step_begin(w->engine, &batch, &sizes));
+    for (uint32_t l = 0; l < w->g.layers; l++) {
+        void *k = random_tensor(w->g.kv_dtype, sizes.k / attn_dtype_size(w->g.kv_dtype));
+        void *v = random_tensor(w->g.kv_dtype, sizes.v / attn_dtype_size(w->g.kv_dtype));
+        OK(engine_step_run(w->engine, batch.step_id, l, NULL, k, v, NULL, NULL));
+        free(k);
+        free(v);
+    }
+    OK(engine_step_commit(w->engine, batch.step_id, NULL, 0));
+}
+
+static void
+assert_same(const worker_t *a, const worker_t *b, uint32_t length)
+{
+    uint64_t k = k_row(&a->w.g), v = v_row(&a->w.g);
+    uint8_t *there = malloc(k + v), *here = malloc(k + v);
+
+    for (uint32_t l = 0; l < a->w.g.layers; l++) {
+        for (uint32_t t = 0; t < length; t++) {
+            engine_export_t what = {.cache      = a->w.cache,
+                                    .chunk      = CHUNK,
+                                    .generation = 1,
+                                    .layer      = l,
+                                    .first      = t,
+                                    .n          = 1};
+            OK(engine_chunk_export(a->w.engine, &what, there, there + k, k, v));
+            what.chunk = COPY;
+            OK(engine_chunk_export(b->w.engine, &what, here, here + k, k, v));
+            assert_memory_equal(there, here, k + v);
+        }
+    }
+    free(there);
+    free(here);
+}
+
+static attn_status_t
+copy(worker_t *to, const char *source, uint32_t first, uint32_t length, uint64_t within_ms)
+{
+    uint64_t bytes;
+    engine_copy_t what   = {.cache      = to->w.cache,
+                            .chunk      = CHUNK,
+                            .generation = 1,
+                            .copy       = COPY,
+                            .first      = first,
+                            .length     = length};
+    attn_status_t status = copier_copy(to->copier, 2, source, &what,
+                                       attn_now_ns() + within_ms * ATTN_NS_PER_MS, &bytes);
+
+    if (status == ATTN_OK) {
+        assert_int_equal(bytes, (length - first) * engine_kv_row_bytes(&to->w.g) * to->w.g.layers);
+    }
+    OK(engine_check(to->w.engine));
+    return status;
+}
+
+static void
+assert_empty(worker_t *worker)
+{
+    engine_info_t info;
+
+    engine_describe(worker->w.engine, &info);
+    assert_int_equal(info.chunks, 0);
+    assert_int_equal(info.used_bytes, 0);
+}
+
+/* ---- a proxy ---- */
+
+typedef struct proxy {
+    pthread_t thread;
+    int listener;
+    uint16_t to;
+    char address[64];
+    uint64_t flip; /* this byte of what the source sends is changed; 0: none */
+    uint64_t stop; /* nothing is passed on after so many; 0: all is */
+    atomic_bool over;
+} proxy_t;
+
+/* @return bytes passed on, or 0: one side is gone */
+static size_t
+pass(int from, int to, proxy_t *p, uint64_t *sent)
+{
+    uint8_t bytes[65536];
+    ssize_t n = recv(from, bytes, sizeof(bytes), 0);
+
+    if (n <= 0) {
+        return 0;
+    }
+    if (sent != NULL) {
+        if (p->flip >= *sent && p->flip < *sent + (uint64_t)n && p->flip > 0) {
+            bytes[p->flip - *sent] ^= 0x10;
+        }
+        *sent += (uint64_t)n;
+        if (p->stop > 0 && *sent > p->stop) {
+            return 1; /* swallowed */
+        }
+    }
+    for (ssize_t done = 0, m; done < n; done += m) {
+        m = send(to, bytes + done, (size_t)(n - done), MSG_NOSIGNAL);
+        if (m <= 0) {
+            return 0;
+        }
+    }
+    return (size_t)n;
+}
+
+static void *
+proxy_thread(void *arg)
+{
+    proxy_t *p                = arg;
+    struct sockaddr_in target = {
+        .sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK), .sin_port = htons(p->to)};
+    struct pollfd wait = {.fd = p->listener, .events = POLLIN};
+
+    while (!atomic_load(&p->over)) {
+        if (poll(&wait, 1, 20) <= 0) {
+            continue;
+        }
+        uint64_t sent = 0;
+        bool good     = true;
+        int client = accept(p->listener, NULL, NULL), source = socket(AF_INET, SOCK_STREAM, 0);
+        connect(source, (struct sockaddr *)&target, sizeof(target));
+        while (good && !atomic_load(&p->over)) {
+            struct pollfd both[2] = {{.fd = client, .events = POLLIN},
+                                     {.fd = source, .events = POLLIN}};
+            if (poll(both, 2, 20) > 0) {
+                good = (both[0].revents == 0 || pass(client, source, p, NULL) > 0) &&
+                       (both[1].revents == 0 || pass(source, client, p, &sent) > 0);
+            }
+        }
+        close(client);
+        close(source);
+    }
+    return NULL;
+}
+
+static void
+proxy_open(proxy_t *p, const worker_t *to, uint64_t flip, uint64_t stop)
+{
+    struct sockaddr_in self = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
+    socklen_t size          = sizeof(self);
+
+    *p = (proxy_t){.listener = socket(AF_INET, SOCK_STREAM, 0),
+                   .to       = rpc_server_port(to->server),
+                   .flip     = flip,
+                   .stop     = stop};
+    assert_int_equal(bind(p->listener, (struct sockaddr *)&self, sizeof(self)), 0);
+    assert_int_equal(listen(p->listener, 16), 0);
+    getsockname(p->listener, (struct sockaddr *)&self, &size);
+    snprintf(p->address, sizeof(p->address), "127.0.0.1:%u", ntohs(self.sin_port));
+    assert_int_equal(pthread_create(&p->thread, NULL, proxy_thread, p), 0);
+}
+
+static void
+proxy_close(proxy_t *p)
+{
+    atomic_store(&p->over, true);
+    pthread_join(p->thread, NULL);
+    close(p->listener);
+}
+
+/* ---- tests ---- */
+
+static void
+test_a_chunk_comes_as_it_is(void **state)
+{
+    static worker_t a, b;
+    copier_figures_t in, out;
+
+    (void)state;
+    worker_open(&a, secret);
+    worker_open(&b, secret);
+    fill(&a.w, CHUNK);
+    OK(copy(&b, a.address, 0, N - 100, 20000));
+    OK(copy(&b, a.address, N - 100, N, 20000)); /* and what was added meanwhile */
+    assert_same(&a, &b, N);
+    copier_describe(b.copier, &in);
+    copier_describe(a.copier, &out);
+    assert_int_equal(in.chunks_in, 2);
+    assert_int_equal(in.bytes_in, N * engine_kv_row_bytes(&a.w.g) * a.w.g.layers);
+    assert_int_equal(out.bytes_out, in.bytes_in);
+    assert_int_equal(in.failed + in.corrupt, 0);
+    worker_close(&a);
+    worker_close(&b);
+}
+
+static void
+test_what_the_source_refuses_is_told(void **state)
+{
+    static worker_t a, b;
+
+    (void)state;
+    worker_open(&a, secret);
+    worker_open(&b, secret);
+    assert_int_equal(copy(&b, a.address, 0, N, 20000), ATTN_ERR_NOT_FOUND);
+    assert_non_null(strstr(attn_last_error(), a.address));
+    fill(&a.w, CHUNK);
+    assert_int_equal(copy(&b, a.address, 0, N + 1, 20000), ATTN_ERR_INVALID);
+    assert_int_equal(copy(&b, "127.0.0.1:1", 0, N, 20000), ATTN_ERR_UNAVAILABLE);
+    assert_int_equal(copy(&b, "", 0, N, 20000), ATTN_ERR_INVALID);
+    assert_int_equal(
+        copy(&b, "123456789012345678901234567890123456789012345678901234567890:7071", 0, N, 20000),
+        ATTN_ERR_INVALID);
+    assert_empty(&b);
+    worker_close(&a);
+    worker_close(&b);
+}
+
+/* Workers of two coordinators have nothing to say to each other. */
+static void
+test_strangers_are_let_in_nowhere(void **state)
+{
+    static const uint8_t other[TICKET_SECRET] = {4};
+    static worker_t a, b;
+
+    (void)state;
+    worker_open(&a, secret);
+    worker_open(&b, other);
+    fill(&a.w, CHUNK);
+    assert_int_equal(copy(&b, a.address, 0, N, 20000), ATTN_ERR_DENIED);
+    assert_empty(&b);
+    gate_destroy(&b.gate);
+    gate_init(&b.gate); /* one that has not joined has no ticket to show */
+    assert_int_equal(copy(&b, a.address, 0, N, 20000), ATTN_ERR_UNAVAILABLE);
+    worker_close(&a);
+    worker_close(&b);
+}
+
+/*
+ * A byte in the middle of what the source sends. It is one of k or v but for the few of HTTP/2's
+ * own, where the connection breaks instead: so some tries, of which none may succeed.
+ */
+static void
+test_a_byte_that_changes_on_its_way_is_found(void **state)
+{
+    static worker_t a, b;
+    attn_status_t status = ATTN_ERR_UNAVAILABLE;
+    copier_figures_t figures;
+
+    (void)state;
+    worker_open(&a, secret);
+    worker_open(&b, secret);
+    fill(&a.w, CHUNK);
+    for (uint32_t i = 0; i < 20 && status != ATTN_ERR_CORRUPT; i++) {
+        proxy_t proxy;
+        proxy_open(&proxy, &a, 300000 + 12347 * i, 0);
+        status = copy(&b, proxy.address, 0, N, 20000);
+        assert_int_not_equal(status, ATTN_OK);
+        assert_empty(&b);
+        if (status == ATTN_ERR_CORRUPT) {
+            assert_non_null(strstr(attn_last_error(), proxy.address));
+            assert_non_null(strstr(attn_last_error(), "chunk 3, layer "));
+        }
+        proxy_close(&proxy);
+    }
+    assert_int_equal(status, ATTN_ERR_CORRUPT);
+    copier_describe(b.copier, &figures);
+    assert_int_equal(figures.corrupt, 1);
+    assert_true(figures.failed >= 1);
+    OK(copy(&b, a.address, 0, N, 20000));
+    assert_same(&a, &b, N);
+    worker_close(&a);
+    worker_close(&b);
+}
+
+/* A source that stops in the middle of a part, and one that ends. */
+static void
+test_a_source_that_stops_is_given_up(void **state)
+{
+    static worker_t a, b;
+    proxy_t proxy;
+
+    (void)state;
+    worker_open(&a, secret);
+    worker_open(&b, secret);
+    fill(&a.w, CHUNK);
+    proxy_open(&proxy, &a, 0, 500000);
+    uint64_t start = attn_now_ns();
+    assert_int_equal(copy(&b, proxy.address, 0, N, 300), ATTN_ERR_DEADLINE);
+    assert_true(attn_now_ns() - start >= 300 * ATTN_NS_PER_MS);
+    assert_empty(&b);
+    proxy_close(&proxy);
+
+    rpc_server_stop(a.server, 0);
+    assert_int_not_equal(copy(&b, a.address, 0, N, 5000), ATTN_OK);
+    assert_empty(&b);
+    worker_close(&a);
+    worker_close(&b);
+}
+
+int
+main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_a_chunk_comes_as_it_is),
+        cmocka_unit_test(test_what_the_source_refuses_is_told),
+        cmocka_unit_test(test_strangers_are_let_in_nowhere),
+        cmocka_unit_test(test_a_byte_that_changes_on_its_way_is_found),
+        cmocka_unit_test(test_a_source_that_stops_is_given_up),
+    };
+    rpc_init();
+    int failed = cmocka_run_group_tests_name("copier", tests, NULL, NULL);
+    rpc_shutdown();
+    return failed;
+}
