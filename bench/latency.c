@@ -3,12 +3,14 @@
  *
  *     bench_latency [--quick] [--json FILE] [STEPS]
  *
- * A decode step over a short sequence, in this process, through shared memory and over gRPC; of
- * each run what the worker computed is taken off, so that what is left is the way. Beside them a
- * bare round trip of the same bytes through a slab of UCX's. And the same step on four workers,
- * against the local one and a bare fan-out. Both sides are measured in turns.
+ * A decode step over a short sequence, in this process, through shared memory, over gRPC, and as
+ * messages of UCX's over loopback TCP to a worker with an IPC namespace of its own; of each run
+ * what the worker computed is taken off, so that what is left is the way. Beside them a bare round
+ * trip of the same bytes through a slab of UCX's, and one of its messages. And the same step on
+ * four workers, against the local one and a bare fan-out. Both sides are measured in turns.
  */
 #include "bench/bare.h"
+#include "bench/bare_far.h"
 #include "bench/ours.h"
 #include "bench/processes.h"
 #include "bench/result.h"
@@ -24,6 +26,7 @@
 #define CHUNK 256u
 #define TARGET 3.0
 #define BARE_TURNS 20u
+#define SIDES 4 /* the last may not be there */
 #define FAN 4u
 #define FAN_TARGET 1.5
 #define FAN_LENGTH 1024u /* a chunk on each */
@@ -131,18 +134,37 @@ bare_turns(const char *program, uint32_t in, uint32_t out, bool yields, uint32_t
 }
 
 static void
+bare_far_turns(const char *program, uint32_t in, uint32_t out, uint32_t turns, samples_t *samples)
+{
+    bare_far_t *bare = bare_far_open(program, in, out);
+
+    for (uint32_t i = 0; i < turns * LAYERS; i++) {
+        uint64_t start = attn_now_ns();
+        bare_far_round(bare);
+        take(samples, attn_now_ns() - start);
+    }
+    bare_far_close(bare);
+}
+
+static void
 ladder(const result_options_t *options, const char *program, const shape_t *shape, uint32_t steps)
 {
-    static const char *const names[] = {"in this process", "shared memory", "gRPC"};
-    samples_t net[3], computed[3], spins = samples_of(steps), yields = samples_of(steps);
-    cluster_t cluster;
-    ours_t sides[3];
+    static const char *const names[] = {"in this process", "shared memory", "gRPC",
+                                        "messages, TCP"};
+    samples_t net[SIDES], computed[SIDES], spins = samples_of(steps), yields = samples_of(steps);
+    samples_t far = samples_of(steps);
+    cluster_t cluster, apart;
+    ours_t sides[SIDES];
 
     cluster_start(&cluster, 1, 1, SPIN_US);
+    int n = cluster_start_apart(&apart, 1, 1, SPIN_US) ? SIDES : SIDES - 1;
     open_side(&sides[0], "inproc://cpu?threads=1", shape, ATTN_TRANSPORT_AUTO, LENGTH);
     open_side(&sides[1], cluster.coordinator.line, shape, ATTN_TRANSPORT_UCX, LENGTH);
     open_side(&sides[2], cluster.coordinator.line, shape, ATTN_TRANSPORT_GRPC, LENGTH);
-    for (int i = 0; i < 3; i++) {
+    if (n == SIDES) {
+        open_side(&sides[3], apart.coordinator.line, shape, ATTN_TRANSPORT_UCX, LENGTH);
+    }
+    for (int i = 0; i < n; i++) {
         net[i]      = samples_of(steps);
         computed[i] = samples_of(steps);
     }
@@ -153,26 +175,36 @@ ladder(const result_options_t *options, const char *program, const shape_t *shap
             uint32_t turns = steps - s < BARE_TURNS ? steps - s : BARE_TURNS;
             bare_turns(program, in, out, false, turns, &spins);
             bare_turns(program, in, out, true, turns, &yields);
+            bare_far_turns(program, in, out, turns, &far);
         }
-        for (int i = 0; i < 3; i++) {
+        for (int i = 0; i < n; i++) {
             turn(&sides[i], &net[i], &computed[i]);
         }
     }
     rung(options, shape->name, "bare kernel", &computed[0], NULL, 0, 0);
     rung(options, shape->name, "bare trip, spins", &spins, NULL, 0, 0);
     rung(options, shape->name, "bare trip, yields", &yields, NULL, 0, 0);
+    rung(options, shape->name, "bare message, TCP", &far, NULL, 0, 0);
     double bound = result_quantile(spins.us, spins.n, 0.5);
     double other = result_quantile(yields.us, yields.n, 0.5);
     bound        = other < bound ? other : bound; /* the faster one */
-    for (int i = 0; i < 3; i++) {
-        rung(options, shape->name, names[i], &net[i], &computed[i], bound, i == 1 ? TARGET : 0);
+    for (int i = 0; i < n; i++) {
+        if (i == 3) {
+            bound = result_quantile(far.us, far.n, 0.5);
+        }
+        rung(options, shape->name, names[i], &net[i], &computed[i], bound,
+             i == 1 || i == 3 ? TARGET : 0);
         free(net[i].us);
         free(computed[i].us);
         ours_close(&sides[i]);
     }
     free(spins.us);
     free(yields.us);
+    free(far.us);
     cluster_stop(&cluster);
+    if (n == SIDES) {
+        cluster_stop(&apart);
+    }
 }
 
 /* The time of whole tokens, LAYERS runs each. */
@@ -246,6 +278,10 @@ main(int argc, char **argv)
     if (argc == 3 && strcmp(argv[1], "bare") == 0) {
         return bare_serve(atoi(argv[2]));
     }
+    if (argc == 3 && strcmp(argv[1], "bare-far") == 0) {
+        return bare_far_serve(atoi(argv[2]));
+    }
+    setenv("UCX_NET_DEVICES", "lo", 1);
     argc = result_options(&options, argc, argv);
     if (argc > 2) {
         fprintf(stderr, "bench_latency [--quick] [--json FILE] [STEPS]\n");

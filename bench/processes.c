@@ -3,6 +3,7 @@
 #include "bench/processes.h"
 
 #include <fcntl.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -19,7 +20,7 @@ give_up(const char *program, const char *what)
 }
 
 static void
-process_start(process_t *process, const char *const *argv)
+process_start(process_t *process, bool apart, const char *const *argv)
 {
     int ends[2];
     char text[16];
@@ -30,6 +31,9 @@ process_start(process_t *process, const char *const *argv)
     }
     if (process->pid == 0) {
         prctl(PR_SET_PDEATHSIG, SIGTERM);
+        if (apart && unshare(CLONE_NEWIPC) != 0) {
+            _exit(126);
+        }
         close(ends[0]);
         snprintf(text, sizeof(text), "%d", ends[1]);
         setenv("ATTND_READY_FD", text, 1);
@@ -56,8 +60,8 @@ process_stop(process_t *process, int signo)
     waitpid(process->pid, NULL, 0);
 }
 
-void
-cluster_start(cluster_t *cluster, uint32_t n, uint32_t threads, uint32_t spin_us)
+static void
+start(cluster_t *cluster, bool apart, uint32_t n, uint32_t threads, uint32_t spin_us)
 {
     const char *const coordinator[] = {ATTND_PATH,    "coordinator", "--listen", "127.0.0.1:0",
                                        "--log-level", "warn",        NULL};
@@ -65,7 +69,7 @@ cluster_start(cluster_t *cluster, uint32_t n, uint32_t threads, uint32_t spin_us
 
     snprintf(threads_text, sizeof(threads_text), "%u", threads);
     snprintf(spin_text, sizeof(spin_text), "%uus", spin_us);
-    process_start(&cluster->coordinator, coordinator);
+    process_start(&cluster->coordinator, false, coordinator);
     for (cluster->n = 0; cluster->n < n; cluster->n++) {
         char name[32];
         const char *const worker[] = {ATTND_PATH,
@@ -84,11 +88,35 @@ cluster_start(cluster_t *cluster, uint32_t n, uint32_t threads, uint32_t spin_us
                                       name,
                                       "--log-level",
                                       "warn",
+                                      "--ucx-net",
+                                      apart ? "lo" : "",
                                       n > 1 ? "--batch" : NULL, /* as `attnd dev` does */
                                       NULL};
         snprintf(name, sizeof(name), "worker-%u", cluster->n + 1);
-        process_start(&cluster->workers[cluster->n], worker);
+        process_start(&cluster->workers[cluster->n], apart, worker);
     }
+}
+
+void
+cluster_start(cluster_t *cluster, uint32_t n, uint32_t threads, uint32_t spin_us)
+{
+    start(cluster, false, n, threads, spin_us);
+}
+
+bool
+cluster_start_apart(cluster_t *cluster, uint32_t n, uint32_t threads, uint32_t spin_us)
+{
+    int status = 1;
+    pid_t pid  = fork();
+
+    if (pid == 0) {
+        _exit(unshare(CLONE_NEWIPC) != 0);
+    }
+    if (waitpid(pid, &status, 0) != pid || status != 0) {
+        return false;
+    }
+    start(cluster, true, n, threads, spin_us);
+    return true;
 }
 
 void
@@ -108,7 +136,7 @@ echoes_start(echoes_t *echoes, uint32_t n, uint32_t spin_us)
 
     snprintf(spin_text, sizeof(spin_text), "%u", spin_us);
     for (echoes->n = 0; echoes->n < n; echoes->n++) {
-        process_start(&echoes->servers[echoes->n], argv);
+        process_start(&echoes->servers[echoes->n], false, argv);
         echoes->ports[echoes->n] = (uint16_t)atoi(echoes->servers[echoes->n].line);
     }
 }

@@ -5,6 +5,7 @@
 #ifndef ATTN_BENCH_PROCESSES_H
 #define ATTN_BENCH_PROCESSES_H
 
+#include <stdbool.h>
 #include <stdint.h>
 #include <sys/types.h>
 
@@ -24,6 +25,10 @@ typedef struct cluster {
  * All have joined when it returns. Ends the program if one does not come up. */
 void cluster_start(cluster_t *cluster, uint32_t n, uint32_t threads, uint32_t spin_us);
 void cluster_stop(cluster_t *cluster);
+
+/** The same, but each worker has an IPC namespace of its own, as if it were on another host, and
+ * takes messages of UCX's over loopback. @return false: such namespaces are not allowed here */
+bool cluster_start_apart(cluster_t *cluster, uint32_t n, uint32_t threads, uint32_t spin_us);
 
 typedef struct echoes {
     process_t servers[PROCESSES_WORKERS_MAX];

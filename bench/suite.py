@@ -32,7 +32,7 @@ LIMIT = 600  # seconds for one program
 PROGRAMS = {
     "decode": ("CPU kernels against the roofline of the same run", ["bench/bench_attend"]),
     "layer": ("a remote layer without its kernel, against a bare gRPC echo", ["bench/bench_layer"]),
-    "latency": ("a layer's way rung by rung: in process, shared memory, gRPC", ["bench/bench_latency"]),
+    "latency": ("a layer's way rung by rung: in process, shared memory, messages, gRPC", ["bench/bench_latency"]),
     "fan": ("a layer over four workers, against local and a bare fan-out", ["bench/bench_fan"]),
     "begin": ("attn_step_begin() at the coordinator and on a worker", ["bench/bench_begin"]),
     "balance": ("placement in a large simulated cluster", ["bench/bench_balance"]),
