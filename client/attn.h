@@ -183,6 +183,8 @@ typedef struct attn_link_info {
 typedef struct attn_links_info {
     uint32_t n_links;
     attn_link_info_t *links; /**< [n_links]; free with attn_links_info_free() */
+    uint64_t dropped;        /**< messages of UCX's that answered nothing that was waited for: late
+                                ones, and strangers' */
 } attn_links_info_t;
 
 /** Workers are listed from the first step on that involves them; inproc:// has none.

@@ -494,6 +494,8 @@ attn_client_links(attn_client_t *client, attn_links_info_t *info)
     uint32_t n    = links_describe(client->links, links, room);
     info->n_links = n < room ? n : room;
     info->links   = links;
+    info->dropped =
+        links_asks(client->links) != NULL ? ucx_asks_dropped(links_asks(client->links)) : 0;
     return ATTN_OK;
 }
 

@@ -224,6 +224,9 @@ struct ucx_ask {
 attn_status_t ucx_asks_create(rpc_client_t *rpc, ucx_asks_t **asks_p);
 void ucx_asks_destroy(ucx_asks_t *asks); /* NULL is allowed */
 
+/** Messages that answered nothing that was waited for. */
+uint64_t ucx_asks_dropped(ucx_asks_t *asks);
+
 /** Look for answers now: when the server rang. On a progress thread of rpc. */
 void ucx_asks_look(ucx_asks_t *asks);
 

@@ -144,6 +144,15 @@ ucx_asks_look(ucx_asks_t *asks)
     look(asks);
 }
 
+uint64_t
+ucx_asks_dropped(ucx_asks_t *asks)
+{
+    pthread_mutex_lock(&asks->lock);
+    uint64_t dropped = asks->dropped;
+    pthread_mutex_unlock(&asks->lock);
+    return dropped;
+}
+
 /* ---- asking ---- */
 
 void

@@ -147,10 +147,7 @@ static uint64_t
 answers_dropped(side_t *side)
 {
     ucx_asks_look(side->asks);
-    pthread_mutex_lock(&side->asks->lock);
-    uint64_t n = side->asks->dropped;
-    pthread_mutex_unlock(&side->asks->lock);
-    return n;
+    return ucx_asks_dropped(side->asks);
 }
 
 static void
