@@ -54,12 +54,13 @@ typedef struct directory_options {
 typedef enum dir_effect_type {
     DIR_RELEASE_CHUNK, /**< worker, cache, chunk: release it there, if it is there */
     DIR_CLOSE_CACHE,   /**< worker, cache: return the region there */
+    DIR_KEEP_CHUNK,    /**< worker, cache, chunk, move: it stays, that move came to nothing */
 } dir_effect_type_t;
 
 typedef struct dir_effect {
     dir_effect_type_t type;
     uint32_t worker;
-    uint64_t cache, chunk;
+    uint64_t cache, chunk, move;
 } dir_effect_t;
 
 typedef void (*dir_effect_fn)(void *arg, const dir_effect_t *effect);
@@ -71,7 +72,7 @@ attn_status_t directory_create(const directory_options_t *options, dir_effect_fn
                                directory_t **directory_p);
 void directory_destroy(directory_t *directory);
 
-/** Grows whenever ownership changes: a worker joins or is lost. */
+/** Grows whenever ownership changes: a worker joins or is lost, or a chunk was moved. */
 uint64_t directory_epoch(const directory_t *directory);
 
 /* ---- workers ---- */
@@ -96,6 +97,7 @@ typedef struct dir_worker {
     char ucx_ways[32];
     uint32_t ucx_clients;
     uint64_t ucx_runs;
+    bool leaving; /**< nothing new is placed there: directory_worker_leave() */
 } dir_worker_t;
 
 /**
@@ -138,6 +140,7 @@ uint32_t directory_clients(const directory_t *directory);
 /** How many since the start. */
 typedef struct dir_counts {
     uint64_t workers_lost, leases_expired;
+    uint64_t chunks_moved, moves_failed;
 } dir_counts_t;
 
 const dir_counts_t *directory_counts(const directory_t *directory);
@@ -248,6 +251,52 @@ attn_status_t directory_seq_renew(directory_t *directory, attn_seq_t seq, uint32
 attn_status_t directory_seq_unseal(directory_t *directory, attn_seq_t seq, uint32_t i);
 attn_status_t directory_seq_cut(directory_t *directory, attn_seq_t seq, uint32_t n_chunks);
 attn_status_t directory_seq_free(directory_t *directory, attn_seq_t seq);
+
+/* ---- moving chunks ---- */
+
+/**
+ * A chunk on its way to another owner. The directory keeps room for it there, and goes on naming
+ * the old owner until directory_move_done(). There it has another id, so that what is left of an
+ * attempt that failed is never taken for the chunk itself.
+ */
+typedef struct dir_move {
+    uint64_t cache;
+    attn_seq_t seq; /**< one that lists it, as number i */
+    uint32_t i;
+    uint32_t from, to;    /**< workers */
+    uint64_t chunk, copy; /**< its id there and there; copy also stands for the attempt */
+} dir_move_t;
+
+/**
+ * Move chunk i of a sequence, for all that list it. Whoever begins ends it: done or failed.
+ * @param to  0: the worker with most room
+ * @return ATTN_ERR_INVALID      no chunk i, or it is there already
+ * @return ATTN_ERR_LOST         its owner is lost
+ * @return ATTN_ERR_UNAVAILABLE  `to` is not alive, or has no region of the cache; or nobody else
+ * has
+ * @return ATTN_ERR_EXHAUSTED    `to`, or every other worker, has no room, or is leaving
+ */
+attn_status_t directory_move_begin(directory_t *directory, attn_seq_t seq, uint32_t i, uint32_t to,
+                                   dir_move_t *move);
+
+/**
+ * All of it is at `to`, and the old owner lets no step name it any more: from now on `to` owns it,
+ * and the epoch grows. Effect: the old owner releases it.
+ * @return ATTN_ERR_NOT_FOUND    the sequence, or the cache, is gone, or has another chunk there
+ * @return ATTN_ERR_UNAVAILABLE  `to` is lost; in either case the move goes on to be failed
+ */
+attn_status_t directory_move_done(directory_t *directory, const dir_move_t *move);
+
+/** It came to nothing, and all is as before. Effects: if held, the old owner keeps it; if copied,
+ * the other one releases what it has. */
+void directory_move_failed(directory_t *directory, const dir_move_t *move, bool held, bool copied);
+
+/** Place nothing new on the worker; or do again. Forks and cuts of what is there still may add to
+ * it. @return ATTN_ERR_NOT_FOUND  it is lost, or never was */
+attn_status_t directory_worker_leave(directory_t *directory, uint32_t id, bool leave);
+
+/** Chunks that it owns, whether or not it ever saw them. */
+uint64_t directory_worker_chunks(const directory_t *directory, uint32_t id);
 
 /* ---- constants for the cost model ---- */
 

@@ -249,6 +249,9 @@ directory_cache_on_worker(directory_t *directory, uint64_t id, uint32_t worker_i
     }
     status = spot_insert(cache, worker_id, n_pages);
     if (status == ATTN_OK) {
+        dir_spot_find(cache, worker_id)->leaving = worker->leaving;
+    }
+    if (status == ATTN_OK) {
         memcpy(cache->cache.kind, worker->kind, sizeof(worker->kind));
     }
     return status;

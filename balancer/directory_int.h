@@ -7,6 +7,7 @@
  *     directory_clients.c    leases, and the sweep that frees what a client or cache leaves
  *     directory_caches.c     open, join, close; regions on workers
  *     directory_sequences.c  placement, and the operations on sequences
+ *     directory_moves.c      chunks that change their owner
  */
 #ifndef ATTN_BALANCER_DIRECTORY_INT_H
 #define ATTN_BALANCER_DIRECTORY_INT_H
@@ -24,6 +25,8 @@ typedef struct dir_spot {
     uint32_t n_pages;
     uint64_t placed; /**< pages of the chunks placed there, each counted as if it were full */
     uint64_t fill;   /**< how full they are as far as is known: in DIR_FULLths of a chunk */
+    uint64_t coming; /**< pages kept for chunks that are being moved there */
+    bool leaving;    /**< nothing new is placed there */
 } dir_spot_t;
 
 typedef struct dir_cache_entry {
@@ -116,6 +119,13 @@ void dir_cache_drop(directory_t *directory, dir_cache_entry_t *cache);
 
 /* directory_sequences.c */
 attn_status_t dir_seq_free(directory_t *directory, attn_seq_t seq, const seq_info_t *info);
+/** The sequence, and the cache that it is of. @return ATTN_ERR_NOT_FOUND */
+attn_status_t dir_seq_get(const directory_t *directory, attn_seq_t seq, seq_info_t *info,
+                          dir_cache_entry_t **cache_p);
+/** Pages that may be given out. */
+uint64_t dir_spot_room(const dir_spot_t *spot);
+/** The one with most room but for that of a worker (0: of all); NULL: there is no other. */
+dir_spot_t *dir_spot_best(const dir_cache_entry_t *cache, uint32_t except);
 
 static inline void
 dir_emit(const directory_t *directory, dir_effect_type_t type, uint32_t worker, uint64_t cache,

@@ -13,6 +13,7 @@
 #define IDS_MAX 65536
 #define WORKERS_MAX 128
 #define CLIENTS 3
+#define MOVES_MAX 8
 
 static uint64_t random_state = 7;
 
@@ -28,6 +29,7 @@ typedef struct chunk_model {
     uint32_t worker;
     uint32_t released; /* effects */
     bool listed, listed_before;
+    bool copy_of_none; /* of a move that failed: nobody ever lists it */
 } chunk_model_t;
 
 typedef struct model {
@@ -41,6 +43,9 @@ typedef struct model {
     uint32_t n_seqs;
     chunk_model_t chunks[IDS_MAX];
     uint64_t last_id;
+    dir_move_t moves[MOVES_MAX]; /* begun */
+    uint32_t n_moves;
+    uint64_t moved;
 } model_t;
 
 static model_t model;
@@ -76,6 +81,18 @@ list_sequence(model_t *m, attn_seq_t seq)
     }
 }
 
+/* Chunks on their way there. */
+static uint32_t
+coming(const model_t *m, uint64_t cache, uint32_t worker)
+{
+    uint32_t n = 0;
+
+    for (uint32_t i = 0; i < m->n_moves; i++) {
+        n += m->moves[i].cache == cache && m->moves[i].to == worker;
+    }
+    return n;
+}
+
 static void
 check_pages(const model_t *m)
 {
@@ -94,6 +111,7 @@ check_pages(const model_t *m)
             assert_int_equal(spot != NULL, m->alive[w]);
             if (spot) {
                 assert_int_equal(spot->placed, (uint64_t)count[i][w] * CHUNK_PAGES);
+                assert_int_equal(spot->coming, (uint64_t)coming(m, m->caches[i], w) * CHUNK_PAGES);
             }
         }
     }
@@ -105,7 +123,10 @@ check_step(model_t *m)
 {
     for (uint32_t i = 0; i < m->f.n_effects; i++) {
         const dir_effect_t *effect = &m->f.effects[i];
-        if (effect->type == DIR_RELEASE_CHUNK) {
+        if (effect->type == DIR_RELEASE_CHUNK && effect->chunk <= m->last_id &&
+            m->chunks[effect->chunk].copy_of_none) {
+            m->chunks[effect->chunk].released++; /* what came of a move that failed */
+        } else if (effect->type == DIR_RELEASE_CHUNK) {
             assert_in_range(effect->chunk, 1, m->last_id);
             assert_int_equal(effect->cache, m->chunks[effect->chunk].cache);
             assert_int_equal(effect->worker, m->chunks[effect->chunk].worker);
@@ -122,6 +143,7 @@ check_step(model_t *m)
     }
     for (uint64_t id = 1; id <= m->last_id; id++) {
         const chunk_model_t *chunk = &m->chunks[id];
+        assert_false(chunk->listed && chunk->copy_of_none);
         if (chunk->listed) {
             assert_int_equal(chunk->released, 0);
         } else if (chunk->listed_before) {
@@ -164,7 +186,8 @@ check_placed(model_t *m, attn_seq_t seq, uint32_t from)
         if (cache->cache.geometry.placement == ATTN_PLACE_SPREAD) {
             const dir_spot_t *by_formula = spot_by_formula(m, cache, seq, c);
             assert_true(spot == by_formula ||
-                        by_formula->placed + CHUNK_PAGES > by_formula->n_pages);
+                        by_formula->placed + by_formula->coming + CHUNK_PAGES >
+                            by_formula->n_pages);
         }
     }
 }
@@ -280,12 +303,71 @@ step_renew(model_t *m, uint32_t i, uint32_t c)
     assert_int_equal(after->sealed, before.sealed || sealed);
 }
 
+/* Begin a move of any chunk to any worker; with room for it, unless it was refused. */
+static void
+step_move_begin(model_t *m, uint32_t i, uint32_t c)
+{
+    dir_move_t *move = &m->moves[m->n_moves];
+    uint32_t to      = random_below(m->n_workers + 1);
+
+    if (m->n_moves == MOVES_MAX) {
+        return;
+    }
+    const seq_chunk_t before = *seq_chunk_at(directory_sequences(m->f.directory), m->seqs[i], c);
+    attn_status_t status     = directory_move_begin(m->f.directory, m->seqs[i], c, to, move);
+    if (status != ATTN_OK) {
+        assert_true(status == ATTN_ERR_EXHAUSTED || status == ATTN_ERR_UNAVAILABLE ||
+                    (status == ATTN_ERR_LOST && !m->alive[before.worker]) ||
+                    (status == ATTN_ERR_INVALID && before.worker == to));
+        return;
+    }
+    assert_true(m->alive[move->from] && m->alive[move->to] && move->from != move->to);
+    assert_int_equal(move->from, before.worker);
+    assert_true(to == 0 || move->to == to);
+    assert_true(move->copy > m->last_id && move->copy < IDS_MAX);
+    m->last_id                   = move->copy;
+    m->chunks[move->copy].cache  = move->cache;
+    m->chunks[move->copy].worker = move->to;
+    m->n_moves++;
+    const dir_spot_t *spot = dir_spot_find(dir_cache_find(m->f.directory, move->cache), move->to);
+    assert_true(spot->placed + spot->coming <= spot->n_pages || spot->placed > spot->n_pages);
+}
+
+/* End one, well if that is possible. */
+static void
+step_move_end(model_t *m, bool well)
+{
+    uint32_t k               = random_below(m->n_moves);
+    dir_move_t move          = m->moves[k];
+    const seq_table_t *table = directory_sequences(m->f.directory);
+    const seq_chunk_t *now   = seq_chunk_at(table, move.seq, move.i);
+    bool there               = now && now->id == move.chunk;
+
+    attn_status_t status = well ? directory_move_done(m->f.directory, &move) : ATTN_ERR_CANCELLED;
+    if (status == ATTN_OK) {
+        assert_true(there && m->alive[move.to]);
+        assert_int_equal(now->worker, move.to);
+        assert_int_equal(now->id, move.copy);
+        m->moved++;
+    } else {
+        assert_true(!well || !there || !m->alive[move.to]);
+        directory_move_failed(m->f.directory, &move, random_below(2), random_below(2));
+        m->chunks[move.copy].copy_of_none = true;
+    }
+    m->moves[k] = m->moves[--m->n_moves];
+}
+
 static void
 step_sequence(model_t *m, uint32_t i)
 {
     uint32_t n = n_chunks_of(&m->f, m->seqs[i]);
 
-    switch (random_below(8)) {
+    switch (random_below(10)) {
+    case 8:
+        if (n > 0) {
+            step_move_begin(m, i, random_below(n));
+        }
+        break;
     case 0:
         assert_int_equal(directory_seq_free(m->f.directory, m->seqs[i]), ATTN_OK);
         forget(m, i);
@@ -317,7 +399,9 @@ step(model_t *m)
 {
     uint32_t client = random_below(CLIENTS), what = random_below(100);
 
-    if (what < 2) {
+    if (m->n_moves > 0 && random_below(8) == 0) {
+        step_move_end(m, random_below(4) > 0);
+    } else if (what < 2) {
         step_client_goes(m, client);
     } else if (what < 5) {
         step_worker(m);
@@ -352,7 +436,8 @@ model_open(model_t *m)
 static void
 test_random_histories(void **state)
 {
-    model_t *m = &model;
+    model_t *m     = &model;
+    uint64_t moved = 0;
     (void)state;
     for (uint32_t round = 0; round < ROUNDS; round++) {
         uint32_t n_alive = 0, n_closed = 0;
@@ -361,6 +446,11 @@ test_random_histories(void **state)
             step(m);
             check_step(m);
         }
+        while (m->n_moves > 0) {
+            step_move_end(m, true);
+            check_step(m);
+        }
+        moved += m->moved;
         assert_int_equal(seq_table_check(directory_sequences(m->f.directory)), ATTN_OK);
 
         /* Everybody goes: what is left is released, then the regions are closed. */
@@ -380,6 +470,7 @@ test_random_histories(void **state)
         assert_int_equal(seq_chunk_count(directory_sequences(m->f.directory)), 0);
         fixture_close(&m->f);
     }
+    assert_true(moved > 100);
 }
 
 /* ---- speed ---- */

@@ -26,8 +26,9 @@
 static const uint32_t DRAW_STEPS[] = {1031, 1033, 1039, 1049, 1051, 1061, 1063, 1069,
                                       1087, 1091, 1093, 1097, 1103, 1109, 1117, 1123};
 
-static attn_status_t
-seq_get(const directory_t *directory, attn_seq_t seq, seq_info_t *info, dir_cache_entry_t **cache_p)
+attn_status_t
+dir_seq_get(const directory_t *directory, attn_seq_t seq, seq_info_t *info,
+            dir_cache_entry_t **cache_p)
 {
     attn_status_t status = seq_describe(directory->sequences, seq, info);
 
@@ -72,10 +73,12 @@ directory_seq_create(directory_t *directory, uint64_t cache_id, uint32_t client_
 
 /* ---- placement ---- */
 
-static uint64_t
-free_pages(const dir_spot_t *spot)
+uint64_t
+dir_spot_room(const dir_spot_t *spot)
 {
-    return spot->n_pages > spot->placed ? spot->n_pages - spot->placed : 0;
+    uint64_t taken = spot->placed + spot->coming;
+
+    return spot->n_pages > taken && !spot->leaving ? spot->n_pages - taken : 0;
 }
 
 /* Pages that will be free as far as is known, in DIR_FULLths. */
@@ -89,21 +92,25 @@ expected_room(const dir_cache_entry_t *cache, const dir_spot_t *spot)
 static bool
 is_better(const dir_cache_entry_t *cache, const dir_spot_t *a, const dir_spot_t *b)
 {
-    bool fits_a = free_pages(a) >= cache->chunk_pages, fits_b = free_pages(b) >= cache->chunk_pages;
+    bool fits_a = dir_spot_room(a) >= cache->chunk_pages,
+         fits_b = dir_spot_room(b) >= cache->chunk_pages;
 
     if (!fits_a || !fits_b) {
-        return fits_a != fits_b ? fits_a : free_pages(a) > free_pages(b);
+        return fits_a != fits_b ? fits_a : dir_spot_room(a) > dir_spot_room(b);
     }
     return expected_room(cache, a) > expected_room(cache, b);
 }
 
-static dir_spot_t *
-best_of_all(const dir_cache_entry_t *cache)
+dir_spot_t *
+dir_spot_best(const dir_cache_entry_t *cache, uint32_t except)
 {
-    dir_spot_t *best = &cache->spots[0];
+    dir_spot_t *best = NULL;
 
-    for (uint32_t i = 1; i < cache->n_spots; i++) {
-        best = is_better(cache, &cache->spots[i], best) ? &cache->spots[i] : best;
+    for (uint32_t i = 0; i < cache->n_spots; i++) {
+        dir_spot_t *spot = &cache->spots[i];
+        if (spot->worker != except && (best == NULL || is_better(cache, spot, best))) {
+            best = spot;
+        }
     }
     return best;
 }
@@ -126,7 +133,7 @@ best_drawn(const dir_cache_entry_t *cache, attn_seq_t seq)
     dir_spot_t *best = &cache->spots[drawn(cache, seq, 0)];
 
     if (cache->n_spots <= DRAWS) {
-        return best_of_all(cache);
+        return dir_spot_best(cache, 0);
     }
     for (uint32_t k = 1; k < DRAWS; k++) {
         dir_spot_t *spot = &cache->spots[drawn(cache, seq, k)];
@@ -226,17 +233,17 @@ choose_spot(const directory_t *directory, dir_cache_entry_t *cache, attn_seq_t s
     } else if (c > 0) {
         /* With chunk 0; a sequence that outgrew that worker goes on where it went. */
         spot = spot_of_chunk(directory, cache, seq, 0);
-        if (!spot || free_pages(spot) < cache->chunk_pages) {
+        if (!spot || dir_spot_room(spot) < cache->chunk_pages) {
             spot = spot_of_chunk(directory, cache, seq, c - 1);
         }
     }
     if (!spot && c == 0) {
         spot = best_drawn(cache, seq);
     }
-    if (!spot || free_pages(spot) < cache->chunk_pages) {
-        spot = best_of_all(cache);
+    if (!spot || dir_spot_room(spot) < cache->chunk_pages) {
+        spot = dir_spot_best(cache, 0);
     }
-    return free_pages(spot) >= cache->chunk_pages ? spot : NULL;
+    return dir_spot_room(spot) >= cache->chunk_pages ? spot : NULL;
 }
 
 static attn_status_t
@@ -250,7 +257,7 @@ fail_no_room(const dir_cache_entry_t *cache, attn_seq_t seq, uint32_t c)
                      "cache \"%s\": chunk %u of sequence %" PRIu64 " takes %u pages; "
                      "of %u workers the emptiest has %" PRIu64 " free",
                      cache->cache.name, c, seq.id, cache->chunk_pages, cache->n_spots,
-                     free_pages(best_of_all(cache)));
+                     dir_spot_room(dir_spot_best(cache, 0)));
 }
 
 static attn_status_t
@@ -334,7 +341,7 @@ directory_seq_reserve(directory_t *directory, attn_seq_t seq, uint64_t tokens)
 {
     seq_info_t info;
     dir_cache_entry_t *cache;
-    attn_status_t status = seq_get(directory, seq, &info, &cache);
+    attn_status_t status = dir_seq_get(directory, seq, &info, &cache);
 
     if (status) {
         return status;
@@ -396,7 +403,7 @@ directory_seq_fork(directory_t *directory, attn_seq_t seq, uint32_t client_id, u
     dir_client_t *client;
     dir_spot_t *spot     = NULL;
     uint64_t tail        = 0;
-    attn_status_t status = seq_get(directory, seq, &info, &cache);
+    attn_status_t status = dir_seq_get(directory, seq, &info, &cache);
 
     status = status ? status : dir_client_get(directory, client_id, &client);
     if (status == ATTN_OK && with_tail) {
@@ -423,7 +430,7 @@ directory_seq_replace(directory_t *directory, attn_seq_t seq, uint32_t i, uint64
     seq_info_t info;
     dir_cache_entry_t *cache;
     dir_spot_t *spot;
-    attn_status_t status = seq_get(directory, seq, &info, &cache);
+    attn_status_t status = dir_seq_get(directory, seq, &info, &cache);
 
     status = status ? status : spot_to_share(directory, cache, seq, &info, i, &spot);
     if (status) {
@@ -442,7 +449,7 @@ directory_seq_renew(directory_t *directory, attn_seq_t seq, uint32_t i, bool sea
 {
     seq_info_t info;
     dir_cache_entry_t *cache;
-    attn_status_t status = seq_get(directory, seq, &info, &cache);
+    attn_status_t status = dir_seq_get(directory, seq, &info, &cache);
 
     if (status) {
         return status;

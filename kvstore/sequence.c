@@ -7,6 +7,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#define WALK_LOOKS 65536u /* of one call of seq_walk_owned(): a millisecond at most */
+
 /* The finisher of a hash: every bit of the seed reaches every bit of the result. */
 uint64_t
 seq_first_id(uint64_t seed, uint32_t which, uint32_t bits)
@@ -502,6 +504,19 @@ seq_chunk_renew(seq_table_t *table, attn_seq_t id, uint32_t i, uint32_t worker, 
 }
 
 attn_status_t
+seq_chunk_move(seq_table_t *table, attn_seq_t id, uint32_t i, uint32_t worker, uint64_t chunk)
+{
+    seq_chunk_t *record = NULL;
+
+    attn_status_t status = chunk_need(table, id, i, &record);
+    if (status == ATTN_OK) {
+        record->id     = chunk;
+        record->worker = worker;
+    }
+    return status;
+}
+
+attn_status_t
 seq_chunk_unseal(seq_table_t *table, attn_seq_t id, uint32_t i)
 {
     seq_chunk_t *chunk = NULL;
@@ -574,6 +589,33 @@ seq_for_each(const seq_table_t *table,
             visit(arg, seq_id(i, seq->generation), &info);
         }
     }
+}
+
+uint32_t
+seq_walk_owned(const seq_table_t *table, uint32_t worker, seq_walk_t *walk, seq_place_t *places,
+               uint32_t room)
+{
+    uint32_t n = 0, looks = WALK_LOOKS;
+
+    for (; walk->slot < table->n_slots && looks > 0; walk->slot++, walk->i = 0, looks--) {
+        const seq_t *seq    = &table->slots[walk->slot];
+        uint32_t n_chunks   = seq->capacity > 0 ? seq->n_chunks : 0;
+        const attn_seq_t id = seq_id(walk->slot, seq->generation);
+        for (; walk->i < n_chunks && looks > 1; walk->i++, looks--) {
+            if (table->chunks[seq_list_const(seq)[walk->i]].worker != worker) {
+                continue;
+            }
+            if (n == room) {
+                return n;
+            }
+            places[n++] = (seq_place_t){.seq = id, .i = walk->i};
+        }
+        if (walk->i < n_chunks) {
+            return n; /* the rest of a long one the next time */
+        }
+    }
+    walk->over = walk->slot == table->n_slots;
+    return n;
 }
 
 uint64_t

@@ -114,6 +114,11 @@ attn_status_t seq_chunk_replace(seq_table_t *table, attn_seq_t seq, uint32_t i, 
 attn_status_t seq_chunk_renew(seq_table_t *table, attn_seq_t seq, uint32_t i, uint32_t worker,
                               bool sealed);
 
+/** Chunk i has another owner from now on, where its id is `chunk`, from seq_chunk_id(): for every
+ * sequence that lists it. Its fill and seal stay. @return ATTN_ERR_INVALID  there is no chunk i */
+attn_status_t seq_chunk_move(seq_table_t *table, attn_seq_t seq, uint32_t i, uint32_t worker,
+                             uint64_t chunk);
+
 /** Chunk i, which seq alone lists, was cut, and may grow again. @return ATTN_ERR_INVALID  there is
  * no chunk i, or others list it */
 attn_status_t seq_chunk_unseal(seq_table_t *table, attn_seq_t seq, uint32_t i);
@@ -129,6 +134,23 @@ attn_status_t seq_free(seq_table_t *table, attn_seq_t seq, seq_release_fn releas
 /** Call visit for every sequence, in the order of slots; visit must not change the table. */
 void seq_for_each(const seq_table_t *table,
                   void (*visit)(void *arg, attn_seq_t seq, const seq_info_t *info), void *arg);
+
+/** Where a walk over all chunks is: {0} at first. */
+typedef struct seq_walk {
+    uint32_t slot, i;
+    bool over;
+} seq_walk_t;
+
+typedef struct seq_place {
+    attn_seq_t seq;
+    uint32_t i;
+} seq_place_t;
+
+/** Chunks that `worker` owns, each by a sequence that lists it, from where the walk is: at most
+ * room, and it looks at a few ten thousand chunks at most. What changes behind it is not seen.
+ * @return how many; the walk is over when it says so */
+uint32_t seq_walk_owned(const seq_table_t *table, uint32_t worker, seq_walk_t *walk,
+                        seq_place_t *places, uint32_t room);
 
 uint64_t seq_count(const seq_table_t *table);
 uint64_t seq_chunk_count(const seq_table_t *table);
