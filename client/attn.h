@@ -143,6 +143,7 @@ typedef struct attn_worker_info {
     double many_flops[4];  /**< ... and for more */
     double hop_seconds;    /**< from the coordinator to it and back, of a small message */
     double link_bandwidth; /**< bytes/s of that way, there and back together */
+    bool leaving;          /**< nothing new is placed there: attn_worker_drain() */
 } attn_worker_info_t;
 
 /** The cluster as the coordinator sees it. */
@@ -161,6 +162,30 @@ typedef struct attn_cluster_info {
 
 /** @return ATTN_ERR_UNAVAILABLE  the coordinator does not answer */
 ATTN_API attn_status_t attn_cluster_describe(attn_client_t *client, attn_cluster_info_t *info);
+
+/** What a call that moves chunks came to. */
+typedef struct attn_moved {
+    uint64_t chunks, bytes; /**< moved, and k and v of them */
+    uint64_t left;          /**< chunks that are to be moved still: call again */
+    uint64_t failed;   /**< attempts; those chunks are where they were, and among the ones left */
+    attn_status_t why; /**< the last of them failed */
+    char reason[256];  /**< as a sentence */
+} attn_moved_t;
+
+/**
+ * Have a worker emptied, before it is stopped: nothing new is placed there from now on, and its
+ * chunks are moved to others. Takes a second and the chunk at hand, up to a minute in all: call
+ * again while some are left. Sequences stay in use: steps that are open on a chunk are waited for,
+ * a second at most, and then that chunk is tried again by the next call.
+ *
+ * @param to    where to; 0: each chunk to the worker with most room
+ * @param stay  true: instead, the worker is as any other again
+ * @return ATTN_ERR_NOT_FOUND    the worker is not alive
+ * @return ATTN_ERR_EXHAUSTED    others have no room, and none was moved
+ * @return ATTN_ERR_UNAVAILABLE  no other worker has the cache, or one does not answer; likewise
+ */
+ATTN_API attn_status_t attn_worker_drain(attn_client_t *client, uint32_t worker, uint32_t to,
+                                         bool stay, attn_moved_t *moved);
 ATTN_API void attn_cluster_info_free(attn_cluster_info_t *info);
 
 /** How this client reaches a worker that it has begun a step on. */
@@ -244,6 +269,18 @@ ATTN_API attn_status_t attn_seq_truncate(attn_cache_t *cache, attn_seq_t seq, ui
 
 /** Free the sequence; its id is refused from now on. @return ATTN_ERR_BUSY  a step is open on it */
 ATTN_API attn_status_t attn_seq_free(attn_cache_t *cache, attn_seq_t seq);
+
+/**
+ * Move chunks of a sequence to another worker, for all that share them: those that are not there,
+ * or with `from` only those of one worker. Answers stay the same, bit by bit. As
+ * attn_worker_drain() it takes a second and the chunk at hand, and leaves what fails where it was.
+ *
+ * @param from  0: of any worker
+ * @param to    0: each to the worker with most room; then from is not 0
+ * @return ATTN_ERR_NOT_FOUND  the sequence; otherwise as attn_worker_drain()
+ */
+ATTN_API attn_status_t attn_seq_move(attn_cache_t *cache, attn_seq_t seq, uint32_t from,
+                                     uint32_t to, attn_moved_t *moved);
 
 typedef struct attn_chunk_info {
     uint64_t chunk;      /**< its id; sequences that share it show the same */

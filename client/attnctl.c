@@ -7,6 +7,8 @@
  *     attnctl doctor                    what is wrong, and what to do
  *     attnctl seq 4294967297 --cache chat    where a sequence's chunks live
  *     attnctl explain --tokens 131072  what a layer would take, by where it is merged
+ *     attnctl move 4294967297 --cache chat --to 2    to another worker
+ *     attnctl drain 3                   empty a worker, before it is stopped
  *     attnctl bench --context 8192     drive it, measure, and verify
  *
  * Exit codes: 0 fine, 1 a problem of the cluster, 2 a mistake in the arguments.
@@ -43,6 +45,15 @@ static const char usage[] =
     "  explain [ID] [options]\n"
     "        What a layer of a step would take, whole and spread, and which is taken: see explain\n"
     "        --help.\n"
+    "  move ID --cache NAME --to WORKER [--from WORKER] [--json]\n"
+    "        Move the chunks of a sequence to another worker: all, or those of one. Sequences stay "
+    "in\n"
+    "        use, and answers the same.\n"
+    "  drain WORKER [--to WORKER] [--undo] [--json]\n"
+    "        Empty a worker, before it is stopped: nothing new is placed there, and its chunks go "
+    "to\n"
+    "        other workers. --undo: place chunks there again. Workers are those of status, by "
+    "number.\n"
     "  bench [options]\n"
     "        Drive the cluster with decode steps, measure, and verify answers: see bench --help.\n"
     "\n"
@@ -125,6 +136,18 @@ number_from_text(const char *text, uint64_t most, uint64_t *number)
     return errno == 0 && text[0] >= '0' && text[0] <= '9' && *end == '\0' && *number <= most;
 }
 
+static bool
+worker_from_text(const char *text, uint32_t *worker)
+{
+    uint64_t number;
+
+    if (!number_from_text(text, UINT32_MAX, &number) || number == 0) {
+        return false;
+    }
+    *worker = (uint32_t)number;
+    return true;
+}
+
 typedef struct arguments {
     const char *words[3]; /* that are no options: the command and what it is about */
     int n_words;
@@ -134,7 +157,7 @@ typedef struct arguments {
 } arguments_t;
 
 /* Options without a letter. */
-enum { TLS_CA = 256, TLS_CERT, TLS_KEY, TLS_SERVER_NAME };
+enum { TLS_CA = 256, TLS_CERT, TLS_KEY, TLS_SERVER_NAME, FROM, TO };
 
 /* Returns 0, or the code to exit with. */
 static int
@@ -149,6 +172,9 @@ read_arguments(int argc, char **argv, attnctl_t *ctl, arguments_t *arguments)
         {"tls-cert", required_argument, NULL, TLS_CERT},
         {"tls-key", required_argument, NULL, TLS_KEY},
         {"tls-server-name", required_argument, NULL, TLS_SERVER_NAME},
+        {"from", required_argument, NULL, FROM},
+        {"to", required_argument, NULL, TO},
+        {"undo", no_argument, NULL, 'u'},
         {"json", no_argument, NULL, 'j'},
         {"watch", no_argument, NULL, 'w'},
         {"once", no_argument, NULL, '1'},
@@ -187,6 +213,15 @@ read_arguments(int argc, char **argv, attnctl_t *ctl, arguments_t *arguments)
         case TLS_SERVER_NAME:
             arguments->tls.tls_server_name = optarg;
             break;
+        case 'u':
+            ctl->undo = true;
+            break;
+        case FROM:
+        case TO:
+            if (!worker_from_text(optarg, option == TO ? &ctl->to : &ctl->from)) {
+                return mistake("a WORKER is a number above 0", optarg);
+            }
+            break;
         case 'o':
             if (!number_from_text(optarg, 60000, &arguments->timeout_ms)) {
                 return mistake("--timeout is 0 to 60000 ms", optarg);
@@ -224,7 +259,7 @@ static int (*pick_command(attnctl_t *ctl, const arguments_t *arguments))(const a
     const char *command = arguments->n_words > 0 ? arguments->words[0] : NULL;
 
     if (command == NULL) {
-        mistake("which command? status, top, doctor, seq, explain or bench", NULL);
+        mistake("which command? status, top, doctor, seq, explain, move, drain or bench", NULL);
     } else if (strcmp(command, "status") == 0) {
         if (arguments->n_words == 1) {
             return attnctl_status;
@@ -235,17 +270,27 @@ static int (*pick_command(attnctl_t *ctl, const arguments_t *arguments))(const a
             return command[0] == 't' ? attnctl_top : attnctl_doctor;
         }
         mistake("top and doctor take no argument", arguments->words[1]);
-    } else if (strcmp(command, "seq") == 0) {
+    } else if (strcmp(command, "seq") == 0 || strcmp(command, "move") == 0) {
+        bool move = command[0] == 'm';
         if (arguments->n_words != 2 || ctl->cache == NULL) {
-            mistake("seq wants an ID and --cache NAME", NULL);
+            mistake("seq and move want an ID and --cache NAME", NULL);
         } else if (!number_from_text(arguments->words[1], UINT64_MAX, &ctl->seq) || ctl->seq == 0) {
             mistake("a sequence's ID is a number above 0", arguments->words[1]);
+        } else if (move && ctl->to == 0 && ctl->from == 0) {
+            mistake("move wants --to WORKER, or --from WORKER", NULL);
         } else {
-            return attnctl_seq;
+            return move ? attnctl_move : attnctl_seq;
         }
+    } else if (strcmp(command, "drain") == 0) {
+        if (arguments->n_words == 2 && worker_from_text(arguments->words[1], &ctl->worker)) {
+            return attnctl_drain;
+        }
+        mistake("drain wants a WORKER, by number", NULL);
     } else {
-        mistake("there is no such command; there are status, top, doctor, seq, explain and bench",
-                command);
+        mistake(
+            "there is no such command; there are status, top, doctor, seq, explain, move, drain "
+            "and bench",
+            command);
     }
     return NULL;
 }

@@ -3,7 +3,7 @@
 # CMakeLists.txt.
 find_library(CJSON_LIBRARY cjson REQUIRED)
 attn_program(attnctl attnctl.c attnctl_status.c attnctl_sample.c attnctl_top.c attnctl_doctor.c
-             attnctl_doctor_trip.c attnctl_seq.c attnctl_bench.c attnctl_bench_load.c
+             attnctl_doctor_trip.c attnctl_seq.c attnctl_move.c attnctl_bench.c attnctl_bench_load.c
              attnctl_bench_data.c attnctl_bench_dev.c attnctl_explain.c
              attnctl_measure.c)
 target_include_directories(attnctl PRIVATE ${PROJECT_SOURCE_DIR}/client)

@@ -16,10 +16,11 @@ typedef struct attnctl {
     attn_client_t *client;
     const char *target;
     const attn_client_options_t *options; /* that client was, or would be, opened with */
-    bool json, watch, once;
+    bool json, watch, once, undo;
     uint32_t interval_ms; /* 0: rates are means since start */
     const char *cache;
     uint64_t seq;
+    uint32_t worker, from, to; /* 0: not said */
 } attnctl_t;
 
 /** Set by SIGINT and SIGTERM: end what goes on. */
@@ -28,6 +29,8 @@ extern volatile sig_atomic_t attnctl_stop;
 int attnctl_status(const attnctl_t *ctl);
 int attnctl_seq(const attnctl_t *ctl);
 int attnctl_top(const attnctl_t *ctl);
+int attnctl_move(const attnctl_t *ctl);
+int attnctl_drain(const attnctl_t *ctl);
 
 /** Opens a client of its own: ctl->client is NULL. */
 int attnctl_doctor(const attnctl_t *ctl);

@@ -70,19 +70,19 @@ print_table(const attnctl_t *ctl, const sample_t *first, const sample_t *last)
     printf(", %u of %u workers alive, %u clients, %u caches, %" PRIu64 " sequences\n",
            sample_alive(info), info->n_workers, info->clients, info->caches, info->sequences);
     printf("rates: %s\n\n", first != NULL ? "measured now" : "means since the coordinator's start");
-    printf("%6s  %-5s  %-21s  %-18s %10s %10s %10s %8s %6s %9s %12s\n", "worker", "state",
+    printf("%6s  %-7s  %-21s  %-18s %10s %10s %10s %8s %6s %9s %12s\n", "worker", "state",
            "address", "kind", "slab", "in caches", "in use", "chunks", "steps", "layers/s",
            "KV read/s");
     for (uint32_t i = 0; i < info->n_workers; i++) {
         const attn_worker_info_t *w = &info->workers[i];
         if (!w->alive) {
-            printf("%6u  %-5s  %-21s  %-18s\n", w->id, "LOST", w->address, w->kind);
+            printf("%6u  %-7s  %-21s  %-18s\n", w->id, "LOST", w->address, w->kind);
             continue;
         }
         rates_t rates = sample_rates(w, first, last);
-        printf("%6u  %-5s  %-21s  %-18s %10s %10s %10s %8" PRIu64 " %6" PRIu64 " %9.1f %12s\n",
-               w->id, "alive", w->address, w->kind, BYTES(w->slab_bytes), BYTES(w->region_bytes),
-               BYTES(w->used_bytes), w->chunks, w->open_steps, rates.runs,
+        printf("%6u  %-7s  %-21s  %-18s %10s %10s %10s %8" PRIu64 " %6" PRIu64 " %9.1f %12s\n",
+               w->id, w->leaving ? "leaving" : "alive", w->address, w->kind, BYTES(w->slab_bytes),
+               BYTES(w->region_bytes), BYTES(w->used_bytes), w->chunks, w->open_steps, rates.runs,
                BYTES((uint64_t)rates.kv_bytes));
     }
     print_devices(info);
@@ -114,6 +114,7 @@ worker_json(const attn_worker_info_t *w, rates_t rates)
     attnctl_json_u64(object, "ucx_clients", w->ucx_clients);
     attnctl_json_u64(object, "ucx_runs", w->ucx_runs);
     cJSON_AddStringToObject(object, "ucx_ways", w->ucx_ways);
+    cJSON_AddBoolToObject(object, "leaving", w->leaving);
     cJSON_AddNumberToObject(object, "runs_per_s", w->alive ? rates.runs : 0);
     cJSON_AddNumberToObject(object, "kv_bytes_per_s", w->alive ? rates.kv_bytes : 0);
     return object;

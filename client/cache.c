@@ -246,6 +246,20 @@ attn_seq_free(attn_cache_t *cache, attn_seq_t seq)
 }
 
 attn_status_t
+attn_seq_move(attn_cache_t *cache, attn_seq_t seq, uint32_t from, uint32_t to, attn_moved_t *moved)
+{
+    control_t *control    = cache->client->control;
+    uint64_t deadline     = attn_now_ns() + CLIENT_MOVE_MS * ATTN_NS_PER_MS;
+    cluster_moved_t there = {0};
+
+    forget(cache, seq);
+    attn_status_t status =
+        control->ops->seq_move(control, cache->id, seq, from, to, deadline, &there);
+    client_moved(&there, moved);
+    return status;
+}
+
+attn_status_t
 attn_seq_describe(attn_cache_t *cache, attn_seq_t seq, attn_seq_info_t *info)
 {
     control_t *control    = cache->client->control;

@@ -471,6 +471,30 @@ attn_cluster_describe(attn_client_t *client, attn_cluster_info_t *info)
 }
 
 void
+client_moved(const cluster_moved_t *from, attn_moved_t *to)
+{
+    *to = (attn_moved_t){.chunks = from->chunks,
+                         .bytes  = from->bytes,
+                         .left   = from->left,
+                         .failed = from->failed,
+                         .why    = from->why};
+    memcpy(to->reason, from->reason, sizeof(to->reason));
+}
+
+attn_status_t
+attn_worker_drain(attn_client_t *client, uint32_t worker, uint32_t to, bool stay,
+                  attn_moved_t *moved)
+{
+    uint64_t deadline     = attn_now_ns() + CLIENT_MOVE_MS * ATTN_NS_PER_MS;
+    cluster_moved_t there = {0};
+    attn_status_t status =
+        client->control->ops->worker_drain(client->control, worker, to, stay, deadline, &there);
+
+    client_moved(&there, moved);
+    return status;
+}
+
+void
 attn_cluster_info_free(attn_cluster_info_t *info)
 {
     if (info != NULL) {

@@ -59,6 +59,11 @@ uint64_t client_deadline(const attn_client_t *client); /* of a control call */
 /** Renew the lease, and tell what runs take. */
 attn_status_t client_renew(attn_client_t *client, uint64_t deadline_ns);
 
+/** For the caller of a call that moved chunks. */
+void client_moved(const cluster_moved_t *from, attn_moved_t *to);
+
+#define CLIENT_MOVE_MS 60000u /* of a call that moves chunks: a large one takes a while */
+
 /* Layouts. Under the cache's lock. */
 cached_layout_t *layout_find(attn_cache_t *cache, attn_seq_t seq);
 void layout_forget(attn_cache_t *cache, attn_seq_t seq);

@@ -36,6 +36,7 @@ attn_status_t
 cluster_create(const directory_options_t *options, links_t *links, cluster_t **cluster_p)
 {
     cluster_t *cluster = calloc(1, sizeof(*cluster));
+    pthread_condattr_t monotonic;
 
     if (cluster == NULL) {
         return attn_fail(ATTN_ERR_NO_MEMORY, "no memory for a cluster");
@@ -52,6 +53,10 @@ cluster_create(const directory_options_t *options, links_t *links, cluster_t **c
     directory_set_merge(cluster->directory, measure_merge());
     pthread_mutex_init(&cluster->lock, NULL);
     pthread_mutex_init(&cluster->open_lock, NULL);
+    pthread_condattr_init(&monotonic);
+    pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
+    pthread_cond_init(&cluster->calmer, &monotonic);
+    pthread_condattr_destroy(&monotonic);
     *cluster_p = cluster;
     return ATTN_OK;
 }
@@ -68,7 +73,8 @@ cluster_destroy(cluster_t *cluster)
         free(cluster->effects);
         cluster->effects = next;
     }
-    assert(cluster->held == NULL);
+    assert(cluster->held == NULL && cluster->moving == NULL);
+    pthread_cond_destroy(&cluster->calmer);
     pthread_mutex_destroy(&cluster->lock);
     pthread_mutex_destroy(&cluster->open_lock);
     free(cluster);
@@ -362,11 +368,21 @@ effect_do(cluster_t *cluster, const dir_effect_t *effect, const uint64_t *chunks
     if (status != ATTN_OK || *away & worker) {
         return false;
     }
-    uint64_t epoch = cluster_epoch(cluster);
-    status         = effect->type == DIR_RELEASE_CHUNK
-                         ? link->ops->chunks_release(link, epoch, effect->cache, chunks, n,
-                                                     cluster_worker_deadline())
-                         : link->ops->cache_close(link, epoch, effect->cache, cluster_worker_deadline());
+    uint64_t epoch = cluster_epoch(cluster), deadline = cluster_worker_deadline();
+    switch (effect->type) {
+    case DIR_RELEASE_CHUNK:
+        status = link->ops->chunks_release(link, epoch, effect->cache, chunks, n, deadline);
+        break;
+    case DIR_CLOSE_CACHE:
+        status = link->ops->cache_close(link, epoch, effect->cache, deadline);
+        break;
+    case DIR_KEEP_CHUNK:
+        status = link->ops->chunk_leave(
+            link, epoch, effect->cache,
+            &(kv_leaving_t){.what = KV_LEAVE_STAY, .chunk = effect->chunk, .move = effect->move},
+            deadline, &(kv_chunk_info_t){0});
+        break;
+    }
     *away |= cannot_reach(status) ? worker : 0;
     return status == ATTN_OK || status == ATTN_ERR_NOT_FOUND;
 }
@@ -539,6 +555,7 @@ cluster_describe(cluster_t *cluster, attn_cluster_info_t *info)
                                      .ucx               = w->ucx,
                                      .ucx_clients       = w->ucx_clients,
                                      .ucx_runs          = w->ucx_runs,
+                                     .leaving           = w->leaving,
                                      .attend_seconds    = w->speed.attend_seconds,
                                      .hop_seconds       = w->link.hop_seconds,
                                      .link_bandwidth    = w->link.bandwidth};

@@ -70,6 +70,37 @@ attn_status_t cluster_layout(cluster_t *cluster, uint64_t cache, const attn_seq_
                              const uint64_t *bases, const uint64_t *tokens, uint32_t n,
                              attn_seq_info_t *infos, uint64_t *epoch_p);
 
+/** What came of moving chunks. */
+typedef struct cluster_moved {
+    uint64_t chunks, bytes; /**< moved, and k and v of them */
+    uint64_t left;          /**< that are to be moved still: call again */
+    uint64_t failed;        /**< attempts; they count as left */
+    attn_status_t why;      /**< of the last one that failed */
+    char reason[256];
+} cluster_moved_t;
+
+/**
+ * Move chunks of a sequence to another worker: those that are not there, or only those of one
+ * worker. Steps go on; what a chunk has is copied, then its old owner refuses new steps while those
+ * that are open end, for a second at most, and the new owner takes over. Whatever fails leaves a
+ * chunk where it was. Ends after CLUSTER_MOVE_MS and the chunk at hand.
+ * @param from  0: of any worker
+ * @param to    0: each to the worker with most room; from is not 0 then
+ * @return as directory_move_begin() if none could be moved for that reason; failures of single
+ *         chunks are counted
+ */
+attn_status_t cluster_seq_move(cluster_t *cluster, uint64_t cache, attn_seq_t seq, uint32_t from,
+                               uint32_t to, cluster_moved_t *moved);
+
+/**
+ * Have a worker emptied: nothing new is placed there from now on, and its chunks are moved.
+ * @param stay  instead, it is as any other again
+ */
+attn_status_t cluster_worker_drain(cluster_t *cluster, uint32_t worker, uint32_t to, bool stay,
+                                   cluster_moved_t *moved);
+
+#define CLUSTER_MOVE_MS 1000u
+
 /** From the chunks: the committed length, and the holes. Sets length, n_holes and holes of info. */
 attn_status_t cluster_holes(attn_seq_info_t *info, uint32_t chunk_size);
 

@@ -20,6 +20,13 @@ typedef struct effect_node {
     struct effect_node *next;
 } effect_node_t;
 
+/* A chunk that is being moved. */
+typedef struct moving {
+    dir_move_t move;
+    bool switching; /* its owner may change at any time: nobody is to be told of it */
+    struct moving *next;
+} moving_t;
+
 struct cluster {
     links_t *links;
     uint64_t start_ns;
@@ -31,6 +38,9 @@ struct cluster {
     uint64_t open_again_ns; /* no region is opened on late workers before: one failed */
     held_seq_t *held;       /* sequences that an operation is changing */
     effect_node_t *effects, **effects_end;
+    moving_t *moving;
+    uint64_t n_moved;      /* chunks that have changed their owner */
+    pthread_cond_t calmer; /* a move has ended, or a sequence was let go */
 };
 
 /** The link to a live worker. @return ATTN_ERR_UNAVAILABLE when it is lost */
@@ -45,5 +55,12 @@ attn_status_t cluster_ask_owners(cluster_t *cluster, uint64_t cache, attn_seq_in
                                  uint32_t n, const attn_seq_t *seq, bool *in_step_p);
 
 uint64_t cluster_worker_deadline(void);
+
+/** Wait until no chunk of these sequences is about to change its owner, for as long as a worker may
+ * take to answer. Under the lock, which is given up meanwhile. */
+void cluster_await_calm(cluster_t *cluster, const attn_seq_t *seqs, uint32_t n);
+
+/** Does the sequence list the chunk that is being moved? Under the lock. */
+bool cluster_lists(const cluster_t *cluster, attn_seq_t seq, const dir_move_t *move);
 
 #endif

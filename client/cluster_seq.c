@@ -7,6 +7,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#define LAYOUT_ATTEMPTS 16u /* of which another is made where a chunk moved meanwhile */
+
 /* ---- holding a sequence while an operation changes it ---- */
 
 /* Forks leave the sequence as it is, and any number of them go at once: many requests begin with
@@ -18,6 +20,7 @@ hold(cluster_t *cluster, uint64_t cache, attn_seq_t seq, bool fork)
     attn_status_t status;
 
     pthread_mutex_lock(&cluster->lock);
+    cluster_await_calm(cluster, &seq, 1);
     status = directory_seq_check(cluster->directory, cache, seq);
     HASH_FIND(hh, cluster->held, &seq.id, sizeof(seq.id), held);
     if (status == ATTN_OK && held != NULL && fork && held->forks > 0) {
@@ -52,6 +55,7 @@ let_go(cluster_t *cluster, attn_seq_t seq)
     } else if (held != NULL) {
         HASH_DEL(cluster->held, held);
         free(held);
+        pthread_cond_broadcast(&cluster->calmer);
     }
     pthread_mutex_unlock(&cluster->lock);
 }
@@ -310,12 +314,35 @@ any_lost(const attn_seq_info_t *infos, uint32_t n)
     return false;
 }
 
+/* Has none of these chunks changed its owner since? What the former one said of it, which may have
+ * released it by then, is not to be believed. */
+static bool
+still_holds(cluster_t *cluster, const attn_seq_t *seqs, const attn_seq_info_t *infos, uint32_t n,
+            uint64_t n_moved)
+{
+    const seq_table_t *table = directory_sequences(cluster->directory);
+    bool holds               = true;
+
+    pthread_mutex_lock(&cluster->lock);
+    for (uint32_t i = 0; cluster->n_moved != n_moved && holds && i < n; i++) {
+        for (uint32_t c = 0; holds && c < infos[i].n_chunks; c++) {
+            const seq_chunk_t *chunk = seq_chunk_at(table, seqs[i], c);
+            holds                    = chunk == NULL || chunk->id == infos[i].chunks[c].chunk;
+        }
+    }
+    pthread_mutex_unlock(&cluster->lock);
+    return holds;
+}
+
 static attn_status_t
-layout_once(cluster_t *cluster, uint64_t cache, const attn_seq_t *seqs, const uint64_t *tokens,
-            uint32_t n, attn_seq_info_t *infos, uint64_t *epoch_p, uint32_t *chunk_size_p)
+layout_attempt(cluster_t *cluster, uint64_t cache, const attn_seq_t *seqs, const uint64_t *tokens,
+               uint32_t n, attn_seq_info_t *infos, uint64_t *epoch_p, uint32_t *chunk_size_p,
+               bool *again_p)
 {
     memset(infos, 0, n * sizeof(*infos));
     pthread_mutex_lock(&cluster->lock);
+    cluster_await_calm(cluster, seqs, n);
+    uint64_t n_moved     = cluster->n_moved;
     attn_status_t status = chunk_size_of(cluster, cache, chunk_size_p);
     if (status == ATTN_OK) {
         status = layout_snapshots(cluster, cache, seqs, tokens, n, *chunk_size_p, infos);
@@ -325,6 +352,7 @@ layout_once(cluster_t *cluster, uint64_t cache, const attn_seq_t *seqs, const ui
     if (status == ATTN_OK) {
         status = cluster_ask_owners(cluster, cache, infos, n, NULL, NULL);
     }
+    *again_p = !still_holds(cluster, seqs, infos, n, n_moved);
     for (uint32_t i = 0; i < n && status == ATTN_OK; i++) {
         status = cluster_holes(&infos[i], *chunk_size_p);
     }
@@ -332,6 +360,25 @@ layout_once(cluster_t *cluster, uint64_t cache, const attn_seq_t *seqs, const ui
         attn_seq_info_free(&infos[i]);
     }
     return status;
+}
+
+static attn_status_t
+layout_once(cluster_t *cluster, uint64_t cache, const attn_seq_t *seqs, const uint64_t *tokens,
+            uint32_t n, attn_seq_info_t *infos, uint64_t *epoch_p, uint32_t *chunk_size_p)
+{
+    bool again = true;
+
+    for (uint32_t attempt = 0; attempt < LAYOUT_ATTEMPTS; attempt++) {
+        attn_status_t status =
+            layout_attempt(cluster, cache, seqs, tokens, n, infos, epoch_p, chunk_size_p, &again);
+        if (!again) {
+            return status;
+        }
+        for (uint32_t i = 0; i < n && status == ATTN_OK; i++) {
+            attn_seq_info_free(&infos[i]);
+        }
+    }
+    return attn_fail(ATTN_ERR_BUSY, "chunks of these sequences are being moved: retry");
 }
 
 /* ---- placing lost chunks anew ---- */

@@ -33,6 +33,11 @@ typedef struct control_ops {
     /** Address of a worker that a layout named. */
     attn_status_t (*worker)(control_t *control, uint32_t worker, char address[64], bool *alive_p);
     attn_status_t (*describe)(control_t *control, uint64_t deadline_ns, attn_cluster_info_t *info);
+    /** As cluster_seq_move() and cluster_worker_drain(). */
+    attn_status_t (*seq_move)(control_t *control, uint64_t cache, attn_seq_t seq, uint32_t from,
+                              uint32_t to, uint64_t deadline_ns, cluster_moved_t *moved);
+    attn_status_t (*worker_drain)(control_t *control, uint32_t worker, uint32_t to, bool stay,
+                                  uint64_t deadline_ns, cluster_moved_t *moved);
 } control_ops_t;
 
 struct control {

@@ -109,6 +109,22 @@ local_describe(control_t *control, uint64_t deadline_ns, attn_cluster_info_t *in
     return cluster_describe(of(control)->cluster, info);
 }
 
+static attn_status_t
+local_seq_move(control_t *control, uint64_t cache, attn_seq_t seq, uint32_t from, uint32_t to,
+               uint64_t deadline_ns, cluster_moved_t *moved)
+{
+    (void)deadline_ns;
+    return cluster_seq_move(of(control)->cluster, cache, seq, from, to, moved);
+}
+
+static attn_status_t
+local_worker_drain(control_t *control, uint32_t worker, uint32_t to, bool stay,
+                   uint64_t deadline_ns, cluster_moved_t *moved)
+{
+    (void)deadline_ns;
+    return cluster_worker_drain(of(control)->cluster, worker, to, stay, moved);
+}
+
 static const control_ops_t cluster_control_ops = {
     .close        = local_close,
     .renew        = local_renew,
@@ -121,6 +137,8 @@ static const control_ops_t cluster_control_ops = {
     .layout       = local_layout,
     .worker       = local_worker,
     .describe     = local_describe,
+    .seq_move     = local_seq_move,
+    .worker_drain = local_worker_drain,
 };
 
 attn_status_t

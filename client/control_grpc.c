@@ -366,6 +366,56 @@ remote_describe(control_t *control, uint64_t deadline_ns, attn_cluster_info_t *i
                                  : attn_fail(ATTN_ERR_NO_MEMORY, "no memory for the workers");
 }
 
+static attn_status_t
+call_to_move(control_t *control, const char *path, const void *request, uint64_t deadline_ns,
+             cluster_moved_t *moved)
+{
+    Attn__V1__MoveReply *reply;
+    rpc_message_t *message;
+    attn_status_t status = call(control, path, request, deadline_ns,
+                                &attn__v1__move_reply__descriptor, &reply, &message);
+
+    if (status != ATTN_OK) {
+        return status;
+    }
+    *moved = (cluster_moved_t){.chunks = reply->chunks,
+                               .bytes  = reply->bytes,
+                               .left   = reply->left,
+                               .failed = reply->failed};
+    if (reply->reason != NULL) {
+        moved->why = attn_status_is_known(reply->reason->code) ? (attn_status_t)reply->reason->code
+                                                               : ATTN_ERR_INTERNAL;
+        snprintf(moved->reason, sizeof(moved->reason), "%s", reply->reason->message);
+    }
+    rpc_message_free(message);
+    return ATTN_OK;
+}
+
+static attn_status_t
+remote_seq_move(control_t *control, uint64_t cache, attn_seq_t seq, uint32_t from, uint32_t to,
+                uint64_t deadline_ns, cluster_moved_t *moved)
+{
+    Attn__V1__MoveSequenceRequest request = ATTN__V1__MOVE_SEQUENCE_REQUEST__INIT;
+
+    request.cache_id = cache;
+    request.seq      = seq.id;
+    request.from     = from;
+    request.to       = to;
+    return call_to_move(control, "/attn.v1.Attention/MoveSequence", &request, deadline_ns, moved);
+}
+
+static attn_status_t
+remote_worker_drain(control_t *control, uint32_t worker, uint32_t to, bool stay,
+                    uint64_t deadline_ns, cluster_moved_t *moved)
+{
+    Attn__V1__DrainWorkerRequest request = ATTN__V1__DRAIN_WORKER_REQUEST__INIT;
+
+    request.worker = worker;
+    request.to     = to;
+    request.stay   = stay;
+    return call_to_move(control, "/attn.v1.Attention/DrainWorker", &request, deadline_ns, moved);
+}
+
 static const control_ops_t grpc_control_ops = {
     .close        = remote_close,
     .renew        = remote_renew,
@@ -378,6 +428,8 @@ static const control_ops_t grpc_control_ops = {
     .layout       = remote_layout,
     .worker       = remote_worker,
     .describe     = remote_describe,
+    .seq_move     = remote_seq_move,
+    .worker_drain = remote_worker_drain,
 };
 
 static attn_status_t

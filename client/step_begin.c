@@ -9,7 +9,7 @@
 #include <stdlib.h>
 #include <sys/random.h>
 
-#define BEGIN_ATTEMPTS 4u
+#define BEGIN_ATTEMPTS 6
 
 /* The workers check the pages; where the lists begin and end is used here already. */
 static attn_status_t
@@ -355,13 +355,14 @@ share_begin(share_t *share, const attn_batch_t *batch, uint64_t epoch)
 
 static attn_status_t
 begin_once(attn_cache_t *cache, const attn_batch_t *batch, uint64_t deadline_ns, bool fresh,
-           attn_step_t **step_p)
+           attn_step_t **step_p, bool *asked_p)
 {
     attn_step_t *step = NULL;
     uint64_t epoch;
     char sentence[512];
     attn_status_t status = begin_layouts(cache, batch, deadline_ns, fresh);
 
+    *asked_p = status == ATTN_OK;
     if (status != ATTN_OK || (status = step_new(cache, batch, deadline_ns, &step)) != ATTN_OK) {
         return status;
     }
@@ -414,15 +415,17 @@ attn_step_begin(attn_cache_t *cache, const attn_batch_t *batch, attn_step_t **st
     uint32_t timeout =
         batch->timeout_ms != 0 ? batch->timeout_ms : cache->client->options.step_timeout_ms;
     uint64_t deadline = attn_now_ns() + timeout * ATTN_NS_PER_MS;
-    status            = begin_once(cache, batch, deadline, false, step_p);
+    bool asked        = false; /* were workers asked, by layouts as the coordinator has them? */
+    status            = begin_once(cache, batch, deadline, false, step_p, &asked);
     for (uint32_t attempt = 1; is_about_age(status) && attempt < BEGIN_ATTEMPTS; attempt++) {
         if (status == ATTN_ERR_DENIED) { /* what the next attempt meets tells more than this */
             client_renew(cache->client, deadline);
         }
-        attn_status_t again = begin_once(cache, batch, deadline, true, step_p);
+        attn_status_t again = begin_once(cache, batch, deadline, true, step_p, &asked);
         bool same           = again == status;
+        bool moved          = asked && (again == ATTN_ERR_STALE || again == ATTN_ERR_NOT_FOUND);
         status              = again;
-        if (same) {
+        if (same && !moved) { /* chunks may be moved time and again */
             break;
         }
     }

@@ -286,6 +286,52 @@ serve_export(const unary_call_t *u)
     return status;
 }
 
+/* ---- moving chunks ---- */
+
+static attn_status_t
+reply_moved(wire_block_t *block, const cluster_moved_t *moved, Attn__V1__MoveReply *reply)
+{
+    reply->chunks = moved->chunks;
+    reply->bytes  = moved->bytes;
+    reply->left   = moved->left;
+    reply->failed = moved->failed;
+    if (moved->failed == 0) {
+        return ATTN_OK;
+    }
+    reply->reason = wire_alloc(block, 1, sizeof(*reply->reason));
+    char *reason  = keep(block, moved->reason, sizeof(moved->reason), 1);
+    if (reply->reason == NULL || reason == NULL) {
+        return ATTN_ERR_NO_MEMORY;
+    }
+    attn__v1__status__init(reply->reason);
+    reply->reason->code    = moved->why;
+    reply->reason->message = reason;
+    return ATTN_OK;
+}
+
+static attn_status_t
+serve_move_sequence(const unary_call_t *u)
+{
+    const Attn__V1__MoveSequenceRequest *r = u->request;
+    coordinator_t *c                       = u->service;
+    cluster_moved_t moved;
+
+    attn_status_t status =
+        cluster_seq_move(c->cluster, r->cache_id, (attn_seq_t){r->seq}, r->from, r->to, &moved);
+    return status == ATTN_OK ? reply_moved(u->block, &moved, u->reply) : status;
+}
+
+static attn_status_t
+serve_drain_worker(const unary_call_t *u)
+{
+    const Attn__V1__DrainWorkerRequest *r = u->request;
+    coordinator_t *c                      = u->service;
+    cluster_moved_t moved;
+
+    attn_status_t status = cluster_worker_drain(c->cluster, r->worker, r->to, r->stay, &moved);
+    return status == ATTN_OK ? reply_moved(u->block, &moved, u->reply) : status;
+}
+
 /* ---- status ---- */
 
 static attn_status_t
@@ -322,6 +368,7 @@ encode_workers(wire_block_t *block, const attn_cluster_info_t *info,
         m->ucx_clients       = from[i].ucx_clients;
         m->ucx_runs          = from[i].ucx_runs;
         m->ucx_ways          = from[i].ucx_ways;
+        m->leaving           = from[i].leaving;
         m->attend_seconds    = from[i].attend_seconds;
         m->few_flops         = &from[i].few_flops[ATTN_F32];
         m->many_flops        = &from[i].many_flops[ATTN_F32];
@@ -420,6 +467,16 @@ static const unary_method_t methods[] = {
      .reply   = &attn__v1__export_reply__descriptor,
      .blocks  = true,
      .request = &attn__v1__export_request__descriptor},
+    {.path    = "/attn.v1.Attention/MoveSequence",
+     .serve   = serve_move_sequence,
+     .reply   = &attn__v1__move_reply__descriptor,
+     .blocks  = true,
+     .request = &attn__v1__move_sequence_request__descriptor},
+    {.path    = "/attn.v1.Attention/DrainWorker",
+     .serve   = serve_drain_worker,
+     .reply   = &attn__v1__move_reply__descriptor,
+     .blocks  = true,
+     .request = &attn__v1__drain_worker_request__descriptor},
     {.path    = "/attn.v1.Attention/ClusterStatus",
      .serve   = serve_status,
      .reply   = &attn__v1__cluster_status_reply__descriptor,

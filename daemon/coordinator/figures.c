@@ -117,6 +117,10 @@ metrics(void *service, expose_t *e)
                    cluster.counts.leases_expired);
     expose_counter(e, "attnd_workers_lost_total", "Workers that were lost.",
                    cluster.counts.workers_lost);
+    expose_counter(e, "attnd_chunks_moved_total", "Chunks that were moved to another worker.",
+                   cluster.counts.chunks_moved);
+    expose_counter(e, "attnd_moves_failed_total", "Moves that came to nothing.",
+                   cluster.counts.moves_failed);
     expose_workers(e, &cluster);
     free(cluster.workers);
 }
