@@ -36,6 +36,7 @@ PROGRAMS = {
     "fan": ("a layer over four workers, against local and a bare fan-out", ["bench/bench_fan"]),
     "begin": ("attn_step_begin() at the coordinator and on a worker", ["bench/bench_begin"]),
     "balance": ("placement in a large simulated cluster", ["bench/bench_balance"]),
+    "copy": ("chunks from worker to worker, against bare gRPC", ["bench/bench_copy"]),
     "throughput": ("calls a second as load grows",
                    ["client/attnctl", "bench", "--dev", "2", "--sweep"]),
 }
