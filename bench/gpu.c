@@ -484,12 +484,15 @@ main(int argc, char **argv)
     }
     if (!list) {
         result_must(attn_cuda_backend_ops.open(0, 0, &device));
-        cu = cuda_driver();
+        cu                 = cuda_driver();
+        cuda_visit_t visit = cuda_enter((cuda_backend_t *)device); /* driver calls of our own */
+        result_must(visit.status);
         if (n_args == 2 && strcmp(argv[1], "--serve") == 0) {
             serve(points, n);
         } else {
             measure_all(points, n, n_args - 1, argv + 1);
         }
+        cuda_leave(&visit);
         device->ops->close(device);
     }
     gpu_grid_free(points, n);

@@ -217,6 +217,97 @@ typedef struct attn_device {
     bool dedicated; /**< its memory is its own: a slab may take what is free of it */
 } attn_device_t;
 
+/* ---- steps on a caller's stream ---- */
+
+/** Rows of a tensor in the device's memory: row r of head h is r * row_stride + h * head_stride
+ * elements on. */
+typedef struct attn_rows {
+    void *at;
+    uint64_t row_stride, head_stride;
+} attn_rows_t;
+
+/**
+ * A track: the tables of an open step, in the device's memory. What is queued of the step reads
+ * them and names nothing else of it. They stay where they are when the step ends, for another step
+ * of the same shape; so what was captured of one step as a graph serves any that is on the same
+ * track. While no step is on it, what its graphs do is nothing.
+ */
+typedef struct attn_track attn_track_t;
+
+/** A step as its track is to have it. */
+typedef struct attn_track_step {
+    uint64_t cache; /**< steps of one cache share tracks */
+    const attn_geometry_t *geometry;
+    const attn_plan_t *const *plans; /**< they stay until the step is over */
+    uint32_t n_plans;
+    attn_dtype_t q_dtype, o_dtype;
+    uint64_t n_rows;                 /**< of k, v */
+    const uint32_t *pages, *offsets; /**< [n_rows] where they go */
+} attn_track_step_t;
+
+/** One layer of it. */
+typedef struct attn_track_call {
+    uint32_t layer, plan; /**< with which of the step's plans */
+    const attn_kv_t *kv;
+    const attn_layer_t *params;
+    const attn_rows_t *q;     /**< NULL: only stored */
+    const attn_rows_t *k, *v; /**< NULL: nothing is new, or the layer is stored already */
+    void *o;                  /**< [rows][q_heads][head_dim_v], packed; NULL with q */
+    float *lse;               /**< [rows][q_heads], or NULL */
+    void *stream;             /**< of the driver's type; NULL: the legacy default stream */
+    bool own_stream;          /**< `stream` is not looked at: the track's own */
+} attn_track_call_t;
+
+/** A backend's tracks. Calls for one track are made one at a time. */
+typedef struct attn_track_ops {
+    /**
+     * A track for a step, whose tables are on their way to it when the call returns. Plans have no
+     * nodes and no lists that change.
+     * @return ATTN_ERR_NO_MEMORY
+     * @return ATTN_ERR_EXHAUSTED  graphs were captured of as many tracks as there may be
+     * @return ATTN_ERR_INVALID    the parameters of a layer, as attend
+     */
+    attn_status_t (*take)(attn_backend_t *backend, const attn_track_step_t *step,
+                          attn_track_t **track_p);
+
+    /** Of the track, for as long as its cache is open; not 0. */
+    uint64_t (*id)(const attn_track_t *track);
+
+    /**
+     * Queue a layer: store k, v, or compare them with what is stored, then attend. Allocates
+     * nothing, copies nothing, waits for nothing. On a stream that is being captured it becomes
+     * part of the graph, and nothing is stored by that. All that is queued for a step follows one
+     * another, whatever streams it is on.
+     * @return ATTN_ERR_INVALID  a pointer or stride that the device cannot work with
+     */
+    attn_status_t (*enqueue)(attn_track_t *track, const attn_track_call_t *call);
+
+    /** Around the launch of a graph that was captured of the track. What comes behind before() on
+     * the stream finds the step's tables; what lies between the two, the step waits for. */
+    attn_status_t (*before)(attn_track_t *track, void *stream);
+    attn_status_t (*after)(attn_track_t *track, void *stream);
+
+    /** Wait until nothing that was queued for the step runs any more. False: until_ns came first.
+     * 0 looks, and does not wait. */
+    bool (*wait)(attn_track_t *track, uint64_t until_ns);
+
+    /**
+     * What became of the step, after wait(). Sets stored[layers] of those whose k, v are stored.
+     * What it tells of is told once: a layer that is queued again begins anew.
+     * @return ATTN_ERR_NUMERIC     as append and attend, naming the layer, the lowest
+     * @return ATTN_ERR_CONFLICT    k, v of a layer came twice, and differ
+     * @return ATTN_ERR_INCOMPLETE  a layer was asked about before it was stored
+     */
+    attn_status_t (*results)(attn_track_t *track, uint8_t *stored);
+
+    /** The step is over, after wait(). */
+    void (*give)(attn_track_t *track);
+
+    /** The cache is closed, and no step of it is open: its tracks go, and their graphs with them.
+     */
+    void (*forget)(attn_backend_t *backend, uint64_t cache);
+} attn_track_ops_t;
+
 /** A backend: a row of the table. cpu now; cuda and fault take their place beside it. */
 typedef struct attn_backend_ops {
     const char *name; /**< "cpu" */
@@ -324,6 +415,9 @@ typedef struct attn_backend_ops {
     attn_status_t (*attend)(attn_backend_t *backend, const attn_plan_t *plan, const attn_kv_t *kv,
                             const attn_layer_t *layer, const void *q, attn_dtype_t q_dtype,
                             attn_workspace_t *workspace, const attn_answer_t *answer);
+
+    /** Steps whose tensors are in the device's memory; NULL: this backend has none. */
+    const attn_track_ops_t *tracks;
 } attn_backend_ops_t;
 
 struct attn_backend {

@@ -12,13 +12,9 @@
 #include <string.h>
 
 #define LOG2_E 1.44269504088896340736f
-#define ALIGN 256u
 
 /* Sinks beyond this overflow the range of exponents. */
 #define SINK_MAX 5e8f
-
-/* Values that a query of another type than the cache's is the sum of. */
-#define QUERY_PARTS 3u
 
 /* States of a segment of the merge kernel, and segments at most. */
 #define MERGE_SEGMENT 16u
@@ -28,14 +24,6 @@
 #define IMAGE_KEPT_BYTES (UINT64_C(16) << 20)
 
 #define STATIC_SHARED 1536u /* of attend.cu, and some room */
-
-static uint64_t
-take(uint64_t *end, uint64_t bytes)
-{
-    uint64_t at = *end;
-    *end        = attn_div_up(at + bytes, ALIGN) * ALIGN;
-    return at;
-}
 
 /* Floats of a state on a consumer warp's stack (stack::WORDS of stack.cuh). */
 static uint64_t
@@ -54,44 +42,52 @@ shared_levels(const cuda_backend_t *backend, uint32_t columns, uint32_t d_v)
     return (uint32_t)(room / level);
 }
 
+uint64_t
+cuda_deep_bytes(const cuda_image_t *image, uint32_t d_v)
+{
+    uint64_t deep = 0;
+
+    for (uint32_t c = 0; c < CUDA_CLASSES; c++) {
+        const cuda_class_t *class = &image->classes[c];
+        deep = attn_max(deep, (uint64_t) class->grid * CUDA_WARPS * image->depth *
+                                  stack_words(class->columns, d_v) * sizeof(float));
+    }
+    return deep;
+}
+
 /* Offsets of everything in the block: the image first. */
 static void
 lay_out(attn_workspace_t *w)
 {
     const attn_problem_t *p = &w->plan->problem;
     uint64_t d_v = p->head_dim_v, q_rows = w->plan->n_queries * p->q_heads;
-    uint64_t o_rows = w->plan->o_rows * p->q_heads, deep = 0;
-    uint64_t end = 0;
+    uint64_t o_rows = w->plan->o_rows * p->q_heads;
+    uint64_t end    = 0;
 
-    take(&end, w->image.bytes);
-    w->params = take(&end, 3 * (uint64_t)p->q_heads * sizeof(float));
-    w->q      = take(&end, q_rows * p->head_dim_k * attn_dtype_size(w->q_dtype));
-    w->answer = take(&end, o_rows * d_v * attn_dtype_size(w->o_dtype));
-    w->lse    = take(&end, o_rows * sizeof(float));
-    w->a      = take(&end, w->plan->states * d_v * sizeof(float));
-    w->l      = take(&end, w->plan->states * sizeof(float));
-    w->e      = take(&end, w->plan->states * sizeof(int32_t));
-    w->error  = take(&end, sizeof(uint64_t));
+    cuda_take(&end, w->image.bytes);
+    w->params = cuda_take(&end, 3 * (uint64_t)p->q_heads * sizeof(float));
+    w->q      = cuda_take(&end, q_rows * p->head_dim_k * attn_dtype_size(w->q_dtype));
+    w->answer = cuda_take(&end, o_rows * d_v * attn_dtype_size(w->o_dtype));
+    w->lse    = cuda_take(&end, o_rows * sizeof(float));
+    w->a      = cuda_take(&end, w->plan->states * d_v * sizeof(float));
+    w->l      = cuda_take(&end, w->plan->states * sizeof(float));
+    w->e      = cuda_take(&end, w->plan->states * sizeof(int32_t));
+    w->error  = cuda_take(&end, sizeof(uint64_t));
 
     w->answer_end = end;
-    w->parts      = take(&end, w->q_parts > 1 ? q_rows * p->head_dim_k * 2 * w->q_parts : 0);
-    w->q_scale    = take(&end, w->q_parts > 1 ? q_rows * sizeof(float) : 0);
-    w->slot_a     = take(&end, w->image.slots * d_v * sizeof(float));
-    w->slot_l     = take(&end, w->image.slots * sizeof(float));
-    w->slot_e     = take(&end, w->image.slots * sizeof(int32_t));
-    for (uint32_t c = 0; c < CUDA_CLASSES; c++) {
-        const cuda_class_t *class = &w->image.classes[c];
-        deep = attn_max(deep, (uint64_t) class->grid * CUDA_WARPS * w->image.depth *
-                                  stack_words(class->columns, p->head_dim_v) * sizeof(float));
-    }
-    w->deep = take(&end, deep);
-    w->end  = end;
+    w->parts      = cuda_take(&end, w->q_parts > 1 ? q_rows * p->head_dim_k * 2 * w->q_parts : 0);
+    w->q_scale    = cuda_take(&end, w->q_parts > 1 ? q_rows * sizeof(float) : 0);
+    w->slot_a     = cuda_take(&end, w->image.slots * d_v * sizeof(float));
+    w->slot_l     = cuda_take(&end, w->image.slots * sizeof(float));
+    w->slot_e     = cuda_take(&end, w->image.slots * sizeof(int32_t));
+    w->deep       = cuda_take(&end, cuda_deep_bytes(&w->image, p->head_dim_v));
+    w->end        = end;
 }
 
 /* ---- memory that images are made in: kept from step to step ---- */
 
-static void
-take_image(cuda_backend_t *backend, cuda_image_t *image)
+void
+cuda_image_take(cuda_backend_t *backend, cuda_image_t *image)
 {
     pthread_mutex_lock(&backend->lock);
     if (backend->n_images > 0) {
@@ -100,8 +96,8 @@ take_image(cuda_backend_t *backend, cuda_image_t *image)
     pthread_mutex_unlock(&backend->lock);
 }
 
-static void
-give_image(cuda_backend_t *backend, cuda_image_t *image)
+void
+cuda_image_give(cuda_backend_t *backend, cuda_image_t *image)
 {
     bool kept = false;
 
@@ -159,14 +155,15 @@ cuda_workspace_create(attn_backend_t *backend, const attn_plan_t *plan, attn_dty
     if (w == NULL) {
         return attn_fail(ATTN_ERR_NO_MEMORY, "no memory for a workspace");
     }
-    *w                   = (attn_workspace_t){.backend = (cuda_backend_t *)backend,
-                                              .plan    = plan,
-                                              .q_dtype = q_dtype,
-                                              .o_dtype = o_dtype,
-                                              .q_parts = QUERY_PARTS};
-    attn_status_t status = plan->n_works > 0 ? cuda_enter(w->backend) : ATTN_OK;
+    *w = (attn_workspace_t){.backend = (cuda_backend_t *)backend,
+                            .plan    = plan,
+                            .q_dtype = q_dtype,
+                            .o_dtype = o_dtype,
+                            .q_parts = CUDA_QUERY_PARTS};
+    CUDA_VISIT(w->backend);
+    attn_status_t status = visit.status;
     if (status == ATTN_OK && plan->n_works > 0) {
-        take_image(w->backend, &w->image);
+        cuda_image_take(w->backend, &w->image);
         status = make_image(w);
     }
     if (status != ATTN_OK) {
@@ -185,7 +182,7 @@ cuda_workspace_destroy(attn_backend_t *backend, attn_workspace_t *w)
         if (w->block != NULL) {
             cuda_block_give(w->backend, w->block);
         }
-        give_image(w->backend, &w->image);
+        cuda_image_give(w->backend, &w->image);
         free(w);
     }
 }
@@ -241,15 +238,21 @@ fetch_answer(const attn_workspace_t *w, const attn_answer_t *answer)
 
 /* ---- the layer ---- */
 
-static attn_status_t
-check_layer(const attn_problem_t *problem, const attn_layer_t *layer, float scale)
+static float
+default_scale(uint32_t head_dim_k)
 {
-    if (!isfinite(scale) || !isfinite(layer->softcap) || layer->softcap < 0) {
+    return 1.0f / sqrtf((float)head_dim_k);
+}
+
+attn_status_t
+cuda_layer_check(uint32_t q_heads, const attn_layer_t *layer)
+{
+    if (!isfinite(layer->scale) || !isfinite(layer->softcap) || layer->softcap < 0) {
         return attn_fail(ATTN_ERR_INVALID,
                          "scale is %g and softcap %g: both must be finite, softcap not negative",
                          (double)layer->scale, (double)layer->softcap);
     }
-    for (uint32_t h = 0; h < problem->q_heads; h++) {
+    for (uint32_t h = 0; h < q_heads; h++) {
         if (layer->slopes != NULL && !isfinite(layer->slopes[h])) {
             return attn_fail(ATTN_ERR_INVALID, "slopes[%u] is not finite", h);
         }
@@ -289,11 +292,12 @@ upload_params(const attn_workspace_t *w, const attn_layer_t *layer, cuda_args_t 
     return status;
 }
 
-static void
-fill_args(const attn_workspace_t *w, const attn_kv_t *kv, const attn_layer_t *layer,
-          const attn_answer_t *answer, cuda_args_t *x)
+void
+cuda_attend_fill(const attn_workspace_t *w, const attn_kv_t *kv, const attn_layer_t *layer,
+                 const attn_answer_t *answer, cuda_args_t *x)
 {
     const attn_problem_t *p = &w->plan->problem;
+    float scale             = layer->scale != 0.0f ? layer->scale : default_scale(p->head_dim_k);
     const cuda_image_t *i   = &w->image;
     uint8_t *base           = (uint8_t *)(uintptr_t)w->block->device;
     uint64_t size           = attn_dtype_size(kv->dtype);
@@ -319,7 +323,10 @@ fill_args(const attn_workspace_t *w, const attn_kv_t *kv, const attn_layer_t *la
         .group         = w->plan->group,
         .head_dim_v    = p->head_dim_v,
         .q             = AT(w->q),
+        .q_row_stride  = (uint64_t)p->q_heads * p->head_dim_k * 2,
+        .q_head_stride = (uint64_t)p->head_dim_k * 2,
         .q_parts       = 1,
+        .scale         = layer->softcap > 0 || layer->slopes != NULL ? scale : scale * LOG2_E,
         .softcap       = layer->softcap,
         .window        = (int32_t)attn_min(p->window, INT32_MAX),
         .causal        = p->causal,
@@ -347,19 +354,23 @@ fill_args(const attn_workspace_t *w, const attn_kv_t *kv, const attn_layer_t *la
 
 /* Queries of another type than the cache's: as sums of values of that. */
 static attn_status_t
-launch_split(const attn_workspace_t *w, const attn_kv_t *kv, const cuda_args_t *x, CUstream stream)
+launch_split(const attn_workspace_t *w, const attn_kv_t *kv, const attn_rows_t *q,
+             const cuda_args_t *x, CUstream stream)
 {
     const attn_problem_t *p = &w->plan->problem;
     uint64_t rows           = w->plan->n_queries * p->q_heads;
     cuda_split_t split      = {
-             .from        = (const uint8_t *)(uintptr_t)w->block->device + w->q,
-             .to          = (void *)(uintptr_t)x->q,
-             .from_type   = (uint32_t)w->q_dtype,
-             .to_type     = (uint32_t)kv->dtype,
-             .d           = p->head_dim_k,
-             .parts       = w->q_parts,
-             .part_stride = rows * p->head_dim_k,
-             .scale       = (float *)(uintptr_t)x->q_scale,
+             .from             = q->at,
+             .from_row_stride  = q->row_stride,
+             .from_head_stride = q->head_stride,
+             .to               = (void *)(uintptr_t)x->q,
+             .from_type        = (uint32_t)w->q_dtype,
+             .to_type          = (uint32_t)kv->dtype,
+             .heads            = p->q_heads,
+             .d                = p->head_dim_k,
+             .parts            = w->q_parts,
+             .part_stride      = rows * p->head_dim_k,
+             .scale            = (float *)(uintptr_t)x->q_scale,
     };
     return cuda_launch(w->backend->split_queries, (uint32_t)rows, 1, 64, 0, false, stream,
                        (void *[]){&split});
@@ -447,19 +458,17 @@ cuda_attend_prepare(attn_workspace_t *w, const attn_kv_t *kv, const attn_layer_t
                     const void *q, const attn_answer_t *answer, cuda_args_t *x)
 {
     const attn_problem_t *p = &w->plan->problem;
-    float scale = layer->scale != 0.0f ? layer->scale : 1.0f / sqrtf((float)p->head_dim_k);
-    attn_status_t status;
+    attn_status_t status    = cuda_layer_check(p->q_heads, layer);
 
-    if ((status = check_layer(p, layer, scale)) != ATTN_OK ||
-        (status = cuda_enter(w->backend)) != ATTN_OK) {
+    if (status == ATTN_OK && w->shape == NULL &&
+        (status = cuda_shape_find(w->backend, kv->dtype, p->head_dim_k, p->head_dim_v,
+                                  &w->shape)) != ATTN_OK) {
         return status;
     }
-    if (w->shape == NULL && (status = cuda_shape_find(w->backend, kv->dtype, p->head_dim_k,
-                                                      p->head_dim_v, &w->shape)) != ATTN_OK) {
+    if (status != ATTN_OK) {
         return status;
     }
-    fill_args(w, kv, layer, answer, x);
-    x->scale = x->softcap > 0 || layer->slopes != NULL ? scale : scale * LOG2_E;
+    cuda_attend_fill(w, kv, layer, answer, x);
     return upload_all(w, layer, q, x);
 }
 
@@ -481,14 +490,15 @@ launch_merge(const attn_workspace_t *w, cuda_args_t *x, CUstream stream)
 }
 
 attn_status_t
-cuda_attend_enqueue(const attn_workspace_t *w, const attn_kv_t *kv, cuda_args_t *x, CUstream stream)
+cuda_attend_launch(const attn_workspace_t *w, const attn_kv_t *kv, const attn_rows_t *q,
+                   cuda_args_t *x, CUstream stream)
 {
     bool general =
         w->image.general || x->q_parts > 1 || x->softcap > 0 || x->window > 0 || x->slopes != NULL;
     attn_status_t status = ATTN_OK;
 
     if (x->q_parts > 1) {
-        status = launch_split(w, kv, x, stream);
+        status = launch_split(w, kv, q, x, stream);
     }
     for (uint32_t c = 0; c < CUDA_CLASSES && status == ATTN_OK; c++) {
         if (w->image.classes[c].grid > 0) {
@@ -499,6 +509,17 @@ cuda_attend_enqueue(const attn_workspace_t *w, const attn_kv_t *kv, cuda_args_t 
         status = launch_merge(w, x, stream);
     }
     return status;
+}
+
+attn_status_t
+cuda_attend_enqueue(const attn_workspace_t *w, const attn_kv_t *kv, cuda_args_t *x, CUstream stream)
+{
+    const attn_problem_t *p = &w->plan->problem;
+    attn_rows_t q           = {.at          = (void *)(uintptr_t)(w->block->device + w->q),
+                               .row_stride  = (uint64_t)p->q_heads * p->head_dim_k,
+                               .head_stride = p->head_dim_k};
+
+    return cuda_attend_launch(w, kv, &q, x, stream);
 }
 
 /* Queue all of it, and wait. */
@@ -539,7 +560,11 @@ cuda_attend(attn_backend_t *base, const attn_plan_t *plan, const attn_kv_t *kv,
     if (plan->n_works == 0) {
         return ATTN_OK;
     }
-    attn_status_t status = attend(w, kv, layer, q, answer);
+    CUDA_VISIT(w->backend);
+    attn_status_t status = visit.status;
+    if (status == ATTN_OK) {
+        status = attend(w, kv, layer, q, answer);
+    }
     if (status == ATTN_OK) {
         return fetch_answer(w, answer);
     }

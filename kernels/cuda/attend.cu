@@ -66,7 +66,7 @@ template <class T, int DK, int DV, int NB, bool GENERAL> struct consumer {
             uint32_t query, head;
             q_at[n] = nullptr;
             if (row_of(8 * n + lane / 4, kv_head, query, head)) {
-                q_at[n] = x.q + ((uint64_t)x.queries[query].q_row * x.q_heads + head) * (DK * 2) +
+                q_at[n] = x.q + x.queries[query].q_row * x.q_row_stride + head * x.q_head_stride +
                           (lane % 4) * 4;
             }
 #pragma unroll

@@ -6,10 +6,12 @@
  *     image.c     a plan as tables for the device
  *     attend.c    one layer of a step: upload, launches, answer
  *     store.c     append, compare, read, move, copy
+ *     track.c     the same without the host, on streams of callers, for graphs
  *     *.cu        the kernels; image.h, store.h, device.cuh: what they share
  *
- * Tensors of callers are host memory: they travel through pinned memory of a workspace. A stream
+ * Tensors of attend are host memory: they travel through pinned memory of a workspace. A stream
  * a workspace; what stores KV ends before its call does, so streams need not wait for each other.
+ * Tensors in the device's memory, and streams of callers, are a track's (track.c).
  */
 #include "kernels/cuda/cuda.h"
 
@@ -35,10 +37,28 @@
 #define PROBE_BYTES (UINT64_C(512) << 20)
 #define PROBE_ROUNDS 5
 
-attn_status_t
+cuda_visit_t
 cuda_enter(cuda_backend_t *backend)
 {
-    return cuda_check(backend->cu->cuCtxSetCurrent(backend->context), "cuCtxSetCurrent");
+    cuda_visit_t visit = {.mode = CU_STREAM_CAPTURE_MODE_RELAXED};
+
+    visit.status = cuda_check(backend->cu->cuCtxPushCurrent(backend->context), "cuCtxPushCurrent");
+    if (visit.status == ATTN_OK) {
+        backend->cu->cuThreadExchangeStreamCaptureMode(&visit.mode);
+    }
+    return visit;
+}
+
+void
+cuda_leave(cuda_visit_t *visit)
+{
+    CUcontext ours;
+
+    if (visit->status == ATTN_OK) {
+        const cuda_driver_t *cu = cuda_driver();
+        cu->cuThreadExchangeStreamCaptureMode(&visit->mode);
+        cu->cuCtxPopCurrent(&ours);
+    }
 }
 
 static int
@@ -47,6 +67,14 @@ attribute(const cuda_backend_t *backend, CUdevice_attribute which)
     int value = 0;
     backend->cu->cuDeviceGetAttribute(&value, which, backend->device);
     return value;
+}
+
+static attn_status_t
+load_modules(cuda_backend_t *backend)
+{
+    CUDA_VISIT(backend);
+
+    return visit.status == ATTN_OK ? cuda_modules_load(backend) : visit.status;
 }
 
 static attn_status_t
@@ -84,8 +112,7 @@ open_device(cuda_backend_t *backend, uint32_t ordinal)
         ATTN_OK) {
         return status;
     }
-    if ((status = cuda_enter(backend)) != ATTN_OK ||
-        (status = cuda_modules_load(backend)) != ATTN_OK) {
+    if ((status = load_modules(backend)) != ATTN_OK) {
         backend->cu->cuDevicePrimaryCtxRelease(backend->device);
     }
     return status;
@@ -168,7 +195,8 @@ cuda_slab_alloc(attn_backend_t *base, uint64_t bytes, void **slab_p)
 {
     cuda_backend_t *backend = (cuda_backend_t *)base;
     CUdeviceptr slab        = 0;
-    attn_status_t status    = cuda_enter(backend);
+    CUDA_VISIT(backend);
+    attn_status_t status = visit.status;
 
     if (status == ATTN_OK) {
         status = CUDA_CALL(cuMemAlloc(&slab, bytes));
@@ -194,9 +222,10 @@ static void
 cuda_slab_free(attn_backend_t *base, void *slab, uint64_t bytes)
 {
     cuda_backend_t *backend = (cuda_backend_t *)base;
+    CUDA_VISIT(backend);
 
     (void)bytes;
-    if (slab != NULL && cuda_enter(backend) == ATTN_OK) {
+    if (slab != NULL && visit.status == ATTN_OK) {
         backend->cu->cuMemFree((CUdeviceptr)(uintptr_t)slab);
     }
 }
@@ -205,7 +234,8 @@ static attn_status_t
 cuda_slab_fill(attn_backend_t *base, void *slab, uint8_t byte, uint64_t bytes)
 {
     cuda_backend_t *backend = (cuda_backend_t *)base;
-    attn_status_t status    = cuda_enter(backend);
+    CUDA_VISIT(backend);
+    attn_status_t status = visit.status;
 
     if (status == ATTN_OK) {
         status = CUDA_CALL(cuMemsetD8Async((CUdeviceptr)(uintptr_t)slab, byte, bytes, NULL));
@@ -218,7 +248,8 @@ cuda_device(attn_backend_t *base, attn_device_t *device)
 {
     cuda_backend_t *backend = (cuda_backend_t *)base;
     size_t free_bytes = 0, total = 0;
-    attn_status_t status = cuda_enter(backend);
+    CUDA_VISIT(backend);
+    attn_status_t status = visit.status;
 
     if (status == ATTN_OK) {
         status = CUDA_CALL(cuMemGetInfo(&free_bytes, &total));
@@ -340,8 +371,11 @@ cuda_block_give(cuda_backend_t *backend, cuda_block_t *block)
         backend->free_bytes += block->bytes;
     }
     pthread_mutex_unlock(&backend->lock);
-    if (!keep && cuda_enter(backend) == ATTN_OK) {
-        block_free(backend, block);
+    if (!keep) {
+        CUDA_VISIT(backend);
+        if (visit.status == ATTN_OK) {
+            block_free(backend, block);
+        }
     }
 }
 
@@ -366,6 +400,18 @@ cuda_launch(CUfunction function, uint32_t grid_x, uint32_t grid_y, uint32_t bloc
 }
 
 static void
+close_device(cuda_backend_t *backend)
+{
+    CUDA_VISIT(backend);
+
+    if (visit.status == ATTN_OK) {
+        cuda_tracks_free(backend);
+        free_kept(backend);
+        cuda_modules_unload(backend);
+    }
+}
+
+static void
 cuda_close(attn_backend_t *base)
 {
     cuda_backend_t *backend = (cuda_backend_t *)base;
@@ -373,10 +419,7 @@ cuda_close(attn_backend_t *base)
     if (backend == NULL) {
         return;
     }
-    if (cuda_enter(backend) == ATTN_OK) {
-        free_kept(backend);
-        cuda_modules_unload(backend);
-    }
+    close_device(backend);
     cuda_images_free(backend);
     backend->cu->cuDevicePrimaryCtxRelease(backend->device);
     pthread_mutex_destroy(&backend->lock);
@@ -402,8 +445,9 @@ cuda_read_bandwidth(const attn_backend_t *base)
     CUdeviceptr at          = 0;
     CUevent start = NULL, stop = NULL;
     float best = 0;
+    CUDA_VISIT(backend);
 
-    if (cuda_enter(backend) != ATTN_OK || CUDA_CALL(cuMemAlloc(&at, PROBE_BYTES)) != ATTN_OK) {
+    if (visit.status != ATTN_OK || CUDA_CALL(cuMemAlloc(&at, PROBE_BYTES)) != ATTN_OK) {
         return 1e12; /* a guess, for a device that has no memory left */
     }
     if (CUDA_CALL(cuEventCreate(&start, 0)) == ATTN_OK &&
@@ -451,4 +495,5 @@ const attn_backend_ops_t attn_cuda_backend_ops = {
     .workspace_create  = cuda_workspace_create,
     .workspace_destroy = cuda_workspace_destroy,
     .attend            = cuda_attend,
+    .tracks            = &cuda_track_ops,
 };

@@ -20,7 +20,9 @@
     X(cuDeviceGetAttribute)                                                                        \
     X(cuDevicePrimaryCtxRetain)                                                                    \
     X(cuDevicePrimaryCtxRelease)                                                                   \
-    X(cuCtxSetCurrent)                                                                             \
+    X(cuCtxPushCurrent)                                                                            \
+    X(cuCtxPopCurrent)                                                                             \
+    X(cuThreadExchangeStreamCaptureMode)                                                           \
     X(cuCtxSynchronize)                                                                            \
     X(cuMemGetInfo)                                                                                \
     X(cuMemAlloc)                                                                                  \
@@ -37,10 +39,13 @@
     X(cuStreamCreate)                                                                              \
     X(cuStreamDestroy)                                                                             \
     X(cuStreamSynchronize)                                                                         \
+    X(cuStreamWaitEvent)                                                                           \
+    X(cuStreamIsCapturing)                                                                         \
     X(cuEventCreate)                                                                               \
     X(cuEventDestroy)                                                                              \
     X(cuEventRecord)                                                                               \
     X(cuEventSynchronize)                                                                          \
+    X(cuEventQuery)                                                                                \
     X(cuEventElapsedTime)                                                                          \
     X(cuModuleLoadData)                                                                            \
     X(cuModuleUnload)                                                                              \

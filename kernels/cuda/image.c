@@ -302,23 +302,111 @@ take(cuda_image_t *image, uint64_t n, uint64_t size)
     return at;
 }
 
-#define TAKE(v) take(image, (v).n, sizeof(*(v).at))
+#define TAKE(v) take(image, image->room.v, sizeof(*b->v.at))
 
 /* All tables one after the other. */
 static void
 lay_out(const builder_t *b, cuda_image_t *image)
 {
     image->bytes   = 0;
-    image->leaves  = TAKE(b->leaves);
-    image->queries = TAKE(b->queries);
-    image->items   = TAKE(b->items);
-    image->refs    = TAKE(b->refs);
-    image->present = TAKE(b->present);
-    image->masks   = TAKE(b->masks);
+    image->leaves  = TAKE(leaves);
+    image->queries = TAKE(queries);
+    image->items   = TAKE(items);
+    image->refs    = TAKE(refs);
+    image->present = TAKE(present);
+    image->masks   = TAKE(masks);
     for (uint32_t c = 0; c < CUDA_CLASSES; c++) {
-        image->classes[c].pieces = take(image, image_pieces(&b->cuts[c]), sizeof(cuda_piece_t));
+        image->classes[c].pieces = take(image, image->room.pieces[c], sizeof(cuda_piece_t));
     }
-    image->pages = take(image, b->n_pages, sizeof(uint32_t));
+    image->pages = take(image, image->room.pages, sizeof(uint32_t));
+}
+
+/* Room for what there is. */
+static cuda_room_t
+room_of(const builder_t *b, const cuda_image_t *image)
+{
+    cuda_room_t room = {.leaves    = b->leaves.n,
+                        .queries   = b->queries.n,
+                        .items     = b->items.n,
+                        .refs      = b->refs.n,
+                        .present   = b->present.n,
+                        .masks     = b->masks.n,
+                        .pages     = b->n_pages,
+                        .slots     = image->slots,
+                        .item_rows = image->item_rows,
+                        .item_refs = image->item_refs,
+                        .depth     = image->depth,
+                        .general   = image->general};
+
+    for (uint32_t c = 0; c < CUDA_CLASSES; c++) {
+        room.pieces[c] = image_pieces(&b->cuts[c]);
+    }
+    return room;
+}
+
+bool
+cuda_room_holds(const cuda_room_t *room, const cuda_room_t *needed)
+{
+    bool holds = room->leaves >= needed->leaves && room->queries >= needed->queries &&
+                 room->items >= needed->items && room->refs >= needed->refs &&
+                 room->present >= needed->present && room->masks >= needed->masks &&
+                 room->pages >= needed->pages && room->slots >= needed->slots &&
+                 room->item_rows >= needed->item_rows && room->item_refs >= needed->item_refs &&
+                 room->depth >= needed->depth && room->general == needed->general;
+
+    for (uint32_t c = 0; c < CUDA_CLASSES; c++) {
+        holds = holds && room->pieces[c] >= needed->pieces[c];
+    }
+    return holds;
+}
+
+/* A power of two, at least `least` if it is any. */
+static uint64_t
+above(uint64_t n, uint64_t least)
+{
+    uint64_t room = least;
+
+    while (room < n) {
+        room *= 2;
+    }
+    return n > 0 ? room : 0;
+}
+
+cuda_room_t
+cuda_room_above(const cuda_room_t *needed)
+{
+    cuda_room_t room = {.leaves    = above(needed->leaves, 256),
+                        .queries   = above(needed->queries, 16),
+                        .items     = above(needed->items, 64),
+                        .refs      = above(needed->refs, 1024),
+                        .present   = above(needed->present, 256),
+                        .masks     = above(needed->masks, 256),
+                        .pages     = above(needed->pages, 1024),
+                        .slots     = above(needed->slots, 4096),
+                        .item_rows = (uint32_t)above(needed->item_rows, 1),
+                        .item_refs = (uint32_t)above(needed->item_refs, 32),
+                        .depth     = (needed->depth + 4) / 4 * 4,
+                        .general   = needed->general};
+
+    for (uint32_t c = 0; c < CUDA_CLASSES; c++) {
+        room.pieces[c] = above(needed->pieces[c], 256);
+    }
+    return room;
+}
+
+void
+cuda_image_place(cuda_image_t *image, const cuda_room_t *room, uint32_t ctas)
+{
+    image->room      = *room;
+    image->slots     = room->slots;
+    image->n_items   = (uint32_t)room->items;
+    image->item_rows = room->item_rows;
+    image->item_refs = room->item_refs;
+    image->depth     = room->depth;
+    for (uint32_t c = 0; c < CUDA_CLASSES; c++) {
+        image->classes[c].grid = room->pieces[c] > 0 ? ctas : 0;
+    }
+    lay_out(image->memory, image);
 }
 
 /* What has a row for each of the plan's spans, works or entries. */
@@ -370,16 +458,17 @@ build(builder_t *b, uint32_t ctas)
     DO(leaves)                                                                                     \
     DO(queries)                                                                                    \
     DO(works)                                                                                      \
-    DO(units) DO(left) DO(pieces) DO(items) DO(refs) DO(lists) DO(page_at) DO(present) DO(masks)   \
-        DO(mask_at)
+    DO(units)                                                                                      \
+    DO(left) DO(pieces) DO(items) DO(refs) DO(lists) DO(page_at) DO(present) DO(masks) DO(mask_at)
 
 /* As new, but for the memory. */
 static void
-begin_anew(builder_t *b, const attn_plan_t *plan, cuda_image_t *image)
+begin_anew(builder_t *b, const attn_plan_t *plan, bool steady, cuda_image_t *image)
 {
     b->plan      = plan;
     b->image     = image;
     b->no_memory = false;
+    b->steady    = steady;
     b->n_pages   = 0;
 #define EMPTY(v) b->v.n = 0;
     EACH_VECTOR(EMPTY)
@@ -391,15 +480,15 @@ begin_anew(builder_t *b, const attn_plan_t *plan, cuda_image_t *image)
     }
 }
 
-attn_status_t
-cuda_image_build(const attn_plan_t *plan, uint32_t ctas, cuda_image_t *image)
+static attn_status_t
+build_image(const attn_plan_t *plan, uint32_t ctas, bool steady, cuda_image_t *image)
 {
     builder_t *b = image->memory != NULL ? image->memory : calloc(1, sizeof(*b));
 
     if (b == NULL) {
         return attn_fail(ATTN_ERR_NO_MEMORY, "no memory for the tables of a step");
     }
-    begin_anew(b, plan, image);
+    begin_anew(b, plan, steady, image);
     build(b, ctas);
     if (b->no_memory) {
         return attn_fail(ATTN_ERR_NO_MEMORY, "no memory for the tables of a step");
@@ -410,8 +499,21 @@ cuda_image_build(const attn_plan_t *plan, uint32_t ctas, cuda_image_t *image)
         return attn_fail(ATTN_ERR_TOO_LARGE,
                          "the step has more leaves, queries or states than 32 bits number");
     }
+    image->room = room_of(b, image);
     lay_out(b, image);
     return ATTN_OK;
+}
+
+attn_status_t
+cuda_image_build(const attn_plan_t *plan, uint32_t ctas, cuda_image_t *image)
+{
+    return build_image(plan, ctas, false, image);
+}
+
+attn_status_t
+cuda_image_build_steady(const attn_plan_t *plan, uint32_t ctas, cuda_image_t *image)
+{
+    return build_image(plan, ctas, true, image);
 }
 
 void
@@ -430,7 +532,15 @@ cuda_image_write_tables(const cuda_image_t *image, uint8_t *to)
     PUT(b->present, image->present)
     PUT(b->masks, image->masks)
 #undef PUT
+    /* Where a room has more than there is, kernels find nothing to do: items without a row, teams
+     * without a piece. */
+    memset(to + image->items + b->items.n * sizeof(cuda_item_t), 0,
+           (image->room.items - b->items.n) * sizeof(cuda_item_t));
     for (uint32_t c = 0; c < CUDA_CLASSES; c++) {
+        if (b->cuts[c].teams == 0) {
+            memset(to + image->classes[c].pieces, 0xff,
+                   image->room.pieces[c] * sizeof(cuda_piece_t));
+        }
         image_write_pieces(b, c, (cuda_piece_t *)(void *)(to + image->classes[c].pieces));
     }
 }

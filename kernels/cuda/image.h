@@ -96,6 +96,7 @@ typedef struct cuda_args {
 
     const uint8_t *q;       /**< [q_parts][rows][q_heads][head_dim_k] of the KV's type */
     uint64_t q_part_stride; /**< bytes */
+    uint64_t q_row_stride, q_head_stride; /**< bytes */
     uint32_t q_parts;
     const float *q_scale; /**< [rows][q_heads] powers of two, or NULL */
     float scale;          /**< times log2 e, but with a soft cap or slopes */

@@ -232,7 +232,7 @@ image_cut_class(builder_t *b, uint32_t class, uint32_t ctas)
         return;
     }
     /* Few leaves go to as many CTAs as there are, one to each of their teams after the other. */
-    to->grid       = (uint32_t)attn_min(ctas, line.total);
+    to->grid       = b->steady ? ctas : (uint32_t)attn_min(ctas, line.total);
     uint32_t teams = to->grid * (CUDA_WARPS / to->row_blocks);
     *cut           = (cut_t){.blocks = common_divisor(teams, heads), .first = b->pieces.n};
     cut->heads     = heads / cut->blocks;

@@ -15,6 +15,15 @@ typedef struct cuda_class {
     uint64_t pieces;     /**< offset in the block */
 } cuda_class_t;
 
+/** What each table has room for, in its records, and what kernels are launched for. */
+typedef struct cuda_room {
+    uint64_t leaves, queries, items, refs, present, masks, pages;
+    uint64_t pieces[CUDA_CLASSES]; /**< 0: no launch of that class */
+    uint64_t slots;
+    uint32_t item_rows, item_refs, depth;
+    bool general;
+} cuda_room_t;
+
 /** Offsets in the block, and sizes. */
 typedef struct cuda_image {
     struct cuda_image_memory *memory; /**< what it is made in */
@@ -27,6 +36,7 @@ typedef struct cuda_image {
     uint32_t depth;              /**< of a stack */
     bool general;                /**< has masks or lists */
     bool changes; /**< lists may be put in place of others: made anew for each attend */
+    cuda_room_t room;
 } cuda_image_t;
 
 /**
@@ -39,6 +49,23 @@ typedef struct cuda_image {
  * @return ATTN_ERR_TOO_LARGE  more leaves, states or rows than 32 bits number
  */
 attn_status_t cuda_image_build(const attn_plan_t *plan, uint32_t ctas, cuda_image_t *image);
+
+/*
+ * A graph holds launches as they were captured: sizes and addresses of tables that later plans are
+ * to use, too. So these are built steady, and placed in a room that holds them all.
+ */
+
+/** As cuda_image_build(), but a class that has works gets all CTAs, however few its leaves are. */
+attn_status_t cuda_image_build_steady(const attn_plan_t *plan, uint32_t ctas, cuda_image_t *image);
+
+bool cuda_room_holds(const cuda_room_t *room, const cuda_room_t *needed);
+
+/** Room for what is needed and for more of the same kind: most numbers up to a power of two. */
+cuda_room_t cuda_room_above(const cuda_room_t *needed);
+
+/** Lay a steady image out in a room that holds image->room: offsets and sizes of launches follow
+ * from the room and `ctas` alone. Before it is written. */
+void cuda_image_place(cuda_image_t *image, const cuda_room_t *room, uint32_t ctas);
 
 /** All tables to one block of image->bytes, aligned to 16 bytes, which is what goes to the device:
  * those that follow from lengths alone, and the page lists behind them. */

@@ -75,6 +75,7 @@ struct cuda_image_memory {
     const attn_plan_t *plan;
     cuda_image_t *image;
     bool no_memory;
+    bool steady; /**< all CTAs for each class that has works */
     VECTOR(span_t) spans;
     VECTOR(cuda_leaf_t) leaves;
     VECTOR(cuda_query_t) queries;

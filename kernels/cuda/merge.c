@@ -69,9 +69,10 @@ attn_cuda_merge_rows(attn_backend_t *base, uint32_t n, uint32_t d, float *a_into
     cuda_backend_t *backend = (cuda_backend_t *)base;
     cuda_block_t *block;
     attn_status_t status;
+    CUDA_VISIT(backend);
 
     assert(n > 0 && d > 0);
-    if ((status = cuda_enter(backend)) != ATTN_OK ||
+    if ((status = visit.status) != ATTN_OK ||
         (status = cuda_block_take(backend, lay_out(n, d).end, &block)) != ATTN_OK) {
         return status;
     }

@@ -195,6 +195,9 @@ merge_item(const cuda_args_t &x)
     const cuda_item_t item = x.items[blockIdx.x];
 
     if (row >= item.rows) {
+        if (blockIdx.x == 0) { /* where all of them have nothing to do, it still ends after it */
+            wait_for_kernel_before();
+        }
         return;
     }
     const uint32_t per   = (item.n_refs + x.segments - 1) / x.segments;

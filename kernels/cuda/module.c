@@ -39,6 +39,7 @@ cuda_modules_load(cuda_backend_t *backend)
         {&backend->store_module, &backend->move_rows, "move_rows"},
         {&backend->store_module, &backend->move_places, "move_places"},
         {&backend->store_module, &backend->split_queries, "split_queries"},
+        {&backend->store_module, &backend->bring_rows, "bring_rows"},
         {&backend->merge_module, &backend->merge[0], "merge_64"},
         {&backend->merge_module, &backend->merge[1], "merge_128"},
         {&backend->merge_module, &backend->merge[2], "merge_256"},

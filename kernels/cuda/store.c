@@ -118,8 +118,9 @@ static attn_status_t
 run_rows(job_t *job, uint64_t n, bool *equal_p)
 {
     uint64_t row = slice_of(job->kv, 1).end, most = attn_max(1, SLICE_BYTES / row);
-    uint32_t note        = 0;
-    attn_status_t status = cuda_enter(job->backend);
+    uint32_t note = 0;
+    CUDA_VISIT(job->backend);
+    attn_status_t status = visit.status;
 
     if (n == 0 || status != ATTN_OK) {
         return status;
@@ -218,9 +219,10 @@ cuda_move(attn_backend_t *base, const attn_kv_t *kv, const attn_move_t *moves, u
     cuda_backend_t *backend = (cuda_backend_t *)base;
     cuda_block_t *block;
     attn_status_t status;
+    CUDA_VISIT(backend);
 
     if ((status = attn_rows_check_moves(kv, moves, n)) != ATTN_OK || n == 0 ||
-        (status = cuda_enter(backend)) != ATTN_OK) {
+        (status = visit.status) != ATTN_OK) {
         return status;
     }
     const uint64_t most = SLICE_BYTES / sizeof(*moves);
@@ -270,9 +272,10 @@ cuda_copy_page(attn_backend_t *base, const attn_kv_t *kv, uint32_t from, uint32_
     uint64_t k_row = kv->head_dim_k * size, v_row = kv->head_dim_v * size;
     cuda_block_t *block;
     attn_status_t status;
+    CUDA_VISIT(backend);
 
     if ((status = attn_rows_check_page(kv, from, to, tokens)) != ATTN_OK || tokens == 0 ||
-        (status = cuda_enter(backend)) != ATTN_OK ||
+        (status = visit.status) != ATTN_OK ||
         (status = cuda_block_take(backend, 1, &block)) != ATTN_OK) {
         return status;
     }

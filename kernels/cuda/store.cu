@@ -7,13 +7,18 @@
 
 #include <stdint.h>
 
-/* Where piece c of the row at (page, offset) of a head lies. */
+/* Where piece c of the row at an offset in a page of a head lies. */
+__device__ __forceinline__ uint4 *
+piece_at(uint8_t *page, uint32_t page_size, uint32_t row_bytes, uint32_t offset, uint32_t head,
+         uint32_t c)
+{
+    return (uint4 *)(page + ((uint64_t)head * page_size + offset) * row_bytes) + (c ^ (offset & 7));
+}
+
 __device__ __forceinline__ uint4 *
 place(const cuda_rows_t &x, uint32_t page, uint32_t offset, uint32_t head, uint32_t c)
 {
-    return (uint4 *)(x.store + page * x.page_stride +
-                     ((uint64_t)head * x.page_size + offset) * x.row_bytes) +
-           (c ^ (offset & 7));
+    return piece_at(x.store + page * x.page_stride, x.page_size, x.row_bytes, offset, head, c);
 }
 
 /* mode: 0 stores rows, 1 reads them back, 2 compares and notes a difference. */
@@ -42,6 +47,85 @@ move_rows(const __grid_constant__ cuda_rows_t x, uint32_t mode)
     }
 }
 
+__device__ __forceinline__ bool
+has_special(uint32_t word, uint32_t exponent)
+{
+    uint32_t bits = word & exponent;
+    return (bits & 0xffffu) == (exponent & 0xffffu) || bits >> 16 == exponent >> 16;
+}
+
+/* Piece i of all that a step brings for a layer: K's and V's of a head side by side. Stored, or,
+ * again, compared; returns what is wrong with it. */
+__device__ __forceinline__ uint32_t
+bring_piece(const cuda_bring_t &x, uint64_t i, bool again)
+{
+    uint32_t of_k = x.k_row_bytes / 16, both = of_k + x.v_row_bytes / 16, c = i % both;
+    uint32_t head = i / both % x.kv_heads;
+    uint64_t row  = i / both / x.kv_heads;
+    uint32_t page = x.pages[row], offset = x.offsets[row];
+    const uint4 *from;
+    uint4 *at;
+
+    if (c < of_k) {
+        from = (const uint4 *)(x.k + row * x.k_row_stride + head * x.k_head_stride) + c;
+        at = piece_at(x.k_store + page * x.k_page_stride, x.page_size, x.k_row_bytes, offset, head,
+                      c);
+    } else {
+        c -= of_k;
+        from = (const uint4 *)(x.v + row * x.v_row_stride + head * x.v_head_stride) + c;
+        at = piece_at(x.v_store + page * x.v_page_stride, x.page_size, x.v_row_bytes, offset, head,
+                      c);
+    }
+    uint4 a = *from;
+    if (has_special(a.x, x.exponent) || has_special(a.y, x.exponent) ||
+        has_special(a.z, x.exponent) || has_special(a.w, x.exponent)) {
+        return CUDA_NOT_FINITE;
+    }
+    if (!again) {
+        *at = a;
+        return 0;
+    }
+    uint4 b = *at;
+    return a.x != b.x || a.y != b.y || a.z != b.z || a.w != b.w ? CUDA_DIFFERS : 0;
+}
+
+/*
+ * The first kernel of a layer of a step on a caller's stream. A layer counts as stored when the
+ * last CTA ends: until then every CTA of a launch sees that it was not, or, launched again in the
+ * same step, that it was.
+ */
+extern "C" __global__ void
+bring_rows(const __grid_constant__ cuda_bring_t x)
+{
+    const unsigned long long serial = x.head->serial;
+    uint32_t trouble                = 0;
+
+    if (serial == 0) {
+        return;
+    }
+    const bool again = x.mark->stored == serial;
+    if (x.k == nullptr) {
+        trouble = again ? 0 : CUDA_NOT_STORED;
+    } else {
+        const uint64_t all = x.head->n_rows * x.kv_heads * ((x.k_row_bytes + x.v_row_bytes) / 16);
+        for (uint64_t i = (uint64_t)blockIdx.x * blockDim.x + threadIdx.x; i < all;
+             i += (uint64_t)gridDim.x * blockDim.x) {
+            trouble |= bring_piece(x, i, again);
+        }
+    }
+    if (trouble != 0) {
+        atomicOr(&x.mark->trouble, trouble);
+    }
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0 && atomicAdd(&x.mark->ended, 1u) == gridDim.x - 1) {
+        x.mark->ended = 0;
+        if (x.k != nullptr) {
+            x.mark->stored = serial;
+        }
+    }
+}
+
 /* One row after the other from place to place: a CTA moves all moves for its pieces, in order. */
 extern "C" __global__ void
 move_places(const __grid_constant__ cuda_rows_t x, const uint32_t *moves)
@@ -63,12 +147,13 @@ move_places(const __grid_constant__ cuda_rows_t x, const uint32_t *moves)
 extern "C" __global__ void
 split_queries(const __grid_constant__ cuda_split_t x)
 {
-    const uint64_t row = blockIdx.x;
-    float most         = 0;
+    const uint64_t row  = blockIdx.x;
+    const uint64_t from = row / x.heads * x.from_row_stride + row % x.heads * x.from_head_stride;
+    float most          = 0;
     __shared__ float shared_most[8];
 
     for (uint32_t i = threadIdx.x; i < x.d; i += blockDim.x) {
-        float v = cuda_read(x.from, x.from_type, row * x.d + i);
+        float v = cuda_read(x.from, x.from_type, from + i);
         most    = fmaxf(most, fabsf(v) < INFINITY ? fabsf(v) : 0.0f);
     }
     for (int o = 16; o > 0; o >>= 1) {
@@ -88,7 +173,7 @@ split_queries(const __grid_constant__ cuda_split_t x)
         shift = min(max(shift, -126), 126);
     }
     for (uint32_t i = threadIdx.x; i < x.d; i += blockDim.x) {
-        float v = ldexpf(cuda_read(x.from, x.from_type, row * x.d + i), shift);
+        float v = ldexpf(cuda_read(x.from, x.from_type, from + i), shift);
         for (uint32_t p = 0; p < x.parts; p++) {
             float part = cuda_write(x.to, x.to_type, p * x.part_stride + row * x.d + i, v);
             v          = fabsf(v) < INFINITY ? v - part : 0.0f;

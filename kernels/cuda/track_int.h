@@ -1,0 +1,52 @@
+/* track_int.h: between track.c, which gives tracks to steps, and track_queue.c, which queues on
+ * them.
+ */
+#ifndef ATTN_KERNELS_CUDA_TRACK_INT_H
+#define ATTN_KERNELS_CUDA_TRACK_INT_H
+
+#include "kernels/cuda/cuda_int.h"
+#include "kernels/cuda/store.h"
+
+/** What steps of a track have in common: graphs hold it. */
+typedef struct track_shape {
+    uint64_t cache, n_queries, n_rows;
+    attn_dtype_t q_dtype, o_dtype;
+    uint32_t n_plans, ctas;
+} track_shape_t;
+
+/*
+ * In the device's memory:
+ *
+ *     head  marks[layers]  pages[n_rows]  offsets[n_rows]  tables[n_plans]  | sent by begin
+ *     slopes and sinks of all layers                                        | as the cache is
+ * opened parts of queries  states between kernels  stacks                      | while a layer runs
+ */
+struct attn_track {
+    cuda_backend_t *backend;
+    struct attn_track *next;
+    uint64_t id, serial;
+    track_shape_t shape;
+    uint32_t layers, kv_heads;
+    bool busy;     /* a step is on it; under the backend's lock */
+    bool captured; /* graphs may hold its addresses: it stays while its cache is open */
+
+    CUdeviceptr device;
+    uint8_t *host; /* pinned: [sent], and marks come back to their place */
+    uint64_t sent, bytes;
+    uint64_t marks, pages, offsets, params, parts, q_scale, slot_a, slot_l, slot_e, deep;
+    attn_workspace_t *views; /* [n_plans]: a plan's tables, and the memory that all share */
+    cuda_block_t *blocks;    /* [n_plans]: of a view; where its tables begin */
+
+    CUstream stream;        /* our own */
+    CUevent ready, done;    /* the tables are there; what was queued last has run */
+    CUstream last;          /* that something was queued on, if ... */
+    bool queued, replaying; /* ... anything was; before() was, and after() not yet */
+};
+
+bool track_wait(attn_track_t *t, uint64_t until_ns);
+attn_status_t track_enqueue(attn_track_t *t, const attn_track_call_t *call);
+attn_status_t track_before(attn_track_t *t, void *stream);
+attn_status_t track_after(attn_track_t *t, void *stream);
+attn_status_t track_results(attn_track_t *t, uint8_t *stored);
+
+#endif

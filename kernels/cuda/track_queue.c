@@ -1,0 +1,297 @@
+/*
+ * track_queue.c: what a step queues on streams of its caller, and what became of it. Two kernels or
+ * three a layer: bring_rows stores k, v and marks the layer, attend and merge answer. The marks
+ * come back once a step: only what ran on the device counts, whoever launched it.
+ */
+#include "kernels/cuda/track_int.h"
+
+#include "base/checked.h"
+#include "base/clock.h"
+#include "base/status.h"
+
+#include <sched.h>
+#include <time.h>
+
+#define THREADS 256u
+#define CTAS_OF_PROCESSOR 4u
+
+/* How long wait() looks without a pause, and how long its pauses are. */
+#define SPIN_NS (100 * ATTN_NS_PER_US)
+#define PAUSE_NS 20000
+
+/* ---- order ---- */
+
+/* What comes next on the stream finds the tables, and what was queued before on others is over. */
+static attn_status_t
+follow(attn_track_t *t, CUstream stream)
+{
+    attn_status_t status = CUDA_CALL(cuStreamWaitEvent(stream, t->ready, 0));
+
+    if (status == ATTN_OK && t->queued && t->last != stream) {
+        status = CUDA_CALL(cuStreamWaitEvent(stream, t->done, 0));
+    }
+    return status;
+}
+
+/* All that the stream has now is the step's. */
+static attn_status_t
+note(attn_track_t *t, CUstream stream)
+{
+    t->queued = true;
+    t->last   = stream;
+    return CUDA_CALL(cuEventRecord(t->done, stream));
+}
+
+/* The driver marks the legacy stream by NULL; events follow it as any other. */
+static CUstream
+stream_of(const attn_track_t *t, const attn_track_call_t *call)
+{
+    return call->own_stream ? t->stream : (CUstream)call->stream;
+}
+
+attn_status_t
+track_before(attn_track_t *t, void *stream)
+{
+    CUDA_VISIT(t->backend);
+    attn_status_t status = visit.status == ATTN_OK ? follow(t, stream) : visit.status;
+
+    if (status == ATTN_OK) {
+        t->replaying = true;
+        t->last      = stream;
+    }
+    return status;
+}
+
+attn_status_t
+track_after(attn_track_t *t, void *stream)
+{
+    CUDA_VISIT(t->backend);
+    attn_status_t status = visit.status == ATTN_OK ? note(t, stream) : visit.status;
+
+    t->replaying = t->replaying && status != ATTN_OK;
+    return status;
+}
+
+static bool
+is_over(const attn_track_t *t, CUevent event)
+{
+    CUresult result = t->backend->cu->cuEventQuery(event);
+
+    if (result == CUDA_ERROR_NOT_READY) {
+        return false;
+    }
+    cuda_check(result, "cuEventQuery"); /* after an error nothing runs on */
+    return true;
+}
+
+bool
+track_wait(attn_track_t *t, uint64_t until_ns)
+{
+    uint64_t start = attn_now_ns();
+    CUDA_VISIT(t->backend);
+
+    if (visit.status != ATTN_OK) {
+        return true;
+    }
+    if (t->replaying) { /* after() was never called: what the stream has now is waited for */
+        note(t, t->last);
+        t->replaying = false;
+    }
+    while (!is_over(t, t->ready) || (t->queued && !is_over(t, t->done))) {
+        uint64_t now = attn_now_ns();
+        if (now >= until_ns) {
+            return false;
+        }
+        if (now - start < SPIN_NS) {
+            sched_yield();
+        } else {
+            nanosleep(&(struct timespec){.tv_nsec = PAUSE_NS}, NULL);
+        }
+    }
+    return true;
+}
+
+/* ---- a layer ---- */
+
+static attn_status_t
+check_rows(const attn_rows_t *rows, const char *name, uint32_t unit, uint32_t size)
+{
+    if ((uintptr_t)rows->at % unit != 0 || rows->row_stride * size % unit != 0 ||
+        rows->head_stride * size % unit != 0) {
+        return attn_fail(ATTN_ERR_INVALID,
+                         "%s is at %p, with strides %llu (token) and %llu (head) of %u bytes: in "
+                         "the device's memory tokens and heads begin at multiples of %u bytes",
+                         name, rows->at, (unsigned long long)rows->row_stride,
+                         (unsigned long long)rows->head_stride, size, unit);
+    }
+    return ATTN_OK;
+}
+
+static attn_status_t
+check_call(const attn_track_t *t, const attn_track_call_t *call)
+{
+    attn_status_t status = ATTN_OK;
+
+    if (call->k != NULL) {
+        status = check_rows(call->k, "k", 16, 2);
+        status = status == ATTN_OK ? check_rows(call->v, "v", 16, 2) : status;
+    }
+    if (call->q != NULL && status == ATTN_OK) {
+        uint32_t size = (uint32_t)attn_dtype_size(t->shape.q_dtype);
+        status        = check_rows(call->q, "q", 4, size);
+    }
+    return status;
+}
+
+static attn_status_t
+launch_bring(const attn_track_t *t, const attn_track_call_t *call, CUstream stream)
+{
+    const attn_kv_t *kv = call->kv;
+    uint8_t *base       = (uint8_t *)(uintptr_t)t->device;
+    cuda_bring_t x      = {
+             .head          = (const cuda_head_t *)(const void *)base,
+             .mark          = (cuda_mark_t *)(void *)(base + t->marks) + call->layer,
+             .pages         = (const uint32_t *)(const void *)(base + t->pages),
+             .offsets       = (const uint32_t *)(const void *)(base + t->offsets),
+             .k_store       = kv->k,
+             .v_store       = kv->v,
+             .k_page_stride = kv->k_page_stride * 2,
+             .v_page_stride = kv->v_page_stride * 2,
+             .page_size     = kv->page_size,
+             .kv_heads      = kv->kv_heads,
+             .k_row_bytes   = kv->head_dim_k * 2,
+             .v_row_bytes   = kv->head_dim_v * 2,
+             .exponent      = kv->dtype == ATTN_F16 ? 0x7c007c00u : 0x7f807f80u,
+    };
+    uint64_t pieces = t->shape.n_rows * kv->kv_heads * ((x.k_row_bytes + x.v_row_bytes) / 16);
+    uint64_t most   = (uint64_t)t->backend->processors * CTAS_OF_PROCESSOR;
+    uint64_t grid   = attn_min(attn_div_up(pieces, THREADS), most);
+
+    if (call->k == NULL) {
+        grid = 1;
+    } else {
+        x.k             = call->k->at;
+        x.v             = call->v->at;
+        x.k_row_stride  = call->k->row_stride * 2;
+        x.k_head_stride = call->k->head_stride * 2;
+        x.v_row_stride  = call->v->row_stride * 2;
+        x.v_head_stride = call->v->head_stride * 2;
+    }
+    return cuda_launch(t->backend->bring_rows, (uint32_t)grid, 1, THREADS, 0, false, stream,
+                       (void *[]){&x});
+}
+
+static attn_status_t
+launch_attend(const attn_track_t *t, uint32_t plan, const attn_track_call_t *call, CUstream stream)
+{
+    const attn_workspace_t *w = &t->views[plan];
+    attn_answer_t answer      = {.o = call->o, .lse = call->lse};
+    uint64_t heads            = w->plan->problem.q_heads;
+    uint8_t *base             = (uint8_t *)(uintptr_t)t->device;
+    float *params = (float *)(void *)(base + t->params) + (uint64_t)call->layer * 3 * heads;
+    cuda_args_t x;
+
+    cuda_attend_fill(w, call->kv, call->params, &answer, &x);
+    x.o     = call->o;
+    x.lse   = call->lse;
+    x.error = &((cuda_mark_t *)(void *)(base + t->marks))[call->layer].error;
+    if (x.q_parts == 1) {
+        x.q             = call->q->at;
+        x.q_row_stride  = call->q->row_stride * 2;
+        x.q_head_stride = call->q->head_stride * 2;
+    }
+    if (call->params->slopes != NULL) {
+        x.slopes = params;
+    }
+    if (call->params->sinks != NULL) {
+        x.sink_l = params + heads;
+        x.sink_e = (const int32_t *)(const void *)(params + 2 * heads);
+    }
+    return cuda_attend_launch(w, call->kv, call->q, &x, stream);
+}
+
+attn_status_t
+track_enqueue(attn_track_t *t, const attn_track_call_t *call)
+{
+    CUstream stream                 = stream_of(t, call);
+    CUstreamCaptureStatus capturing = CU_STREAM_CAPTURE_STATUS_NONE;
+    attn_status_t status            = check_call(t, call);
+    CUDA_VISIT(t->backend);
+
+    if (status != ATTN_OK || (status = visit.status) != ATTN_OK ||
+        (status = CUDA_CALL(cuStreamIsCapturing(stream, &capturing))) != ATTN_OK) {
+        return status;
+    }
+    bool captures = capturing != CU_STREAM_CAPTURE_STATUS_NONE;
+    t->captured   = t->captured || captures;
+    if (!captures && (status = follow(t, stream)) != ATTN_OK) {
+        return status;
+    }
+    if (t->shape.n_rows > 0) {
+        status = launch_bring(t, call, stream);
+    }
+    if (status == ATTN_OK && call->q != NULL && t->shape.n_queries > 0) {
+        status = launch_attend(t, call->plan, call, stream);
+    }
+    if (!captures) { /* of what failed a part may run */
+        attn_status_t noted = note(t, stream);
+        status              = status == ATTN_OK ? noted : status;
+    }
+    return status;
+}
+
+/* ---- what became of it ---- */
+
+/* A layer that went wrong: told, and as if nothing had been queued of it. */
+static attn_status_t
+report(attn_track_t *t, uint32_t layer, const cuda_mark_t *mark)
+{
+    CUdeviceptr at       = t->device + t->marks + layer * sizeof(*mark);
+    cuda_mark_t anew     = {.error  = UINT64_MAX,
+                            .stored = mark->trouble & CUDA_NOT_FINITE ? 0 : mark->stored};
+    attn_status_t status = CUDA_CALL(cuMemcpyHtoD(at, &anew, sizeof(anew)));
+
+    if (status != ATTN_OK) {
+        return status;
+    }
+    if (mark->trouble & CUDA_NOT_FINITE) {
+        return attn_fail(ATTN_ERR_NUMERIC, "layer %u: a NaN or an infinity in k or v", layer);
+    }
+    if (mark->trouble & CUDA_DIFFERS) {
+        return attn_fail(ATTN_ERR_CONFLICT,
+                         "layer %u: k, v differ from those stored: abort the step to change them",
+                         layer);
+    }
+    if (mark->trouble & CUDA_NOT_STORED) {
+        return attn_fail(ATTN_ERR_INCOMPLETE,
+                         "layer %u was asked about without k and v, before it had any", layer);
+    }
+    return attn_fail(ATTN_ERR_NUMERIC,
+                     "layer %u: entry %llu, query %llu, head %llu: a NaN, a logit beyond 2^30 or a "
+                     "sum that is not finite",
+                     layer, mark->error >> 40, mark->error >> 12 & 0xfffffff, mark->error & 0xfff);
+}
+
+attn_status_t
+track_results(attn_track_t *t, uint8_t *stored)
+{
+    uint64_t bytes = t->layers * sizeof(cuda_mark_t);
+    attn_status_t status;
+    CUDA_VISIT(t->backend);
+
+    if ((status = visit.status) != ATTN_OK ||
+        (status = CUDA_CALL(cuMemcpyDtoHAsync(t->host + t->marks, t->device + t->marks, bytes,
+                                              t->stream))) != ATTN_OK ||
+        (status = CUDA_CALL(cuStreamSynchronize(t->stream))) != ATTN_OK) {
+        return status;
+    }
+    const cuda_mark_t *mark = (const cuda_mark_t *)(const void *)(t->host + t->marks);
+    for (uint32_t l = 0; l < t->layers; l++) {
+        bool wrong = mark[l].trouble != 0 || mark[l].error != UINT64_MAX;
+        stored[l]  = mark[l].stored == t->serial && !(mark[l].trouble & CUDA_NOT_FINITE);
+        if (wrong && status == ATTN_OK) {
+            status = report(t, l, &mark[l]);
+        }
+    }
+    return status;
+}
