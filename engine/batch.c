@@ -327,6 +327,10 @@ engine_step_check(const engine_cache_t *cache, const engine_batch_t *batch)
         if (status == ATTN_OK) {
             status = check_not_released(cache, e);
         }
+        if (status == ATTN_OK && batch->on_device && (e->n_nodes > 0 || e->list_room > 0)) {
+            status = attn_fail(ATTN_ERR_UNSUPPORTED, "%s: not with tensors in the device's memory",
+                               e->n_nodes > 0 ? "partials are asked for" : "list_room is not 0");
+        }
         if (status != ATTN_OK) {
             return attn_fail_in(status, "entry %u: ", i);
         }
@@ -429,6 +433,7 @@ engine_step_copy(engine_step_t *step, const engine_batch_t *batch)
     }
     bump.used = 0;
     carve(step, batch, &bump);
+    step->on_device   = batch->on_device;
     step->q_dtype     = batch->q_dtype;
     step->o_dtype     = batch->o_dtype;
     step->deadline_ns = batch->deadline_ns;
@@ -450,10 +455,10 @@ engine_batch_fingerprint(const engine_batch_t *batch)
     mix(&hash, &batch->cache, sizeof(batch->cache));
     for (uint32_t i = 0; i < batch->n; i++) {
         const engine_entry_t *e = &batch->entries[i];
-        uint64_t numbers[]      = {e->seq,         e->base,        e->n_q,          e->n_new,
-                                   e->n_chunks,    e->n_nodes,     e->n_lists,      batch->n,
-                                   batch->q_dtype, batch->o_dtype, batch->want_lse, e->mask != NULL,
-                                   e->list_room};
+        uint64_t numbers[]      = {e->seq,         e->base,         e->n_q,          e->n_new,
+                                   e->n_chunks,    e->n_nodes,      e->n_lists,      batch->n,
+                                   batch->q_dtype, batch->o_dtype,  batch->want_lse, e->mask != NULL,
+                                   e->list_room,   batch->on_device};
         mix(&hash, numbers, sizeof(numbers));
         for (uint32_t c = 0; c < e->n_chunks; c++) {
             uint64_t chunk[] = {e->chunks[c].chunk, e->chunks[c].generation, e->chunks[c].length,

@@ -82,6 +82,7 @@ engine_create(const engine_options_t *options, engine_t **engine_p)
             sizeof(engine->name) - 1);
     pthread_mutex_init(&engine->lock, NULL);
     pthread_mutex_init(&engine->spare_lock, NULL);
+    engine->ordinal = ordinal;
 
     status = ops->open(options->threads, ordinal, &engine->backend);
     if (status != ATTN_OK) {
@@ -383,6 +384,9 @@ engine_cache_close(engine_t *engine, uint64_t id)
             HASH_DEL(engine->caches, cache);
             pthread_mutex_unlock(&engine->lock);
             cache_free(cache);
+            if (engine->backend->ops->tracks != NULL) {
+                engine->backend->ops->tracks->forget(engine->backend, id);
+            }
             return ATTN_OK;
         }
         pthread_mutex_unlock(&engine->lock);

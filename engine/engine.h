@@ -250,6 +250,9 @@ typedef struct engine_batch {
     const engine_entry_t *entries;
     attn_dtype_t q_dtype, o_dtype;
     bool want_lse;
+    /** Its tensors lie in the device's memory: for engine_step_enqueue(), not for
+     * engine_step_run(). It has no nodes and no list_room. */
+    bool on_device;
     uint64_t deadline_ns; /**< the step aborts then */
 } engine_batch_t;
 
@@ -264,7 +267,8 @@ typedef struct engine_sizes {
 /**
  * Begin. Everything is copied. The same step_id with the same batch again is ATTN_OK.
  * @return as kv_step_begin, and ATTN_ERR_STALE epoch, ATTN_ERR_NOT_FOUND cache,
- *         ATTN_ERR_INVALID rows above ENGINE_ROWS_MAX, pages, nodes
+ *         ATTN_ERR_INVALID rows above ENGINE_ROWS_MAX, pages, nodes, ATTN_ERR_UNSUPPORTED on_device
+ *         on a device that has no memory for tensors, ATTN_ERR_EXHAUSTED graphs of too many shapes
  */
 attn_status_t engine_step_begin(engine_t *engine, const engine_batch_t *batch,
                                 engine_sizes_t *sizes);
@@ -311,7 +315,10 @@ attn_status_t engine_step_run_lists(engine_t *engine, uint64_t step_id, uint32_t
  * Publish the first accepted[i] new tokens of each entry (of the whole entry: tokens that other
  * workers store count); NULL: all. Committing a step that was committed is ATTN_OK (remembered
  * for a while); so idempotent.
- * @return ATTN_ERR_INVALID, ATTN_ERR_INCOMPLETE with layer and token range, ATTN_ERR_ABORTED
+ * Of a step on_device this waits for the device, to the step's deadline at most.
+ * @return ATTN_ERR_INVALID, ATTN_ERR_INCOMPLETE with layer and token range, ATTN_ERR_ABORTED; of a
+ *         step on_device also what came of its layers, ATTN_ERR_NUMERIC, ATTN_ERR_CONFLICT (such
+ *         a layer may be queued anew), or ATTN_ERR_DEADLINE
  */
 attn_status_t engine_step_commit(engine_t *engine, uint64_t step_id, const uint32_t *accepted,
                                  uint32_t n_accepted);
@@ -334,8 +341,49 @@ attn_status_t engine_step_commit_paths(engine_t *engine, uint64_t step_id,
 /** Are these n indices of n_new tokens, ascending? @return ATTN_ERR_INVALID */
 attn_status_t engine_path_check(const uint32_t *path, uint32_t n, uint32_t n_new);
 
-/** Abort: idempotent, unknown ids are ATTN_OK. reason goes to whoever asks for the step later. */
+/** Abort: idempotent, unknown ids are ATTN_OK. reason goes to whoever asks for the step later. Of a
+ * step that the device works for this waits a second at most; then the step is refused to
+ * everybody, and a tick returns what it has when the device is through. */
 attn_status_t engine_step_abort(engine_t *engine, uint64_t step_id, const char *reason);
+
+/* ---- steps whose tensors are in the device's memory ---- */
+
+/*
+ * What such a step does is queued on streams of the caller, and its marks are read when it commits:
+ * only then is it known which layers were stored, and whether all went well. A graph that was
+ * captured of one step may be launched for any other with the same engine_step_graph().
+ * All tensors of a step are in the host's memory or all in the device's. See attn_track_ops_t.
+ */
+
+/** Which GPU it is whose memory tensors may lie in; -1: none. */
+int engine_gpu(const engine_t *engine);
+
+/** A layer: q, k and v as attn_track_call_t; o and lse packed. */
+typedef struct engine_call {
+    uint32_t layer;
+    const attn_rows_t *q, *k, *v; /**< NULL as in engine_step_run() */
+    void *o;
+    float *lse;
+    void *stream;
+} engine_call_t;
+
+/**
+ * Queue a layer of a step that was begun on_device; nothing waits, is allocated or copied.
+ * @return ATTN_ERR_INVALID layer, pointers, one of k, v alone, or a step not begun so;
+ *         ATTN_ERR_ABORTED, ATTN_ERR_NOT_FOUND
+ */
+attn_status_t engine_step_enqueue(engine_t *engine, uint64_t step_id, const engine_call_t *call);
+
+/** Before and, with `launched`, after the launch of a graph that was captured of such a step. */
+attn_status_t engine_step_replay(engine_t *engine, uint64_t step_id, void *stream, bool launched);
+
+/** What graphs are known by: not 0. @return ATTN_ERR_INVALID  a step not begun so */
+attn_status_t engine_step_graph(engine_t *engine, uint64_t step_id, uint64_t *graph_p);
+
+/** As engine_step_run(), with tensors in the device's memory: queued on a stream of our own, and
+ * waited for. call->stream is not looked at. Of any step without nodes and list_room.
+ * @return ATTN_ERR_DEADLINE also if the device is not through by the step's */
+attn_status_t engine_step_run_device(engine_t *engine, uint64_t step_id, const engine_call_t *call);
 
 /** Abort the steps whose deadline passed, and let chunks go that a move held too long. Call every
  * 100 ms or so. */

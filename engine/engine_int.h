@@ -59,7 +59,13 @@ typedef struct engine_step {
     attn_problem_entry_t *problem; /* [n] */
     attn_kv_run_t *runs;
     attn_plan_t **plans;           /* [cache->n_variants] */
-    attn_workspace_t **workspaces; /* [cache->n_variants] */
+    attn_workspace_t **workspaces; /* [cache->n_variants]; none with on_device */
+
+    bool on_device;
+    attn_track_t *track; /* tensors are in the device's memory; under lock */
+    bool on_host;        /* runs came with tensors of the host; under lock */
+    char ending[128];    /* it is to abort when the device is through: why; else empty */
+    uint32_t ticked;     /* the last tick that looked at it; under the engine's lock */
 
     attn_dtype_t q_dtype, o_dtype;
     engine_sizes_t sizes;
@@ -80,6 +86,7 @@ typedef struct ended_step {
 
 struct engine {
     attn_backend_t *backend;
+    uint32_t ordinal; /* of the device among those of its backend */
     char name[64];
     uint8_t *slab;
     uint64_t slab_bytes;
@@ -95,6 +102,7 @@ struct engine {
     uint64_t n_ended;
     uint64_t epoch;
     engine_steps_t counts;
+    uint32_t ticks;
 
     engine_rate_t rate; /* of kv_bytes */
 
@@ -139,6 +147,29 @@ bool engine_entry_owns(const attn_geometry_t *geometry, const engine_entry_t *e,
 /** Check the lists that a run brings. */
 attn_status_t engine_lists_check(const engine_step_t *step, const engine_lists_t *lists,
                                  uint32_t n);
+
+/* ---- step.c ---- */
+
+/** Find the step and take its lock and a reference: give back with engine_step_leave(). */
+attn_status_t engine_step_enter(engine_t *engine, uint64_t id, engine_step_t **step_p);
+void engine_step_leave(engine_t *engine, engine_step_t *step);
+
+/** Count an answer that was `ns` in the making. */
+void engine_count_run(engine_t *engine, const engine_step_t *step, uint64_t ns);
+
+/* ---- device.c: under the step's lock ---- */
+
+/** Its track, from its plans. */
+attn_status_t engine_track_take(engine_t *engine, engine_step_t *step);
+
+/** Wait for what is queued of it, if anything is; false: until_ns came first (0: no wait). */
+bool engine_track_settle(engine_t *engine, engine_step_t *step, uint64_t until_ns);
+
+/** Wait, and see what became of it: which layers are stored. Of a step without a track ATTN_OK. */
+attn_status_t engine_track_finish(engine_t *engine, engine_step_t *step);
+
+/** The track goes to others; it waits for what is queued. */
+void engine_track_give(engine_t *engine, engine_step_t *step);
 
 /* ---- commit.c ---- */
 

@@ -1,5 +1,6 @@
 /*
- * plans.c: the plans of a step, one for each variant of layers, and their workspaces.
+ * plans.c: the plans of a step, one for each variant of layers, and their workspaces, or the track
+ * that has them all.
  *
  * Steps follow each other with batches of about the same size. So the plans of an ended step are
  * kept for their memory: those of the next are made in it, and planning allocates nothing.
@@ -66,7 +67,7 @@ engine_plans_make(engine_t *engine, engine_step_t *step)
         attn_status_t status =
             attn_plan_renew(&problem, ops->parallelism(engine->backend), engine->leaf_few,
                             engine->leaf_many, &step->plans[v]);
-        if (status == ATTN_OK) {
+        if (status == ATTN_OK && !step->on_device) {
             status = ops->workspace_create(engine->backend, step->plans[v], step->q_dtype,
                                            step->o_dtype, &step->workspaces[v]);
         }
@@ -74,12 +75,13 @@ engine_plans_make(engine_t *engine, engine_step_t *step)
             return status;
         }
     }
-    return ATTN_OK;
+    return step->on_device ? engine_track_take(engine, step) : ATTN_OK;
 }
 
 void
 engine_plans_free(engine_t *engine, engine_step_t *step)
 {
+    engine_track_give(engine, step);
     for (uint32_t v = 0; v < step->cache->n_variants; v++) {
         if (step->workspaces[v] != NULL) {
             engine->backend->ops->workspace_destroy(engine->backend, step->workspaces[v]);

@@ -19,6 +19,9 @@
 #include <stdlib.h>
 #include <string.h>
 
+/* How long an abort waits for what is queued on the device. */
+#define ABORT_WAIT_NS (UINT64_C(1000) * ATTN_NS_PER_MS)
+
 /* ---- finding and ending steps ---- */
 
 /* Under the engine's lock. */
@@ -99,14 +102,26 @@ step_end(engine_t *engine, engine_step_t *step, step_state_t state, const char *
     pthread_mutex_unlock(&engine->lock);
 }
 
-static void
-step_abort_locked(engine_t *engine, engine_step_t *step, const char *reason)
+/* Abort, unless the device works for the step still at until_ns: then it is refused to everybody
+ * from now on, and the next tick tries again. */
+static bool
+step_abort_locked(engine_t *engine, engine_step_t *step, const char *reason, uint64_t until_ns)
 {
+    if (step->ending[0] == 0) {
+        snprintf(step->ending, sizeof(step->ending), "%s", reason);
+    }
+    if (!engine_track_settle(engine, step, until_ns)) {
+        pthread_mutex_lock(&engine->lock);
+        step->deadline_ns = 0;
+        pthread_mutex_unlock(&engine->lock);
+        return false;
+    }
     engine_plans_free(engine, step);
     pthread_mutex_lock(&engine->lock);
     kv_step_abort(engine->store, step->kv);
     pthread_mutex_unlock(&engine->lock);
-    step_end(engine, step, STEP_ABORTED, reason);
+    step_end(engine, step, STEP_ABORTED, step->ending);
+    return true;
 }
 
 static attn_status_t
@@ -125,9 +140,9 @@ step_gone(const engine_t *engine, uint64_t id)
                      engine->name, ended->reason);
 }
 
-/* Find the step and take its lock and a reference: give back with step_leave(). */
+/* Find the step, and take a reference and its lock. It may have ended while we waited for that. */
 static attn_status_t
-step_enter(engine_t *engine, uint64_t id, engine_step_t **step_p)
+step_find(engine_t *engine, uint64_t id, engine_step_t **step_p)
 {
     engine_step_t *step;
     attn_status_t status = ATTN_OK;
@@ -140,31 +155,47 @@ step_enter(engine_t *engine, uint64_t id, engine_step_t **step_p)
         step->references++;
     }
     pthread_mutex_unlock(&engine->lock);
-    if (status != ATTN_OK) {
-        return status;
+    if (status == ATTN_OK) {
+        pthread_mutex_lock(&step->lock);
+        *step_p = step;
     }
-
-    pthread_mutex_lock(&step->lock);
-    if (step->state == STEP_OPEN && attn_now_ns() >= step->deadline_ns) {
-        step_abort_locked(engine, step, ENGINE_BY_DEADLINE);
-    }
-    if (step->state != STEP_OPEN) { /* it ended while we waited */
-        pthread_mutex_unlock(&step->lock);
-        pthread_mutex_lock(&engine->lock);
-        status = step_gone(engine, id);
-        pthread_mutex_unlock(&engine->lock);
-        step_unref(engine, step);
-        return status;
-    }
-    *step_p = step;
-    return ATTN_OK;
+    return status;
 }
 
-static void
-step_leave(engine_t *engine, engine_step_t *step)
+void
+engine_step_leave(engine_t *engine, engine_step_t *step)
 {
     pthread_mutex_unlock(&step->lock);
     step_unref(engine, step);
+}
+
+attn_status_t
+engine_step_enter(engine_t *engine, uint64_t id, engine_step_t **step_p)
+{
+    engine_step_t *step;
+    attn_status_t status = step_find(engine, id, &step);
+
+    if (status != ATTN_OK) {
+        return status;
+    }
+    if (step->state == STEP_OPEN && attn_now_ns() >= step->deadline_ns) {
+        step_abort_locked(engine, step, ENGINE_BY_DEADLINE, 0);
+    }
+    if (step->state == STEP_OPEN && step->ending[0] == 0) {
+        *step_p = step;
+        return ATTN_OK;
+    }
+    if (step->state == STEP_OPEN) {
+        status = attn_fail(ATTN_ERR_ABORTED,
+                           "step %016llx was aborted on %s: %s; what was queued for it runs still",
+                           (unsigned long long)id, engine->name, step->ending);
+    } else { /* it ended while we waited */
+        pthread_mutex_lock(&engine->lock);
+        status = step_gone(engine, id);
+        pthread_mutex_unlock(&engine->lock);
+    }
+    engine_step_leave(engine, step);
+    return status;
 }
 
 /* ---- begin ---- */
@@ -327,7 +358,7 @@ engine_step_begin(engine_t *engine, const engine_batch_t *batch, engine_sizes_t 
         engine->counts.begun++;
         pthread_mutex_unlock(&engine->lock);
     }
-    step_leave(engine, step);
+    engine_step_leave(engine, step);
     return status;
 }
 
@@ -405,9 +436,8 @@ run_attend(engine_t *engine, engine_step_t *step, uint32_t layer, const attn_kv_
     return ATTN_OK;
 }
 
-/* An answer that was `ns` in the making. */
-static void
-count_run(engine_t *engine, const engine_step_t *step, uint64_t ns)
+void
+engine_count_run(engine_t *engine, const engine_step_t *step, uint64_t ns)
 {
     uint32_t i = 0;
 
@@ -432,11 +462,17 @@ run_locked(engine_t *engine, engine_step_t *step, uint32_t layer, const void *q,
         return attn_fail(ATTN_ERR_INVALID, "layer is %u: the cache has %u", layer,
                          step->cache->geometry.layers);
     }
+    if (step->track != NULL) {
+        return attn_fail(ATTN_ERR_INVALID,
+                         "the tensors of step %016llx are in the device's memory: all, or none",
+                         (unsigned long long)step->id);
+    }
     if (step->n_new_rows > 0 && (k == NULL) != (v == NULL)) {
         return attn_fail(ATTN_ERR_INVALID,
                          "layer %u: %s is missing: send k and v together, or none", layer,
                          k == NULL ? "k" : "v");
     }
+    step->on_host = true;
     engine_kv_view(engine, step->cache, layer, &kv);
     if (step->n_new_rows > 0 && k != NULL) {
         status = run_store(engine, step, layer, &kv, k, v);
@@ -449,7 +485,7 @@ run_locked(engine_t *engine, engine_step_t *step, uint32_t layer, const void *q,
     }
     status = run_attend(engine, step, layer, &kv, q, answer);
     if (status == ATTN_OK) {
-        count_run(engine, step, attn_now_ns() - start);
+        engine_count_run(engine, step, attn_now_ns() - start);
     }
     return status;
 }
@@ -474,7 +510,7 @@ engine_step_run_lists(engine_t *engine, uint64_t step_id, uint32_t layer, const 
                       const engine_lists_t *lists, uint32_t n)
 {
     engine_step_t *step;
-    attn_status_t status = step_enter(engine, step_id, &step);
+    attn_status_t status = engine_step_enter(engine, step_id, &step);
 
     if (status != ATTN_OK) {
         return status;
@@ -489,7 +525,7 @@ engine_step_run_lists(engine_t *engine, uint64_t step_id, uint32_t layer, const 
         status = run_locked(engine, step, layer, q, k, v, answer);
         put_lists(step, lists, n, true);
     }
-    step_leave(engine, step);
+    engine_step_leave(engine, step);
     return status;
 }
 
@@ -517,17 +553,20 @@ engine_step_commit_paths(engine_t *engine, uint64_t step_id, const engine_commit
 {
     engine_step_t *step;
 
-    attn_status_t status = step_enter(engine, step_id, &step);
+    attn_status_t status = engine_step_enter(engine, step_id, &step);
     if (status != ATTN_OK) {
         return was_committed(engine, step_id) ? ATTN_OK : status; /* before, or while we waited */
     }
     uint32_t *here = calloc(step->n, sizeof(*here));
     status         = here != NULL
-                         ? engine_commit_check(step, commit, here)
+                         ? engine_track_finish(engine, step)
                          : attn_fail(ATTN_ERR_NO_MEMORY, "no memory to commit %u entries", step->n);
+    if (status == ATTN_OK) {
+        status = engine_commit_check(step, commit, here);
+    }
     if (status == ATTN_OK && (status = engine_commit_move(engine, step, commit)) != ATTN_OK) {
         /* Its new tokens may be torn: nobody may commit them any more. */
-        step_abort_locked(engine, step, "its commit failed");
+        step_abort_locked(engine, step, "its commit failed", 0);
     } else if (status == ATTN_OK) {
         engine_plans_free(engine, step);
         pthread_mutex_lock(&engine->lock);
@@ -537,7 +576,7 @@ engine_step_commit_paths(engine_t *engine, uint64_t step_id, const engine_commit
         step_end(engine, step, STEP_COMMITTED, "");
     }
     free(here);
-    step_leave(engine, step);
+    engine_step_leave(engine, step);
     return status;
 }
 
@@ -554,24 +593,28 @@ engine_step_abort(engine_t *engine, uint64_t step_id, const char *reason)
 {
     engine_step_t *step;
 
-    if (step_enter(engine, step_id, &step) == ATTN_OK) {
-        step_abort_locked(engine, step, reason);
-        step_leave(engine, step);
+    if (step_find(engine, step_id, &step) == ATTN_OK) {
+        if (step->state == STEP_OPEN) {
+            bool waits = engine_abort_of(reason) != ENGINE_ABORT_DEADLINE; /* a tick does not */
+            step_abort_locked(engine, step, reason, waits ? attn_now_ns() + ABORT_WAIT_NS : 0);
+        }
+        engine_step_leave(engine, step);
     }
     return ATTN_OK;
 }
 
-/* The id of a step past its deadline that is not running just now, or 0. */
+/* The id of a step past its deadline that is not running just now, each once a tick; or 0. */
 static uint64_t
-an_overdue_step(engine_t *engine, uint64_t now_ns)
+an_overdue_step(engine_t *engine, uint64_t now_ns, uint32_t tick)
 {
     uint64_t id = 0;
 
     pthread_mutex_lock(&engine->lock);
     for (engine_step_t *s = engine->steps; s != NULL && id == 0; s = s->hh.next) {
-        if (now_ns >= s->deadline_ns && pthread_mutex_trylock(&s->lock) == 0) {
+        if (now_ns >= s->deadline_ns && s->ticked != tick && pthread_mutex_trylock(&s->lock) == 0) {
             pthread_mutex_unlock(&s->lock);
-            id = s->id;
+            s->ticked = tick;
+            id        = s->id;
         }
     }
     pthread_mutex_unlock(&engine->lock);
@@ -583,7 +626,10 @@ engine_tick(engine_t *engine, uint64_t now_ns)
 {
     uint64_t id;
 
-    while ((id = an_overdue_step(engine, now_ns)) != 0) {
+    pthread_mutex_lock(&engine->lock);
+    uint32_t tick = ++engine->ticks;
+    pthread_mutex_unlock(&engine->lock);
+    while ((id = an_overdue_step(engine, now_ns, tick)) != 0) {
         engine_step_abort(engine, id, ENGINE_BY_DEADLINE);
     }
     pthread_mutex_lock(&engine->lock);

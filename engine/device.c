@@ -1,0 +1,246 @@
+/*
+ * device.c: steps whose tensors are in the device's memory. They are on a track of the backend
+ * (kernels.h): begin sends their tables there, layers are queued on streams of the caller, or come
+ * with a graph that was captured of another step, and commit waits and reads what became of them.
+ *
+ * Pages go to nobody else while anything that was queued may run. So a step that is to abort waits
+ * a little, and if that is not enough it stays, refused to everybody, until a tick finds the device
+ * through with it.
+ */
+#include "engine/engine_int.h"
+
+#include "base/clock.h"
+#include "base/status.h"
+
+static const attn_track_ops_t *
+tracks_of(const engine_t *engine)
+{
+    return engine->backend->ops->tracks;
+}
+
+int
+engine_gpu(const engine_t *engine)
+{
+    return tracks_of(engine) != NULL ? (int)engine->ordinal : -1;
+}
+
+attn_status_t
+engine_track_take(engine_t *engine, engine_step_t *step)
+{
+    attn_track_step_t what = {
+        .cache    = step->cache->id,
+        .geometry = &step->cache->geometry,
+        .plans    = (const attn_plan_t *const *)step->plans,
+        .n_plans  = step->cache->n_variants,
+        .q_dtype  = step->q_dtype,
+        .o_dtype  = step->o_dtype,
+        .n_rows   = step->n_new_rows,
+        .pages    = step->slot_pages,
+        .offsets  = step->slot_offsets,
+    };
+
+    if (tracks_of(engine) == NULL) {
+        return attn_fail(ATTN_ERR_UNSUPPORTED,
+                         "%s computes on %s: tensors and streams of a GPU are for a worker on that "
+                         "GPU, in this process",
+                         engine->name, engine->backend->ops->name);
+    }
+    return tracks_of(engine)->take(engine->backend, &what, &step->track);
+}
+
+bool
+engine_track_settle(engine_t *engine, engine_step_t *step, uint64_t until_ns)
+{
+    return step->track == NULL || tracks_of(engine)->wait(step->track, until_ns);
+}
+
+void
+engine_track_give(engine_t *engine, engine_step_t *step)
+{
+    if (step->track != NULL) {
+        tracks_of(engine)->wait(step->track, UINT64_MAX);
+        tracks_of(engine)->give(step->track);
+        step->track = NULL;
+    }
+}
+
+static attn_status_t
+results(engine_t *engine, engine_step_t *step)
+{
+    if (!tracks_of(engine)->wait(step->track, step->deadline_ns)) {
+        return attn_fail(ATTN_ERR_DEADLINE,
+                         "step %016llx: what was queued for it did not end before its deadline",
+                         (unsigned long long)step->id);
+    }
+    attn_status_t status = tracks_of(engine)->results(step->track, step->stored);
+    return status == ATTN_OK
+               ? ATTN_OK
+               : attn_fail_in(status, "step %016llx on %s: ", (unsigned long long)step->id,
+                              engine->name);
+}
+
+attn_status_t
+engine_track_finish(engine_t *engine, engine_step_t *step)
+{
+    attn_status_t status = step->track != NULL ? results(engine, step) : ATTN_OK;
+
+    /* Layers of a graph are known from here on only: they count, and took no time of anybody. */
+    for (uint32_t l = 0; step->on_device && status == ATTN_OK && l < step->cache->geometry.layers;
+         l++) {
+        if (step->stored[l]) {
+            engine_count_run(engine, step, 0);
+        }
+    }
+    return status;
+}
+
+/* ---- layers ---- */
+
+static attn_status_t
+check_call(const engine_step_t *step, const engine_call_t *call)
+{
+    const char *missing = NULL;
+
+    if (call->layer >= step->cache->geometry.layers) {
+        return attn_fail(ATTN_ERR_INVALID, "layer is %u: the cache has %u", call->layer,
+                         step->cache->geometry.layers);
+    }
+    if (step->n_new_rows > 0 && (call->k == NULL) != (call->v == NULL)) {
+        missing = call->k == NULL ? "k" : "v";
+    } else if (call->q != NULL && step->sizes.q > 0 && call->o == NULL) {
+        missing = "o";
+    }
+    return missing == NULL
+               ? ATTN_OK
+               : attn_fail(ATTN_ERR_INVALID, "layer %u: %s is missing", call->layer, missing);
+}
+
+/* own_stream: on one of the track's. */
+static attn_status_t
+enqueue(engine_t *engine, engine_step_t *step, const engine_call_t *call, bool own_stream)
+{
+    uint32_t variant       = step->cache->variant_of[call->layer];
+    attn_track_call_t what = {.layer      = call->layer,
+                              .plan       = variant,
+                              .params     = &step->cache->geometry.layer_table[call->layer],
+                              .q          = step->sizes.q > 0 ? call->q : NULL,
+                              .k          = step->n_new_rows > 0 ? call->k : NULL,
+                              .v          = step->n_new_rows > 0 ? call->v : NULL,
+                              .o          = call->o,
+                              .lse        = step->sizes.lse > 0 ? call->lse : NULL,
+                              .stream     = call->stream,
+                              .own_stream = own_stream};
+    attn_kv_t kv;
+
+    engine_kv_view(engine, step->cache, call->layer, &kv);
+    what.kv              = &kv;
+    attn_status_t status = tracks_of(engine)->enqueue(step->track, &what);
+    return status == ATTN_OK
+               ? ATTN_OK
+               : attn_fail_in(status,
+                              "step %016llx, layer %u on %s: ", (unsigned long long)step->id,
+                              call->layer, engine->name);
+}
+
+static attn_status_t
+check_on_device(const engine_step_t *step)
+{
+    return step->on_device
+               ? ATTN_OK
+               : attn_fail(ATTN_ERR_INVALID,
+                           "step %016llx was not begun to be enqueued: say so with begin",
+                           (unsigned long long)step->id);
+}
+
+attn_status_t
+engine_step_enqueue(engine_t *engine, uint64_t step_id, const engine_call_t *call)
+{
+    engine_step_t *step;
+    attn_status_t status = engine_step_enter(engine, step_id, &step);
+
+    if (status != ATTN_OK) {
+        return status;
+    }
+    if ((status = check_on_device(step)) == ATTN_OK &&
+        (status = check_call(step, call)) == ATTN_OK) {
+        status = enqueue(engine, step, call, false);
+    }
+    engine_step_leave(engine, step);
+    return status;
+}
+
+attn_status_t
+engine_step_replay(engine_t *engine, uint64_t step_id, void *stream, bool launched)
+{
+    engine_step_t *step;
+    attn_status_t status = engine_step_enter(engine, step_id, &step);
+
+    if (status != ATTN_OK) {
+        return status;
+    }
+    if ((status = check_on_device(step)) == ATTN_OK) {
+        const attn_track_ops_t *ops = tracks_of(engine);
+        status                      = (launched ? ops->after : ops->before)(step->track, stream);
+    }
+    engine_step_leave(engine, step);
+    return status;
+}
+
+attn_status_t
+engine_step_graph(engine_t *engine, uint64_t step_id, uint64_t *graph_p)
+{
+    engine_step_t *step;
+    attn_status_t status = engine_step_enter(engine, step_id, &step);
+
+    if (status != ATTN_OK) {
+        return status;
+    }
+    if ((status = check_on_device(step)) == ATTN_OK) {
+        *graph_p = tracks_of(engine)->id(step->track);
+    }
+    engine_step_leave(engine, step);
+    return status;
+}
+
+/* A track for a step that was begun without one. */
+static attn_status_t
+ensure_track(engine_t *engine, engine_step_t *step)
+{
+    if (step->track != NULL) {
+        return ATTN_OK;
+    }
+    for (uint32_t i = 0; i < step->n; i++) {
+        if (step->entries[i].n_nodes > 0 || step->entries[i].list_room > 0) {
+            return attn_fail(ATTN_ERR_UNSUPPORTED,
+                             "entry %u has nodes or list_room: not with tensors in the device's "
+                             "memory",
+                             i);
+        }
+    }
+    if (step->on_host) {
+        return attn_fail(ATTN_ERR_INVALID,
+                         "the tensors of step %016llx were in the host's memory: all, or none",
+                         (unsigned long long)step->id);
+    }
+    return engine_track_take(engine, step);
+}
+
+attn_status_t
+engine_step_run_device(engine_t *engine, uint64_t step_id, const engine_call_t *call)
+{
+    uint64_t start = attn_now_ns();
+    engine_step_t *step;
+    attn_status_t status = engine_step_enter(engine, step_id, &step);
+
+    if (status != ATTN_OK) {
+        return status;
+    }
+    if ((status = check_call(step, call)) == ATTN_OK &&
+        (status = ensure_track(engine, step)) == ATTN_OK &&
+        (status = enqueue(engine, step, call, true)) == ATTN_OK &&
+        (status = results(engine, step)) == ATTN_OK && call->q != NULL && !step->on_device) {
+        engine_count_run(engine, step, attn_now_ns() - start);
+    }
+    engine_step_leave(engine, step);
+    return status;
+}
