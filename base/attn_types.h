@@ -75,14 +75,21 @@ attn_dtype_size(attn_dtype_t dtype)
     return dtype == ATTN_F32 ? 4 : (dtype == ATTN_F16 || dtype == ATTN_BF16) ? 2 : 0;
 }
 
+/** Whose memory a tensor lies in. */
+typedef enum attn_memory {
+    ATTN_MEMORY_AUTO = 0, /**< the library finds out; a driver call a tensor, where there is CUDA */
+    ATTN_MEMORY_HOST = 1, /**< the host's; pinned memory is that, too */
+    ATTN_MEMORY_CUDA = 2, /**< a GPU's */
+} attn_memory_t;
+
 /**
- * A packed tensor [tokens][heads][head_dim] in host memory. The innermost
- * dimension is contiguous. A stride of 0 means "packed".
+ * A tensor [tokens][heads][head_dim]. The innermost dimension is contiguous. A
+ * stride of 0 means "packed".
  */
 typedef struct attn_tensor {
     void *data;
     attn_dtype_t dtype;
-    uint32_t reserved;
+    attn_memory_t memory;
     uint64_t token_stride; /**< elements from one token to the next; 0: heads * head_dim */
     uint64_t head_stride;  /**< elements from one head to the next; 0: head_dim */
 } attn_tensor_t;

@@ -210,6 +210,8 @@ typedef struct attn_links_info {
     attn_link_info_t *links; /**< [n_links]; free with attn_links_info_free() */
     uint64_t dropped;        /**< messages of UCX's that answered nothing that was waited for: late
                                 ones, and strangers' */
+    uint64_t runs_cuda;      /**< runs whose tensors were used in a GPU's memory, where they were */
+    uint64_t runs_staged;    /**< and those that were copied through the host's */
 } attn_links_info_t;
 
 /** Workers are listed from the first step on that involves them; inproc:// has none.
@@ -405,6 +407,10 @@ typedef struct attn_batch {
     attn_dtype_t o_dtype; /**< of o; ATTN_DTYPE_NONE: as q */
     bool want_lse;        /**< runs may ask for the LSE */
     uint32_t timeout_ms;  /**< begin to commit; 0: the client's step_timeout_ms */
+    /** CUDA: the tensors of all runs are in the memory of the GPU that the worker computes on, in
+     * this process (inproc://cuda:N), so that attn_step_enqueue() may be used. Where the worker is
+     * another, attn_step_run() works all the same. */
+    attn_memory_t memory;
 } attn_batch_t;
 
 /**
@@ -438,6 +444,13 @@ ATTN_API attn_status_t attn_step_begin(attn_cache_t *cache, const attn_batch_t *
  *               sinks excluded, -inf where nothing was seen; NULL if not wanted; as o on failure
  *
  * Buffers belong to the caller and are not touched after the return.
+ *
+ * Tensors are all in the host's memory, or all in one GPU's, the LSE where o is; all runs of a step
+ * alike. Of a GPU they are to be there when the call is made (synchronise with what makes them),
+ * and the answer is there when it returns. A worker in this process on that GPU (inproc://cuda:N)
+ * that has all KV of the step works with them where they are: tokens and heads of k and v begin at
+ * multiples of 16 bytes then, those of q of 4, and o and the LSE are packed. For any other worker
+ * they go through pinned memory, on the legacy default stream, which attn_client_links() counts.
  *
  * After the first six below the step is as it was, and the layer may be run again; after any
  * other the step is over, and attn_step_abort() frees it.
@@ -508,6 +521,70 @@ ATTN_API attn_status_t attn_step_submit(attn_step_t *step, uint32_t layer, const
 ATTN_API attn_status_t attn_step_submit_with(attn_step_t *step, const attn_run_t *run,
                                              attn_done_fn done, void *arg);
 
+/* ---- steps on a stream ---- */
+
+/*
+ * With inproc://cuda:N a step begun with memory = ATTN_MEMORY_CUDA can leave its layers to a CUDA
+ * stream: in the runner's own order, with no host work in between, and in CUDA graphs.
+ *
+ *     attn_step_begin(cache, &batch, &step);
+ *     for (l = 0; l < layers; l++) {
+ *         ...                                      the runner's kernels make q, k, v on `stream`
+ *         attn_step_enqueue(step, l, &q, &k, &v, &o, NULL, stream);
+ *         ...                                      and read o
+ *     }
+ *     attn_step_commit(step, NULL);                waits for the stream's work of this step
+ *
+ * Graphs. A stream that is being captured records what is enqueued, and nothing is stored by that.
+ * attn_step_graph() names what a graph captured of a step is good for: it serves every later step
+ * of the cache with the same number. So capture once, and launch it again for each token:
+ *
+ *     attn_step_begin(cache, &batch, &step);
+ *     attn_step_graph(step, &id);
+ *     if (no graph is known for id)
+ *         capture: the loop above, with q, k, v and o in the same places each time
+ *     attn_step_replay(step, stream);
+ *     cuGraphLaunch(graph of id, stream);
+ *     attn_step_replayed(step, stream);
+ *     attn_step_commit(step, NULL);
+ *
+ * The number follows from how many queries and new tokens the batch has and from its dtypes, and it
+ * changes when what begin plans outgrows the room that was made for it: about when lengths double.
+ * Two steps that are open at once have different ones. Graphs are good until their cache is closed;
+ * launched while no step with their number is open they leave tensors and KV as they are.
+ */
+
+/**
+ * As attn_step_run(), on a stream: tensors are read and written in its order, and nothing waits, is
+ * allocated or copied here. The buffers stay the step's until the stream is through with it. Layers
+ * that are enqueued on several streams follow one another all the same, but in a capture, where the
+ * caller sees to that. Errors of the arguments are told here; those that the device finds, by
+ * attn_step_commit().
+ *
+ * @param q, k, v  as attn_step_run(), in the worker's GPU; k and v NULL to ask again about a layer
+ *                 that was stored before, on the device, when this comes to run
+ * @param o, lse   packed; where q is
+ * @param stream   a CUstream or cudaStream_t of the worker's GPU; NULL: the legacy default stream
+ *
+ * @return ATTN_ERR_UNSUPPORTED  the worker is none on a GPU in this process, or the step's KV is on
+ *                               several, or an entry has list_room; the sentence says which
+ * @return ATTN_ERR_INVALID      a tensor, the layer, or a step begun without ATTN_MEMORY_CUDA
+ * @return ATTN_ERR_ABORTED, ATTN_ERR_NOT_FOUND  the step ended (deadline)
+ * @return ATTN_ERR_INTERNAL     the driver refused; the sentence names the call
+ */
+ATTN_API attn_status_t attn_step_enqueue(attn_step_t *step, uint32_t layer, const attn_tensor_t *q,
+                                         const attn_tensor_t *k, const attn_tensor_t *v,
+                                         const attn_tensor_t *o, float *lse, void *stream);
+
+/** The number of the graphs that serve this step; not 0. @return as attn_step_enqueue() */
+ATTN_API attn_status_t attn_step_graph(attn_step_t *step, uint64_t *graph_p);
+
+/** To be called before the launch of a graph on a stream, and after it: the stream finds the step's
+ * tables, and the step waits for what the stream has by then. Several graphs may be launched in
+ * between. Not while the stream is being captured. @return as attn_step_enqueue() */
+ATTN_API attn_status_t attn_step_replay(attn_step_t *step, void *stream);
+ATTN_API attn_status_t attn_step_replayed(attn_step_t *step, void *stream);
+
 /**
  * Commit the first accepted[i] new tokens of every entry, and end the step: on ATTN_OK it
  * is freed. NULL accepts all. After the first three failures below the step is as it was; after
@@ -519,6 +596,13 @@ ATTN_API attn_status_t attn_step_submit_with(attn_step_t *step, const attn_run_t
  * @return ATTN_ERR_INCOMPLETE  a layer has no k, v; the sentence names layer and range
  * @return ATTN_ERR_BUSY        a submitted run is outstanding
  * @return ATTN_ERR_ABORTED, ATTN_ERR_DEADLINE, ATTN_ERR_UNAVAILABLE  a worker failed
+ *
+ * Of a step on a stream this waits for what was enqueued, until the step's deadline, and tells what
+ * came of it. After these, too, the step is as it was, and the layer may be enqueued again:
+ *
+ * @return ATTN_ERR_NUMERIC   of a layer's tensors or attention, as attn_step_run(); the sentence
+ *                            names the layer
+ * @return ATTN_ERR_CONFLICT  k, v of a layer came twice, and differ
  */
 ATTN_API attn_status_t attn_step_commit(attn_step_t *step, const uint32_t *accepted);
 
@@ -540,7 +624,9 @@ typedef struct attn_commit {
 ATTN_API attn_status_t attn_step_commit_with(attn_step_t *step, const attn_commit_t *commit);
 
 /** End and free the step, and return everything to where it was; ends within about 2 s. A
- * submitted run completes first, if need be as ATTN_ERR_DEADLINE after 1 s. NULL is allowed. */
+ * submitted run completes first, if need be as ATTN_ERR_DEADLINE after 1 s. What was enqueued is
+ * waited for a second; if it runs longer, its pages come back, and its sequences are free for
+ * another step, when the stream is through with it. NULL is allowed. */
 ATTN_API void attn_step_abort(attn_step_t *step);
 
 /* ---- what a batch costs ---- */

@@ -305,6 +305,7 @@ client_free(attn_client_t *client)
         ucx_asks_destroy(asks);
         rpc_tls_close(client->tls);
     }
+    client_pins_free(client);
     pthread_cond_destroy(&client->wake);
     pthread_mutex_destroy(&client->lock);
     free(client);
@@ -520,6 +521,8 @@ attn_client_links(attn_client_t *client, attn_links_info_t *info)
     info->links   = links;
     info->dropped =
         links_asks(client->links) != NULL ? ucx_asks_dropped(links_asks(client->links)) : 0;
+    info->runs_cuda   = atomic_load(&client->runs_cuda);
+    info->runs_staged = atomic_load(&client->runs_staged);
     return ATTN_OK;
 }
 

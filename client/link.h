@@ -31,6 +31,8 @@ typedef struct link_run {
     uint32_t n_lists;
     uint64_t *compute_ns; /**< set before done: how long it took there, without the way */
     bool waits;           /**< the caller goes on to wait for the rpc client */
+    /** NULL, or the run's tensors in the memory of the link's GPU, in place of all pieces. */
+    const engine_call_t *device;
 } link_run_t;
 
 /** The most that a run of a step takes there and back. Bytes. */
@@ -105,6 +107,15 @@ typedef struct link_ops {
     /** Free. Nothing may be outstanding. A step neither committed nor aborted is aborted by the
      * worker when it notices. NULL is allowed. */
     void (*step_free)(link_step_t *step);
+
+    /* Of links whose worker shares this process' GPU; NULL: no such link. */
+
+    /** As engine_gpu(). */
+    int (*gpu)(link_t *link);
+    /** As the engine's calls of these names, of a step that was begun on_device. */
+    attn_status_t (*enqueue)(link_step_t *step, const engine_call_t *call);
+    attn_status_t (*replay)(link_step_t *step, void *stream, bool launched);
+    attn_status_t (*graph)(link_step_t *step, uint64_t *graph_p);
 
     /** Which way runs go, and went. */
     void (*describe)(link_t *link, attn_link_info_t *info);

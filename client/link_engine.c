@@ -151,7 +151,7 @@ engine_link_begin(link_t *link, const engine_batch_t *batch, const link_room_t *
     step->engine         = engine_of(link);
     step->id             = batch->step_id;
     attn_status_t status = engine_step_begin(step->engine, batch, &step->sizes);
-    if (status == ATTN_OK) {
+    if (status == ATTN_OK && !batch->on_device) {
         /* Room for whatever has to be made contiguous, taken here so that run allocates nothing. */
         uint64_t room = step->sizes.q + step->sizes.k + step->sizes.v + step->sizes.answer + 64 * 5;
         step->scratch = malloc(room);
@@ -206,8 +206,10 @@ engine_link_run(link_step_t *step, const link_run_t *run, link_done_fn done, voi
     void *answer     = direct ? run->answer[0].iov_base : scratch;
 
     uint64_t start       = attn_now_ns();
-    attn_status_t status = engine_step_run_lists(step->engine, step->id, run->layer, q, k, v,
-                                                 answer, NULL, run->lists, run->n_lists);
+    attn_status_t status = run->device != NULL
+                               ? engine_step_run_device(step->engine, step->id, run->device)
+                               : engine_step_run_lists(step->engine, step->id, run->layer, q, k, v,
+                                                       answer, NULL, run->lists, run->n_lists);
     *run->compute_ns     = attn_now_ns() - start;
     if (status == ATTN_OK && q != NULL && !direct) {
         scatter(answer, run->answer, run->n_answer);
@@ -249,6 +251,32 @@ engine_link_step_free(link_step_t *step)
     }
 }
 
+/* ---- tensors in the device's memory ---- */
+
+static int
+engine_link_gpu(link_t *link)
+{
+    return engine_gpu(engine_of(link));
+}
+
+static attn_status_t
+engine_link_enqueue(link_step_t *step, const engine_call_t *call)
+{
+    return engine_step_enqueue(step->engine, step->id, call);
+}
+
+static attn_status_t
+engine_link_replay(link_step_t *step, void *stream, bool launched)
+{
+    return engine_step_replay(step->engine, step->id, stream, launched);
+}
+
+static attn_status_t
+engine_link_graph(link_step_t *step, uint64_t *graph_p)
+{
+    return engine_step_graph(step->engine, step->id, graph_p);
+}
+
 static const link_ops_t engine_link_ops = {
     .name            = "engine",
     .close           = engine_link_close,
@@ -268,6 +296,10 @@ static const link_ops_t engine_link_ops = {
     .abort           = engine_link_abort,
     .cancel          = engine_link_cancel,
     .step_free       = engine_link_step_free,
+    .gpu             = engine_link_gpu,
+    .enqueue         = engine_link_enqueue,
+    .replay          = engine_link_replay,
+    .graph           = engine_link_graph,
 };
 
 attn_status_t

@@ -170,6 +170,7 @@ step_free(attn_step_t *step)
     for (uint32_t t = 0; t < 4; t++) {
         free(step->packed[t]);
     }
+    step_stages_free(step);
     free(step->gathers);
     free(step->shares);
     split_free(step->split);
@@ -278,7 +279,8 @@ step_abort_shares(attn_step_t *step)
 static attn_status_t
 check_stored(const attn_step_t *step, const step_entry_t *e, uint32_t want)
 {
-    for (uint32_t l = 0; want > 0 && l < step->cache->geometry.layers; l++) {
+    /* What was enqueued is known to the worker, once it ran. */
+    for (uint32_t l = 0; want > 0 && !step->on_device && l < step->cache->geometry.layers; l++) {
         if (!step->stored[l]) {
             return attn_fail(ATTN_ERR_INCOMPLETE,
                              "layer %u has no k, v for tokens %llu-%llu of sequence %llx: run it "
@@ -432,6 +434,10 @@ attn_step_commit_with(attn_step_t *step, const attn_commit_t *commit)
     }
     step_call_started(step);
     status = step_call_wait(step, step->deadline_ns);
+    if (step->on_device && (status == ATTN_ERR_INCOMPLETE || status == ATTN_ERR_NUMERIC ||
+                            status == ATTN_ERR_CONFLICT || status == ATTN_ERR_INVALID)) {
+        return status; /* its one owner has it as it was */
+    }
     if (status != ATTN_OK) {
         /* Some owners may have committed: the length is the longest prefix that all have. */
         step->dead = true;

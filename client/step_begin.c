@@ -44,6 +44,10 @@ batch_check(const attn_cache_t *cache, const attn_batch_t *batch)
                          "q_dtype %d or o_dtype %d is no dtype: 1 f32, 2 f16, 3 bf16",
                          (int)batch->q_dtype, (int)batch->o_dtype);
     }
+    if ((unsigned)batch->memory > ATTN_MEMORY_CUDA) {
+        return attn_fail(ATTN_ERR_INVALID, "memory is %d: 0 (auto), 1 (host) or 2 (CUDA)",
+                         (int)batch->memory);
+    }
     if (batch->timeout_ms > ENGINE_TIMEOUT_MS_MAX) {
         return attn_fail(ATTN_ERR_INVALID, "timeout_ms is %u: at most %u", batch->timeout_ms,
                          ENGINE_TIMEOUT_MS_MAX);
@@ -127,6 +131,8 @@ step_new(attn_cache_t *cache, const attn_batch_t *batch, uint64_t deadline_ns, a
     step->q_dtype     = batch->q_dtype;
     step->o_dtype     = batch->o_dtype != ATTN_DTYPE_NONE ? batch->o_dtype : batch->q_dtype;
     step->want_lse    = batch->want_lse;
+    step->memory      = batch->memory;
+    step->staged      = -1;
     step->n           = batch->n;
     step->entries     = calloc(batch->n, sizeof(*step->entries));
     step->stored      = calloc(cache->geometry.layers, 1);
@@ -341,6 +347,9 @@ share_begin(share_t *share, const attn_batch_t *batch, uint64_t epoch)
 
     step_share_start(share);
     if (status == ATTN_OK && (status = share_batch(share, batch, epoch, &words)) == ATTN_OK) {
+        share->step->on_device =
+            share->step->memory == ATTN_MEMORY_CUDA && step_gpu(share->step) >= 0;
+        words.on_device = share->step->on_device;
         status =
             share->link->ops->begin(share->link, &words, &room, step_share_done, share, &remote);
         free((void *)words.entries);

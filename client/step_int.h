@@ -54,6 +54,15 @@ typedef struct step_entry {
     uint32_t list_room;
 } step_entry_t;
 
+/** Tensors of a run: q, k, v, o and the LSE, and their number. */
+enum { TENSOR_Q, TENSOR_K, TENSOR_V, TENSOR_O, TENSORS, TENSOR_LSE = TENSORS, STAGES };
+
+/** Pinned memory that a tensor of a GPU goes through. */
+typedef struct stage {
+    void *at;
+    uint64_t bytes;
+} stage_t;
+
 struct attn_step {
     attn_cache_t *cache;
     attn_client_t *client; /* the cache may be closed while the housekeeper still holds the step */
@@ -69,10 +78,12 @@ struct attn_step {
     uint32_t n_shares;
     share_t *shares;
     uint32_t n_gathers;
-    gather_t *gathers;  /* entries answered with partials */
-    uint8_t *stored;    /* [layers] */
-    uint64_t list_room; /* of all entries */
-    bool dead;          /* a share failed for good */
+    gather_t *gathers;    /* entries answered with partials */
+    uint8_t *stored;      /* [layers] */
+    uint64_t list_room;   /* of all entries */
+    attn_memory_t memory; /* as begin said */
+    bool on_device;       /* begun so at its one worker: layers are enqueued */
+    bool dead;            /* a share failed for good */
     atomic_bool aborting;
     bool given_up;      /* the keeper is to abort it; under client->lock */
     uint32_t looked_at; /* the housekeeper's round; under client->lock */
@@ -96,6 +107,16 @@ struct attn_step {
     float *lse_unwanted; /* want_lse, but this run does not */
     attn_done_fn done;
     void *done_arg;
+
+    /* Tensors of a GPU: of the run in progress, unless they are enqueued. */
+    engine_call_t call; /* what the worker gets of them where they are ... */
+    attn_rows_t rows[TENSORS];
+    bool direct; /* ... if it does; else they go through stages */
+    int staged;  /* the GPU whose o and LSE are to come back from there; -1: none */
+    attn_tensor_t staged_tensors[TENSORS], o_on_gpu;
+    float *lse_on_gpu;
+    stage_t stages[STAGES];
+    int stages_gpu;
 
     uint32_t references; /* under client->lock */
     attn_step_t *next, **link;
@@ -125,6 +146,27 @@ void step_run_finish(attn_step_t *step);
 
 /** Abort at every worker that began, and wait a while for it. */
 void step_abort_shares(attn_step_t *step);
+
+/* ---- step_device.c: tensors of a GPU ---- */
+
+/** Check a tensor, and fill in its strides. */
+attn_status_t step_tensor_check(const attn_tensor_t *tensor, const char *name, attn_dtype_t dtype,
+                                uint32_t heads, uint32_t dim, attn_tensor_t *complete);
+
+/** May the tensors of the step's runs lie in the memory of its worker's GPU? -1: no. */
+int step_gpu(const attn_step_t *step);
+
+/**
+ * Where a run's tensors are. In the host's memory *out is the run; those of a GPU become
+ * step->call if its worker can work there (step->direct), else *out has copies of them.
+ * @return ATTN_ERR_INVALID  some are here and some there
+ */
+attn_status_t step_tensors_take(attn_step_t *step, const attn_run_t *run, attn_run_t *out);
+
+/** What a run answered goes back where the caller has it. */
+attn_status_t step_tensors_return(attn_step_t *step);
+
+void step_stages_free(attn_step_t *step);
 
 /** Into the client's list of open steps, and out of it: freed when nobody looks at it any more. */
 void step_publish(attn_step_t *step);

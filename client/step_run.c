@@ -9,9 +9,9 @@
 #include <stdlib.h>
 #include <string.h>
 
-static attn_status_t
-tensor_check(const attn_tensor_t *tensor, const char *name, attn_dtype_t dtype, uint32_t heads,
-             uint32_t dim, attn_tensor_t *complete)
+attn_status_t
+step_tensor_check(const attn_tensor_t *tensor, const char *name, attn_dtype_t dtype, uint32_t heads,
+                  uint32_t dim, attn_tensor_t *complete)
 {
     *complete = *tensor;
     if (tensor->data == NULL) {
@@ -82,7 +82,7 @@ take(attn_step_t *step, uint32_t which, const attn_tensor_t *tensor, const char 
     if (*status != ATTN_OK || tensor == NULL || rows == 0) {
         return NULL;
     }
-    *status = tensor_check(tensor, name, dtype, heads, dim, &complete);
+    *status = step_tensor_check(tensor, name, dtype, heads, dim, &complete);
     if (*status != ATTN_OK) {
         return NULL;
     }
@@ -157,7 +157,7 @@ run_check(const attn_step_t *step, uint32_t layer, const attn_tensor_t *q, const
         return attn_fail(ATTN_ERR_INVALID, "%s is NULL, but the other is not",
                          k == NULL ? "k" : "v");
     }
-    if (k == NULL && step->new_rows > 0 && !step->stored[layer]) {
+    if (k == NULL && step->new_rows > 0 && !step->stored[layer] && !step->on_device) {
         return attn_fail(ATTN_ERR_INCOMPLETE, "layer %u has no k, v yet: send them with this run",
                          layer);
     }
@@ -235,7 +235,14 @@ share_run(share_t *share, void *q, void *k, void *v, const attn_lists_t *lists)
     link_run_t run    = {.layer      = step->layer,
                          .q          = share->pieces,
                          .compute_ns = &share->compute_ns,
-                         .waits      = step->done == NULL};
+                         .waits      = step->done == NULL,
+                         .device     = step->direct ? &step->call : NULL};
+
+    if (step->direct) {
+        step_share_start(share);
+        share->link->ops->run(share->remote, &run, step_share_done, share);
+        return;
+    }
 
     run.n_q    = q != NULL ? share->n_q : 0;
     run.k      = pieces_put(share->pieces, share->q, run.n_q, q);
@@ -282,7 +289,11 @@ run_complete(attn_step_t *step)
             rows_copy(&step->o_to, step->o, step->q_rows, step->cache->geometry.q_heads,
                       step->cache->geometry.head_dim_v, false);
         }
-        return ATTN_OK;
+        if (step->staged >= 0) {
+            status = step_tensors_return(step);
+            snprintf(step->sentence, sizeof(step->sentence), "%s", attn_last_error());
+        }
+        return status;
     }
     /* Wrong arguments leave the step as it was; anything else ended it at some worker. */
     step->dead = !(status == ATTN_ERR_INVALID || status == ATTN_ERR_CONFLICT ||
@@ -314,47 +325,65 @@ run_size_check(const attn_run_t *run)
                : attn_fail(ATTN_ERR_INVALID, "run.size must be sizeof(attn_run_t)");
 }
 
+/* The tensors of a run, packed, in the host's memory. */
+typedef struct packed_run {
+    void *q, *k, *v, *o;
+    float *lse;
+} packed_run_t;
+
+static attn_status_t
+pack_run(attn_step_t *step, const attn_run_t *run, packed_run_t *p)
+{
+    const attn_geometry_t *g = &step->cache->geometry;
+    attn_status_t status     = ATTN_OK;
+
+    p->q =
+        take(step, 0, run->q, "q", step->q_dtype, step->q_rows, g->q_heads, g->head_dim_k, &status);
+    p->k   = take(step, 1, run->k, "k", g->kv_dtype, step->new_rows, g->kv_heads, g->head_dim_k,
+                  &status);
+    p->v   = take(step, 2, run->v, "v", g->kv_dtype, step->new_rows, g->kv_heads, g->head_dim_v,
+                  &status);
+    p->o   = take(step, 3, run->q != NULL ? run->o : NULL, "o", step->o_dtype, step->q_rows,
+                  g->q_heads, g->head_dim_v, &status);
+    p->lse = run->lse;
+    if (status == ATTN_OK && step->want_lse && p->lse == NULL && p->q != NULL) {
+        if (step->lse_unwanted == NULL) {
+            step->lse_unwanted = malloc(step->q_rows * g->q_heads * sizeof(float));
+        }
+        p->lse = step->lse_unwanted;
+        status = p->lse != NULL ? ATTN_OK : attn_fail(ATTN_ERR_NO_MEMORY, "no memory for the LSE");
+    }
+    return status;
+}
+
 /* Everything but waiting. done NULL: the caller waits. */
 static attn_status_t
 run_start(attn_step_t *step, const attn_run_t *run, attn_done_fn done, void *arg)
 {
-    const attn_geometry_t *g = &step->cache->geometry;
-    float *lse               = run->lse;
     attn_status_t status = run_check(step, run->layer, run->q, run->k, run->v, run->o, run->lse);
+    packed_run_t p       = {0};
+    attn_run_t here;
 
     if (status == ATTN_OK) {
         status = lists_check(step, run->lists);
     }
-
-    step->o_to.data = status == ATTN_OK ? NULL : step->o_to.data;
-    void *q_rows =
-        take(step, 0, run->q, "q", step->q_dtype, step->q_rows, g->q_heads, g->head_dim_k, &status);
-    void *k_rows = take(step, 1, run->k, "k", g->kv_dtype, step->new_rows, g->kv_heads,
-                        g->head_dim_k, &status);
-    void *v_rows = take(step, 2, run->v, "v", g->kv_dtype, step->new_rows, g->kv_heads,
-                        g->head_dim_v, &status);
-    void *o_rows = take(step, 3, run->q != NULL ? run->o : NULL, "o", step->o_dtype, step->q_rows,
-                        g->q_heads, g->head_dim_v, &status);
-    if (status == ATTN_OK && step->want_lse && lse == NULL && q_rows != NULL) {
-        if (step->lse_unwanted == NULL) {
-            step->lse_unwanted = malloc(step->q_rows * g->q_heads * sizeof(float));
-        }
-        lse    = step->lse_unwanted;
-        status = lse != NULL ? ATTN_OK : attn_fail(ATTN_ERR_NO_MEMORY, "no memory for the LSE");
+    if (status != ATTN_OK || (status = step_tensors_take(step, run, &here)) != ATTN_OK) {
+        return status;
     }
-    if (status != ATTN_OK) {
+    step->o_to.data = NULL;
+    if (!step->direct && (status = pack_run(step, &here, &p)) != ATTN_OK) {
         return status;
     }
     step->layer    = run->layer;
-    step->runs_kv  = k_rows != NULL;
-    step->o        = o_rows;
-    step->lse      = lse;
+    step->runs_kv  = step->direct ? run->k != NULL : p.k != NULL;
+    step->o        = p.o;
+    step->lse      = p.lse;
     step->done     = done;
     step->done_arg = arg;
     step_call_start(step);
     for (uint32_t s = 0; s < step->n_shares; s++) {
         step->shares[s].compute_ns = 0; /* unless something of this layer is this worker's */
-        share_run(&step->shares[s], q_rows, k_rows, v_rows, run->lists);
+        share_run(&step->shares[s], p.q, p.k, p.v, run->lists);
     }
     step_call_started(step);
     return ATTN_OK;

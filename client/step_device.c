@@ -1,0 +1,482 @@
+/*
+ * step_device.c: tensors in a GPU's memory. A worker in this process on that GPU works with them
+ * where they are, if it owns all that the step needs: a run then waits for the device, and
+ * attn_step_enqueue() leaves it to the caller's stream. For any other worker a run takes copies
+ * through pinned memory, the same way that strided tensors of the host are packed.
+ */
+#include "client/step_int.h"
+
+#include "base/status.h"
+#include "kernels/memory.h"
+
+#include <stdlib.h>
+
+#define PINS 16u /* pieces of pinned memory that a client keeps */
+
+static const char *const names[TENSORS] = {"q", "k", "v", "o"};
+
+/* ---- where tensors are ---- */
+
+int
+step_gpu(const attn_step_t *step)
+{
+    const share_t *share = &step->shares[0];
+
+    return step->n_shares == 1 && step->n_gathers == 0 && step->list_room == 0 &&
+                   share->link != NULL && share->link->ops->gpu != NULL
+               ? share->link->ops->gpu(share->link)
+               : -1;
+}
+
+/* What tensors of that number are like. */
+static void
+shape_of(const attn_step_t *step, int which, attn_dtype_t *dtype, uint64_t *rows, uint32_t *heads,
+         uint32_t *dim)
+{
+    const attn_geometry_t *g = &step->cache->geometry;
+    bool of_q                = which == TENSOR_Q || which == TENSOR_O;
+
+    *dtype = which == TENSOR_Q ? step->q_dtype : which == TENSOR_O ? step->o_dtype : g->kv_dtype;
+    *rows  = of_q ? step->q_rows : step->new_rows;
+    *heads = of_q ? g->q_heads : g->kv_heads;
+    *dim   = which == TENSOR_Q || which == TENSOR_K ? g->head_dim_k : g->head_dim_v;
+}
+
+/* The tensors of a run that count. */
+static void
+tensors_of(const attn_step_t *step, const attn_run_t *run, const attn_tensor_t *tensors[TENSORS])
+{
+    tensors[TENSOR_Q] = step->q_rows > 0 ? run->q : NULL;
+    tensors[TENSOR_K] = step->new_rows > 0 ? run->k : NULL;
+    tensors[TENSOR_V] = step->new_rows > 0 ? run->v : NULL;
+    tensors[TENSOR_O] = tensors[TENSOR_Q] != NULL ? run->o : NULL;
+}
+
+/* The GPU of a tensor, -1: none. What is told is believed; `told` is its GPU then, if known. */
+static int
+gpu_of(const attn_tensor_t *tensor, int told)
+{
+    if (tensor->memory == ATTN_MEMORY_HOST) {
+        return -1;
+    }
+    if (tensor->memory == ATTN_MEMORY_CUDA && told >= 0) {
+        return told;
+    }
+    int gpu = attn_memory_gpu(tensor->data);
+    return gpu < 0 && tensor->memory == ATTN_MEMORY_CUDA ? 0 : gpu;
+}
+
+/* The GPU that all are of; -1: none is of any. */
+static attn_status_t
+gpu_of_all(const attn_tensor_t *const tensors[TENSORS], int told, int *gpu_p)
+{
+    int first = TENSORS;
+
+    *gpu_p = -1;
+    for (int i = 0; i < TENSORS; i++) {
+        if (tensors[i] == NULL || tensors[i]->data == NULL) {
+            continue;
+        }
+        if ((unsigned)tensors[i]->memory > ATTN_MEMORY_CUDA) {
+            return attn_fail(ATTN_ERR_INVALID, "%s.memory is %d: 0 (auto), 1 (host) or 2 (CUDA)",
+                             names[i], (int)tensors[i]->memory);
+        }
+        int gpu = gpu_of(tensors[i], told);
+        if (first == TENSORS) {
+            first  = i;
+            *gpu_p = gpu;
+        } else if (gpu != *gpu_p) {
+            return attn_fail(ATTN_ERR_INVALID,
+                             "%s is in the memory of GPU %d, %s of GPU %d (-1: the host): all of a "
+                             "run are in one",
+                             names[first], *gpu_p, names[i], gpu);
+        }
+    }
+    return ATTN_OK;
+}
+
+/* ---- as they are ---- */
+
+/* Row and head strides, and that o is packed. */
+static attn_status_t
+rows_of(attn_step_t *step, int which, const attn_tensor_t *tensor, const attn_rows_t **rows_p)
+{
+    attn_dtype_t dtype;
+    uint64_t rows;
+    uint32_t heads, dim;
+    attn_tensor_t whole;
+
+    *rows_p = NULL;
+    if (tensor == NULL) {
+        return ATTN_OK;
+    }
+    shape_of(step, which, &dtype, &rows, &heads, &dim);
+    attn_status_t status = step_tensor_check(tensor, names[which], dtype, heads, dim, &whole);
+    if (status != ATTN_OK) {
+        return status;
+    }
+    if (which == TENSOR_O &&
+        (whole.head_stride != dim || (rows > 1 && whole.token_stride != (uint64_t)heads * dim))) {
+        return attn_fail(ATTN_ERR_INVALID,
+                         "o has strides %llu (token) and %llu (head): in a GPU's memory it is "
+                         "packed, %llu and %u",
+                         (unsigned long long)whole.token_stride,
+                         (unsigned long long)whole.head_stride, (unsigned long long)heads * dim,
+                         dim);
+    }
+    step->rows[which] = (attn_rows_t){
+        .at = whole.data, .row_stride = whole.token_stride, .head_stride = whole.head_stride};
+    *rows_p = &step->rows[which];
+    return ATTN_OK;
+}
+
+static attn_status_t
+call_of(attn_step_t *step, const attn_run_t *run, const attn_tensor_t *const tensors[TENSORS],
+        void *stream)
+{
+    engine_call_t call = {.layer = run->layer, .stream = stream};
+    const attn_rows_t *o;
+    attn_status_t status;
+
+    if ((status = rows_of(step, TENSOR_Q, tensors[TENSOR_Q], &call.q)) != ATTN_OK ||
+        (status = rows_of(step, TENSOR_K, tensors[TENSOR_K], &call.k)) != ATTN_OK ||
+        (status = rows_of(step, TENSOR_V, tensors[TENSOR_V], &call.v)) != ATTN_OK ||
+        (status = rows_of(step, TENSOR_O, tensors[TENSOR_O], &o)) != ATTN_OK) {
+        return status;
+    }
+    call.o     = o != NULL ? o->at : NULL;
+    call.lse   = o != NULL ? run->lse : NULL;
+    step->call = call;
+    return ATTN_OK;
+}
+
+/* ---- through pinned memory ---- */
+
+typedef struct pins {
+    uint32_t n;
+    struct {
+        stage_t stage;
+        int gpu; /* whose context it was made in */
+    } kept[PINS];
+} pins_t;
+
+/* Pinned memory of so many bytes, of what is kept or new; at is NULL without. */
+static stage_t
+pin(attn_client_t *client, int gpu, uint64_t bytes)
+{
+    stage_t stage = {0};
+
+    pthread_mutex_lock(&client->lock);
+    if (client->pins == NULL) {
+        client->pins = calloc(1, sizeof(*client->pins));
+    }
+    pins_t *pins = client->pins;
+    for (uint32_t i = 0; pins != NULL && i < pins->n && stage.at == NULL; i++) {
+        if (pins->kept[i].gpu == gpu && pins->kept[i].stage.bytes >= bytes) {
+            stage         = pins->kept[i].stage;
+            pins->kept[i] = pins->kept[--pins->n];
+        }
+    }
+    pthread_mutex_unlock(&client->lock);
+    if (stage.at == NULL) {
+        stage = (stage_t){.at = attn_memory_pin(gpu, bytes), .bytes = bytes};
+    }
+    return stage;
+}
+
+static void
+unpin(attn_client_t *client, int gpu, stage_t stage)
+{
+    bool kept = false;
+
+    pthread_mutex_lock(&client->lock);
+    pins_t *pins = client->pins;
+    if (pins != NULL && pins->n < PINS) {
+        pins->kept[pins->n].stage = stage;
+        pins->kept[pins->n++].gpu = gpu;
+        kept                      = true;
+    }
+    pthread_mutex_unlock(&client->lock);
+    if (!kept) {
+        attn_memory_unpin(gpu, stage.at);
+    }
+}
+
+void
+client_pins_free(attn_client_t *client)
+{
+    for (uint32_t i = 0; client->pins != NULL && i < client->pins->n; i++) {
+        attn_memory_unpin(client->pins->kept[i].gpu, client->pins->kept[i].stage.at);
+    }
+    free(client->pins);
+    client->pins = NULL;
+}
+
+void
+step_stages_free(attn_step_t *step)
+{
+    for (int i = 0; i < STAGES; i++) {
+        if (step->stages[i].at != NULL) {
+            unpin(step->client, step->stages_gpu, step->stages[i]);
+            step->stages[i] = (stage_t){0};
+        }
+    }
+}
+
+static attn_status_t
+stage_room(attn_step_t *step, int which, uint64_t bytes)
+{
+    stage_t *stage = &step->stages[which];
+
+    if (stage->bytes < bytes) {
+        if (stage->at != NULL) {
+            unpin(step->client, step->stages_gpu, *stage);
+        }
+        *stage = pin(step->client, step->stages_gpu, bytes);
+        if (stage->at == NULL) {
+            *stage = (stage_t){0};
+            return attn_fail(ATTN_ERR_NO_MEMORY,
+                             "no %llu bytes of pinned memory for a tensor of GPU %d",
+                             (unsigned long long)bytes, step->stages_gpu);
+        }
+    }
+    return ATTN_OK;
+}
+
+static attn_strided_t
+strided_of(const attn_tensor_t *whole, uint64_t rows, uint32_t heads, uint32_t dim)
+{
+    uint64_t size = attn_dtype_size(whole->dtype);
+
+    return (attn_strided_t){.at          = whole->data,
+                            .rows        = rows,
+                            .row_stride  = whole->token_stride * size,
+                            .heads       = heads,
+                            .head_stride = whole->head_stride * size,
+                            .head_bytes  = dim * size};
+}
+
+/* A tensor in a stage: what the workers read is copied there. */
+static attn_status_t
+stage_tensor(attn_step_t *step, int which, const attn_tensor_t *tensor, const attn_tensor_t **out)
+{
+    attn_dtype_t dtype;
+    uint64_t rows;
+    uint32_t heads, dim;
+    attn_tensor_t whole;
+
+    *out = NULL;
+    if (tensor == NULL) {
+        return ATTN_OK;
+    }
+    shape_of(step, which, &dtype, &rows, &heads, &dim);
+    attn_status_t status = step_tensor_check(tensor, names[which], dtype, heads, dim, &whole);
+    if (status == ATTN_OK) {
+        status = stage_room(step, which, rows * heads * dim * attn_dtype_size(dtype));
+    }
+    if (status == ATTN_OK && which != TENSOR_O) {
+        attn_strided_t from = strided_of(&whole, rows, heads, dim);
+        status              = attn_memory_fetch(step->stages_gpu, &from, step->stages[which].at);
+    }
+    if (which == TENSOR_O) {
+        step->o_on_gpu = whole;
+    }
+    step->staged_tensors[which] =
+        (attn_tensor_t){.data = step->stages[which].at, .dtype = dtype, .memory = ATTN_MEMORY_HOST};
+    *out = &step->staged_tensors[which];
+    return status;
+}
+
+static attn_status_t
+stage_run(attn_step_t *step, int gpu, const attn_run_t *run,
+          const attn_tensor_t *const tensors[TENSORS], attn_run_t *out)
+{
+    attn_status_t status;
+
+    if (gpu != step->stages_gpu) {
+        step_stages_free(step);
+        step->stages_gpu = gpu;
+    }
+    if ((status = stage_tensor(step, TENSOR_Q, tensors[TENSOR_Q], &out->q)) != ATTN_OK ||
+        (status = stage_tensor(step, TENSOR_K, tensors[TENSOR_K], &out->k)) != ATTN_OK ||
+        (status = stage_tensor(step, TENSOR_V, tensors[TENSOR_V], &out->v)) != ATTN_OK ||
+        (status = stage_tensor(step, TENSOR_O, tensors[TENSOR_O], &out->o)) != ATTN_OK) {
+        return status;
+    }
+    step->lse_on_gpu = out->q != NULL ? run->lse : NULL;
+    if (step->lse_on_gpu != NULL) {
+        uint64_t bytes = step->q_rows * step->cache->geometry.q_heads * sizeof(float);
+        status         = stage_room(step, TENSOR_LSE, bytes);
+        out->lse       = step->stages[TENSOR_LSE].at;
+    }
+    step->staged = out->q != NULL ? gpu : -1;
+    atomic_fetch_add(&step->client->runs_staged, 1);
+    return status;
+}
+
+attn_status_t
+step_tensors_return(attn_step_t *step)
+{
+    const attn_geometry_t *g = &step->cache->geometry;
+    attn_strided_t to        = strided_of(&step->o_on_gpu, step->q_rows, g->q_heads, g->head_dim_v);
+    attn_status_t status     = attn_memory_send(step->staged, step->stages[TENSOR_O].at, &to);
+
+    if (status == ATTN_OK && step->lse_on_gpu != NULL) {
+        uint64_t bytes = step->q_rows * g->q_heads * sizeof(float);
+        to             = (attn_strided_t){
+                        .at = (uint8_t *)step->lse_on_gpu, .rows = 1, .heads = 1, .head_bytes = bytes};
+        status = attn_memory_send(step->staged, step->stages[TENSOR_LSE].at, &to);
+    }
+    return status;
+}
+
+attn_status_t
+step_tensors_take(attn_step_t *step, const attn_run_t *run, attn_run_t *out)
+{
+    const attn_tensor_t *tensors[TENSORS];
+    int worker = step_gpu(step), gpu;
+
+    *out         = *run;
+    step->direct = false;
+    step->staged = -1;
+    tensors_of(step, run, tensors);
+    attn_status_t status = gpu_of_all(tensors, worker, &gpu);
+    if (status != ATTN_OK || gpu < 0) {
+        return status;
+    }
+    if (gpu != worker) {
+        return stage_run(step, gpu, run, tensors, out);
+    }
+    if ((status = call_of(step, run, tensors, NULL)) == ATTN_OK) {
+        step->direct = true;
+        atomic_fetch_add(&step->client->runs_cuda, 1);
+    }
+    return status;
+}
+
+/* ---- on the caller's stream ---- */
+
+/* Why a step has nothing to do with streams. */
+static attn_status_t
+refuse_stream(const attn_step_t *step)
+{
+    const share_t *share = &step->shares[0];
+
+    if (step_gpu(step) >= 0) {
+        return attn_fail(ATTN_ERR_INVALID,
+                         "the step was not begun with memory = ATTN_MEMORY_CUDA, so nothing is "
+                         "ready for a stream");
+    }
+    if (step->n_shares > 1) {
+        return attn_fail(ATTN_ERR_UNSUPPORTED,
+                         "the step's KV is on %u workers: what is enqueued is all on one",
+                         step->n_shares);
+    }
+    if (step->list_room > 0) {
+        return attn_fail(ATTN_ERR_UNSUPPORTED,
+                         "an entry has list_room: lists of a run cannot be enqueued");
+    }
+    return attn_fail(ATTN_ERR_UNSUPPORTED,
+                     "the worker (%s) does not compute on a GPU in this process: open "
+                     "inproc://cuda:N to enqueue steps, or use attn_step_run()",
+                     share->link != NULL ? share->link->ops->name : "none");
+}
+
+static attn_status_t
+stream_check(const attn_step_t *step)
+{
+    if (!step->on_device) {
+        return refuse_stream(step);
+    }
+    if (!atomic_load(&step->idle)) {
+        return attn_fail(ATTN_ERR_BUSY,
+                         "a run of the step is outstanding: wait for its completion");
+    }
+    return step->dead || atomic_load(&step->aborting)
+               ? attn_fail(ATTN_ERR_ABORTED, "the step was aborted: %s", step->sentence)
+               : ATTN_OK;
+}
+
+/* As a run of these tensors: which of them there must be. */
+static attn_status_t
+enqueue_check(const attn_step_t *step, const attn_run_t *run)
+{
+    const char *missing = NULL;
+
+    if (run->layer >= step->cache->geometry.layers) {
+        return attn_fail(ATTN_ERR_INVALID, "layer is %u: the cache has %u", run->layer,
+                         step->cache->geometry.layers);
+    }
+    if (run->lse != NULL && !step->want_lse) {
+        return attn_fail(ATTN_ERR_INVALID, "lse is given, but the batch has want_lse = false");
+    }
+    if (step->q_rows > 0 && run->q != NULL && run->o == NULL) {
+        missing = "o";
+    } else if ((run->k == NULL) != (run->v == NULL)) {
+        missing = run->k == NULL ? "k" : "v";
+    }
+    return missing == NULL
+               ? ATTN_OK
+               : attn_fail(ATTN_ERR_INVALID, "%s is NULL, but not what goes with it", missing);
+}
+
+attn_status_t
+attn_step_enqueue(attn_step_t *step, uint32_t layer, const attn_tensor_t *q, const attn_tensor_t *k,
+                  const attn_tensor_t *v, const attn_tensor_t *o, float *lse, void *stream)
+{
+    attn_run_t run       = {.layer = layer, .q = q, .k = k, .v = v, .o = o, .lse = lse};
+    attn_status_t status = stream_check(step);
+    const attn_tensor_t *tensors[TENSORS];
+    int gpu = -1, worker = status == ATTN_OK ? step_gpu(step) : -1;
+
+    if (status != ATTN_OK || (status = enqueue_check(step, &run)) != ATTN_OK) {
+        return status;
+    }
+    tensors_of(step, &run, tensors);
+    bool any = tensors[TENSOR_Q] != NULL || tensors[TENSOR_K] != NULL;
+    if (!any) {
+        return ATTN_OK;
+    }
+    if ((status = gpu_of_all(tensors, worker, &gpu)) != ATTN_OK) {
+        return status;
+    }
+    if (gpu != worker) {
+        return attn_fail(ATTN_ERR_INVALID,
+                         "the tensors are in the memory of GPU %d (-1: the host's), the worker "
+                         "computes on GPU %d",
+                         gpu, worker);
+    }
+    status = call_of(step, &run, tensors, stream);
+    return status == ATTN_OK
+               ? step->shares[0].link->ops->enqueue(step->shares[0].remote, &step->call)
+               : status;
+}
+
+attn_status_t
+attn_step_graph(attn_step_t *step, uint64_t *graph_p)
+{
+    attn_status_t status = stream_check(step);
+
+    return status == ATTN_OK ? step->shares[0].link->ops->graph(step->shares[0].remote, graph_p)
+                             : status;
+}
+
+attn_status_t
+attn_step_replay(attn_step_t *step, void *stream)
+{
+    attn_status_t status = stream_check(step);
+
+    return status == ATTN_OK
+               ? step->shares[0].link->ops->replay(step->shares[0].remote, stream, false)
+               : status;
+}
+
+attn_status_t
+attn_step_replayed(attn_step_t *step, void *stream)
+{
+    attn_status_t status = stream_check(step);
+
+    return status == ATTN_OK
+               ? step->shares[0].link->ops->replay(step->shares[0].remote, stream, true)
+               : status;
+}
