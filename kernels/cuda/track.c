@@ -119,7 +119,7 @@ send_params(attn_track_t *t, const attn_geometry_t *g)
         }
     }
     if (status == ATTN_OK) {
-        status = CUDA_CALL(cuMemcpyHtoD(t->device + t->params, rows, t->layers * bytes));
+        status = track_send(t, t->params, rows, t->layers * bytes);
     }
     free(rows);
     return status;

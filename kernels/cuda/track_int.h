@@ -43,6 +43,10 @@ struct attn_track {
     bool queued, replaying; /* ... anything was; before() was, and after() not yet */
 };
 
+/** Bytes of ours to their place, on our own stream: what waits on the legacy one would break off
+ * captures. Returns when they are there. During a visit. */
+attn_status_t track_send(attn_track_t *t, uint64_t to, const void *from, uint64_t bytes);
+
 bool track_wait(attn_track_t *t, uint64_t until_ns);
 attn_status_t track_enqueue(attn_track_t *t, const attn_track_call_t *call);
 attn_status_t track_before(attn_track_t *t, void *stream);

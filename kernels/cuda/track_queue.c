@@ -242,14 +242,22 @@ track_enqueue(attn_track_t *t, const attn_track_call_t *call)
 
 /* ---- what became of it ---- */
 
+attn_status_t
+track_send(attn_track_t *t, uint64_t to, const void *from, uint64_t bytes)
+{
+    attn_status_t status = CUDA_CALL(cuMemcpyHtoDAsync(t->device + to, from, bytes, t->stream));
+
+    return status == ATTN_OK ? CUDA_CALL(cuStreamSynchronize(t->stream)) : status;
+}
+
 /* A layer that went wrong: told, and as if nothing had been queued of it. */
 static attn_status_t
 report(attn_track_t *t, uint32_t layer, const cuda_mark_t *mark)
 {
-    CUdeviceptr at       = t->device + t->marks + layer * sizeof(*mark);
+    uint64_t at          = t->marks + layer * sizeof(*mark);
     cuda_mark_t anew     = {.error  = UINT64_MAX,
                             .stored = mark->trouble & CUDA_NOT_FINITE ? 0 : mark->stored};
-    attn_status_t status = CUDA_CALL(cuMemcpyHtoD(at, &anew, sizeof(anew)));
+    attn_status_t status = track_send(t, at, &anew, sizeof(anew));
 
     if (status != ATTN_OK) {
         return status;
