@@ -15,6 +15,7 @@
 
 #include <errno.h>
 #include <poll.h>
+#include <sched.h>
 #include <stdio.h>
 #include <sys/eventfd.h>
 #include <unistd.h>
@@ -221,7 +222,13 @@ ucx_far_sleep(ucx_crew_t *crew)
                            {.fd = crew->kick_fd, .events = POLLIN}};
     eventfd_t kicks;
 
-    if (crew->stopping || crew->tidy || !ucx_port_arm(crew->port)) {
+    if (crew->stopping || crew->tidy) {
+        return;
+    }
+    if (!ucx_port_arm(crew->port)) { /* something came just now: others may have the lock first */
+        pthread_mutex_unlock(&crew->lock);
+        sched_yield();
+        ucx_crew_lock(crew);
         return;
     }
     bool closes = ucx_port_closes(crew->port);
