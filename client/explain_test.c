@@ -38,7 +38,7 @@ close_client(void **state)
 }
 
 static void
-bed_open(bed_t *b, attn_placement_t placement)
+bed_open_of(bed_t *b, attn_placement_t placement, uint64_t region_bytes)
 {
     attn_geometry_t g;
 
@@ -50,7 +50,14 @@ bed_open(bed_t *b, attn_placement_t placement)
     g.kv_dtype                  = ATTN_F32;
     g.chunk_size                = CHUNK;
     g.placement                 = placement;
+    g.region_bytes              = region_bytes;
     OK(attn_cache_open(client, "explained", &g, &b->cache));
+}
+
+static void
+bed_open(bed_t *b, attn_placement_t placement)
+{
+    bed_open_of(b, placement, 0);
 }
 
 static void
@@ -198,6 +205,20 @@ test_a_sequence_is_as_it_lies(void **state)
     bed_close(&b);
 }
 
+/* Placement says one worker, and its region has room for two chunks of the three. */
+static void
+test_where_chunks_are_counts_not_where_they_should_be(void **state)
+{
+    bed_t b;
+
+    (void)state;
+    bed_open_of(&b, ATTN_PLACE_WHOLE, 2 * CHUNK * 2 * 64 * sizeof(float));
+    attn_explain_t asked = {.size = sizeof(asked), .seq = filled(&b, 3 * CHUNK)};
+    attn_explanation_t x = explained(&b, &asked);
+    assert_taken(&x, ATTN_MERGE_CLIENT, 2, "the only way for chunks on 2 workers");
+    bed_close(&b);
+}
+
 static void
 test_what_cannot_be_explained(void **state)
 {
@@ -226,6 +247,7 @@ main(void)
         cmocka_unit_test(test_one_chunk_is_on_one_worker),
         cmocka_unit_test(test_placement_decides_what_is_not_placed_yet),
         cmocka_unit_test(test_a_sequence_is_as_it_lies),
+        cmocka_unit_test(test_where_chunks_are_counts_not_where_they_should_be),
         cmocka_unit_test(test_what_cannot_be_explained),
     };
     return cmocka_run_group_tests_name("client.explain", tests, open_client, close_client);
