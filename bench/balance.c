@@ -475,8 +475,9 @@ sim_open(sim_t *s, uint32_t workers, uint64_t sequences, uint64_t seed)
     directory_options_init(&options);
     result_must(directory_create(&options, on_effect, s, &s->directory));
     result_must(directory_client_open(s->directory, "bench", 1, &s->client));
-    directory_client_link(s->directory, s->client,
-                          &(cost_link_t){.hop_seconds = 20e-6, .bandwidth = 25e9});
+    directory_client_link(
+        s->directory, s->client,
+        &(cost_link_t){.hop_seconds = 20e-6, .send_seconds = 1e-6, .bandwidth = 25e9});
     result_must(
         directory_cache_open(s->directory, s->client, "kv", &geometry, &s->cache, &created));
     for (uint32_t w = 0; w < workers; w++) {

@@ -111,7 +111,8 @@ test_runs_tell_hop_and_bandwidth(void **state)
     assert_true(link.bandwidth == 0 && link.send_seconds == 0);
     for (uint32_t i = 0; i < WAY_METER_LEAST; i++) {
         run(&meter, 4 << 20);
-        way_meter_sent(&meter, 7000);
+        way_meter_sent(&meter, 1 << 10, 7000);
+        way_meter_sent(&meter, 4 << 20, 900000); /* copying */
     }
     assert_true(way_meter_read(&meter, &link));
     assert_about(link.hop_seconds, 50e-6);

@@ -266,11 +266,11 @@ share_run(share_t *share, void *q, void *k, void *v, const attn_lists_t *lists)
     share->run_bytes = is_measured(share) ? pieces_bytes(share->pieces, end) : 0;
     share->run_ns    = share->run_bytes > 0 ? attn_now_ns() : 0;
     link_t *link     = share->link;
-    uint64_t sent_at = share->run_ns;
+    uint64_t sent_at = share->run_ns, bytes = share->run_bytes; /* done may start the next run */
     step_share_start(share);
     link->ops->run(share->remote, &run, run_done, share);
     if (sent_at > 0) {
-        way_meter_sent(&link->meter, attn_now_ns() - sent_at);
+        way_meter_sent(&link->meter, bytes, attn_now_ns() - sent_at);
     }
 }
 

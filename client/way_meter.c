@@ -26,8 +26,11 @@ way_meter_run(way_meter_t *meter, uint64_t bytes, uint64_t ns)
 }
 
 void
-way_meter_sent(way_meter_t *meter, uint64_t ns)
+way_meter_sent(way_meter_t *meter, uint64_t bytes, uint64_t ns)
 {
+    if (bytes > SMALL_BYTES) {
+        return;
+    }
     uint32_t i = atomic_fetch_add_explicit(&meter->n_sends, 1, memory_order_relaxed);
 
     atomic_store_explicit(&meter->sends[i % WAY_METER_SAMPLES], (unsigned)attn_min(ns, UINT32_MAX),

@@ -26,8 +26,8 @@ typedef struct way_meter {
  * counted. */
 void way_meter_run(way_meter_t *meter, uint64_t bytes, uint64_t ns);
 
-/** Sending one took its thread so long. */
-void way_meter_sent(way_meter_t *meter, uint64_t ns);
+/** Sending it took its thread so long: of large ones that is copying, and does not count. */
+void way_meter_sent(way_meter_t *meter, uint64_t bytes, uint64_t ns);
 
 /** @return false, and zeros, before WAY_METER_LEAST small runs; bandwidth is 0 before as many large
  * ones */
