@@ -195,6 +195,16 @@ watch(ucx_asks_far_t *far, bool watches)
     epoll_ctl(far->epoll_fd, EPOLL_CTL_MOD, event.data.fd, &event);
 }
 
+/* Make progress where no look follows. What it takes off the port the watchman will not find there,
+ * and it may be what another thread sleeps for. Under the lock. */
+static void
+progress_aside(ucx_asks_far_t *far)
+{
+    if (ucx_port_progress(far->port) || far->news) {
+        wake(far);
+    }
+}
+
 /* Have the watchman watch. Under the lock. */
 static void
 arm(ucx_asks_far_t *far)
@@ -204,7 +214,7 @@ arm(ucx_asks_far_t *far)
             watch(far, true);
             return;
         }
-        ucx_port_progress(far->port);
+        progress_aside(far);
     }
     wake(far);
 }
@@ -216,6 +226,10 @@ on_woken(rpc_op_t *op, bool ok)
 
     (void)ok;
     atomic_exchange(&far->waking, false);
+    /* Also if no ask waits: what is not taken off the port wakes again and again. */
+    pthread_mutex_lock(&far->asks->lock);
+    ucx_asks_far_progress(far);
+    pthread_mutex_unlock(&far->asks->lock);
     ucx_asks_look(far->asks);
     pthread_mutex_lock(&far->asks->lock);
     if (far->asks->unattended > 0 && far->n_peers > 0) {
@@ -256,9 +270,13 @@ ucx_asks_far_sleeps(ucx_asks_far_t *far, bool sleeps)
 void
 ucx_asks_far_send(ucx_peer_t *peer, const ucx_head_t *request, const uint8_t *data, bool unattended)
 {
+    ucx_asks_far_t *far = peer->asks->far;
+
     ucx_way_send(peer->way, request, data, request->bytes);
-    if (unattended) {
-        arm(peer->asks->far);
+    if (unattended && (peer->broken || ucx_port_closes(far->port))) {
+        wake(far); /* it may be over already, and nothing come that tells */
+    } else if (unattended) {
+        arm(far);
     }
 }
 
@@ -405,7 +423,7 @@ ucx_asks_far_close(ucx_peer_t *peer)
     pthread_mutex_lock(&asks->lock);
     ucx_way_close(peer->way);
     for (unsigned i = 0; i < CLOSING_ROUNDS && ucx_port_closes(far->port); i++) {
-        ucx_port_progress(far->port); /* frees the peer, sooner or later */
+        progress_aside(far); /* frees the peer, sooner or later */
     }
     leave(far);
     pthread_mutex_unlock(&asks->lock);
