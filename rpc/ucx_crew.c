@@ -103,7 +103,7 @@ take_request(ucx_crew_t *crew, ucx_slot_t *slot)
     ucx_head_t *request = ucx_request_at(slot->session->at, &slot->place);
     uint64_t sequence   = atomic_load_explicit(&request->sequence, memory_order_acquire);
 
-    if (sequence == slot->sequence || slot->running) {
+    if (sequence == slot->sequence || slot->running || slot->receiving) {
         return false;
     }
     memcpy(&slot->head, request, offsetof(ucx_head_t, sequence));
@@ -443,6 +443,9 @@ ucx_crew_destroy(ucx_crew_t *crew)
         pthread_join(crew->threads[i], NULL);
     }
     ucx_port_destroy(crew->port);
+    ucx_crew_lock(crew);
+    ucx_far_tidy(crew); /* slots whose data was on its way until now */
+    pthread_mutex_unlock(&crew->lock);
     if (crew->kick_fd >= 0) {
         close(crew->kick_fd);
     }

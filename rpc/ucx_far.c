@@ -42,10 +42,12 @@ slot_for(ucx_crew_t *crew, const ucx_session_t *session, const ucx_head_t *head)
     for (uint32_t i = 0; i < crew->n_slots; i++) {
         ucx_slot_t *slot = crew->slots[i];
         if (slot->session == session && slot->place.offset == head->offset && !slot->closed) {
-            bool wanted = slot->tag == head->tag && !slot->running && !slot->receiving &&
-                          atomic_load(&head->sequence) > slot->sequence &&
+            bool free = !slot->running && !slot->receiving &&
+                        atomic_load(&ucx_request_at(slot->session->at, &slot->place)->sequence) ==
+                            slot->sequence; /* none came that is still to be handled */
+            bool wanted = slot->tag == head->tag && atomic_load(&head->sequence) > slot->sequence &&
                           head->bytes <= slot->place.in;
-            return wanted ? slot : NULL;
+            return free && wanted ? slot : NULL;
         }
     }
     return NULL;
@@ -68,8 +70,8 @@ arrive(void *arg, const ucx_head_t *head, uint64_t bytes, ucx_coming_t *coming)
     ucx_crew_t *crew       = arg;
     ucx_session_t *session = session_of(crew, head->secret);
 
-    if (session != NULL && (head->flags & UCX_HELLO) != 0 && bytes == 0) {
-        session->greeted = true;
+    if (session != NULL && (head->flags & UCX_HELLO) != 0 && bytes == 0 && !session->greeted) {
+        session->greeted = true; /* once: who says it again is not answered */
         ucx_far_greet(session);
         return false;
     }

@@ -24,6 +24,10 @@
  * first bytes, so it ends soon in bytes that have all bits. */
 #define ADDRESS_READ_MAX (64u << 10)
 #define RECEIPTS (UCX_SESSION_SLOTS_MAX + 1)
+/* Messages of a way that are not gone yet, a hello and an answer of each slot. An answer may be
+ * with its receiver, who asks again, before UCX says here that it went: so there is room for some
+ * more, and who passes even that takes none of them. */
+#define SENDS_MAX (4 * UCX_SESSION_SLOTS_MAX)
 
 /* Data that is coming for a way. */
 typedef struct receipt {
@@ -184,6 +188,7 @@ ucx_way_open(ucx_port_t *port, const uint8_t *address, uint64_t size, void *whos
     way->port              = port;
     way->whose             = whose;
     ucs_status_t status    = ucx_lib.ucp_ep_create(port->worker, &params, &way->ep);
+    free(padded); /* UCX has copied what it needs */
     if (status != UCS_OK) {
         free(way);
         return ucx_lib_failed(status, "find a network transport to the other side");
@@ -235,6 +240,10 @@ ucx_way_send(ucx_way_t *way, const ucx_head_t *head, const uint8_t *data, uint64
                                   .user_data = way};
 
     if (way->closing || way->status != UCS_OK) {
+        return;
+    }
+    if (way->sends >= SENDS_MAX) {
+        way_break(way, UCS_ERR_EXCEEDS_LIMIT);
         return;
     }
     /* Over TCP asking for room costs a round trip, and more than it saves. */
@@ -468,6 +477,11 @@ ucx_port_destroy(ucx_port_t *port)
         ucx_lib.ucp_cleanup(port->context);
     }
     while (port->ways != NULL) { /* UCX has let them go by now */
+        for (unsigned i = 0; i < RECEIPTS; i++) {
+            if (port->ways->receipts[i].used) {
+                receipt_end(&port->ways->receipts[i], false);
+            }
+        }
         way_free(port->ways);
     }
     free(port);

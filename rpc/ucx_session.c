@@ -9,6 +9,7 @@
 #include "base/status.h"
 #include "rpc/rpc_int.h"
 
+#include <assert.h>
 #include <errno.h>
 #include <sched.h>
 #include <stdio.h>
@@ -252,9 +253,6 @@ ucx_session_answer(ucx_session_t *session, const uint8_t *address, uint64_t size
     ucx_crew_t *crew = session->crew;
     attn_status_t status;
 
-    pthread_mutex_lock(&session->ring_lock);
-    session->on_broken = broken;
-    pthread_mutex_unlock(&session->ring_lock);
     ucx_crew_lock(crew);
     if (crew->port == NULL || session->way != NULL || session->closed) {
         status = attn_fail(ATTN_ERR_INVALID, "this session of UCX takes no address");
@@ -262,6 +260,9 @@ ucx_session_answer(ucx_session_t *session, const uint8_t *address, uint64_t size
         status = ucx_way_open(crew->port, address, size, session, &session->way);
     }
     if (status == ATTN_OK) {
+        pthread_mutex_lock(&session->ring_lock);
+        session->on_broken = broken; /* nobody is told before the lock is let go */
+        pthread_mutex_unlock(&session->ring_lock);
         session->references++;
         ucx_far_greet(session);
     }
@@ -412,6 +413,7 @@ slot_gone(ucx_slot_t *slot)
     ucx_session_t *session = slot->session;
     ucx_crew_t *crew       = session->crew;
 
+    assert(!slot->running && !slot->receiving);
     crew->slots[slot->index]        = crew->slots[--crew->n_slots];
     crew->slots[slot->index]->index = slot->index;
     crew->turn                      = crew->turn < crew->n_slots ? crew->turn : 0;
