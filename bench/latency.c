@@ -8,14 +8,19 @@
  * what the worker computed is taken off, so that what is left is the way. Beside them a bare round
  * trip of the same bytes through a slab of UCX's, and one of its messages. And the same step on
  * four workers, against the local one and a bare fan-out. Both sides are measured in turns.
+ *
+ * Where there is a GPU: a layer in this process on it, from a graph on the runner's stream, less
+ * attention alone from a graph, and what queueing a layer without a graph takes of the host.
  */
 #include "bench/bare.h"
 #include "bench/bare_far.h"
+#include "bench/on_stream.h"
 #include "bench/ours.h"
 #include "bench/processes.h"
 #include "bench/result.h"
 
 #include "base/clock.h"
+#include "base/status.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -207,6 +212,32 @@ ladder(const result_options_t *options, const char *program, const shape_t *shap
     }
 }
 
+/* bf16, for GPUs have no kernels for f32. */
+static void
+on_stream(const result_options_t *options, const shape_t *shape, uint32_t steps)
+{
+    on_stream_t s;
+    attn_status_t status =
+        on_stream_measure(LAYERS, LENGTH, shape->q_heads, shape->kv_heads, shape->dim, steps, &s);
+
+    if (status != ATTN_OK) {
+        printf("%-7s on a stream: %s\n", shape->name, attn_last_error());
+        result_json(options, "latency", "\"case\":\"%s enqueued\",\"absent\":\"%s\"", shape->name,
+                    attn_strerror(status));
+        return;
+    }
+    samples_t calls = {.us = s.calls, .n = s.n}, way = {.us = s.enqueued, .n = s.n};
+    samples_t kernels = {.us = s.kernels, .n = s.n};
+    double alone      = result_quantile(s.kernels, s.n, 0.5);
+    for (uint32_t i = 0; i < s.n; i++) {
+        s.enqueued[i] -= alone;
+    }
+    rung(options, shape->name, "GPU, attention alone", &kernels, NULL, 0, 0);
+    rung(options, shape->name, "GPU, enqueued", &way, &kernels, 0, 0);
+    rung(options, shape->name, "GPU, a call's host time", &calls, NULL, 0, 0);
+    on_stream_free(&s);
+}
+
 /* The time of whole tokens, LAYERS runs each. */
 static void
 token(ours_t *ours, samples_t *samples)
@@ -293,6 +324,7 @@ main(int argc, char **argv)
            LENGTH + 1, "q", "way", "p50", "p99", "p99.9", "computed");
     for (size_t s = 0; s < sizeof(shapes) / sizeof(shapes[0]); s++) {
         ladder(&options, argv[0], &shapes[s], steps);
+        on_stream(&options, &shapes[s], steps);
     }
     fan(&options, argv[0], steps);
     return 0;
