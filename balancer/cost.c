@@ -14,10 +14,12 @@
  * of o and its l and e. Workers are sent to and heard of by one core, one after the other, so each
  * beyond the first adds twice what sending takes it, there and back.
  *
- * A spread sequence of C chunks is on n = min(C, N, 64) workers, for the tree has 64 lanes, and the
- * one with the most of it has ceil(C / n) chunks.
+ * A spread sequence is where placement puts it (balancer/lanes.h): on at most 64 workers, for the
+ * tree has 64 lanes. Where their number is no power of two, some have twice the chunks of others:
+ * of 3 chunks on 3 workers, one has 2 and one none.
  */
 #include "balancer/cost.h"
+#include "balancer/lanes.h"
 #include "base/checked.h"
 
 #include <assert.h>
@@ -25,7 +27,7 @@
 #define CHUNK_SIZE_DEFAULT 2048u
 #define FEW_ROWS 64u /* packed: as kernels count, ATTN_FEW_ROWS */
 
-/* Partials of a worker where its chunks are no subtree of the merge tree: 1 to 5, on average. */
+/* Partials of a worker whose lanes are no subtree of the merge tree: 1 to 5, on average. */
 #define RAGGED_NODES 3u
 
 void
@@ -204,28 +206,49 @@ cost_layout_whole(const cost_constants_t *constants, const cost_batch_t *batch, 
     layout->parts[layout->n_parts++] = part;
 }
 
+/* How a sequence lies on workers. */
+typedef struct deal {
+    uint32_t workers, lanes; /* that have chunks; the most lanes of one of them */
+    uint64_t chunks;         /* the most of one of them */
+} deal_t;
+
+static deal_t
+deal_out(uint64_t chunks, uint32_t workers)
+{
+    uint64_t dealt[LANES] = {0};
+    uint32_t lanes[LANES] = {0};
+    deal_t deal           = {0};
+
+    for (uint32_t lane = 0; lane < attn_min(chunks, LANES); lane++) {
+        /* With more workers than lanes each lane has its own, as with 64. */
+        uint32_t spot = lanes_spot(lane, (uint32_t)attn_min(workers, LANES));
+        deal.workers += lanes[spot]++ == 0;
+        dealt[spot] += chunks / LANES + (lane < chunks % LANES);
+        deal.lanes  = (uint32_t)attn_max(deal.lanes, lanes[spot]);
+        deal.chunks = attn_max(deal.chunks, dealt[spot]);
+    }
+    return deal;
+}
+
 void
 cost_layout_spread(const cost_constants_t *constants, const cost_batch_t *batch, uint32_t workers,
                    cost_layout_t *layout)
 {
-    uint64_t chunk  = chunk_size_of(batch->geometry);
-    uint64_t chunks = attn_max(attn_div_up(batch->tokens, chunk), 1);
-    uint32_t n      = (uint32_t)attn_min(attn_min(chunks, workers), COST_SPREAD_MAX);
-    uint64_t most   = attn_div_up(chunks, n);
-    bool whole      = (n & (n - 1)) == 0 || most == 1; /* each worker's chunks are one subtree */
+    uint64_t chunk = chunk_size_of(batch->geometry);
+    deal_t deal    = deal_out(attn_max(attn_div_up(batch->tokens, chunk), 1), workers);
+    bool whole     = workers >= LANES || (workers & (workers - 1)) == 0; /* lanes are one subtree */
+    cost_part_t part = {.worker    = constants->worker,
+                        .link      = constants->link,
+                        .tokens    = attn_min(deal.chunks * chunk, batch->tokens),
+                        .sequences = batch->sequences,
+                        .nodes     = whole ? 1 : (uint32_t)attn_min(RAGGED_NODES, deal.lanes),
+                        .count     = deal.workers};
 
-    *layout = (cost_layout_t){
-        .workers = n,
-        .n_parts = 1,
-        .parts   = {{.worker    = constants->worker,
-                     .link      = constants->link,
-                     .tokens    = n == 1 ? batch->tokens : attn_min(most * chunk, batch->tokens),
-                     .sequences = batch->sequences,
-                     .nodes     = n == 1  ? 0
-                                  : whole ? 1
-                                          : RAGGED_NODES,
-                     .count     = n}},
-    };
+    if (deal.workers == 1) {
+        part.tokens = batch->tokens;
+        part.nodes  = 0;
+    }
+    *layout = (cost_layout_t){.workers = deal.workers, .n_parts = 1, .parts = {part}};
 }
 
 /* ---- the choice ---- */
@@ -308,16 +331,14 @@ uint64_t
 cost_break_even_tokens(const cost_constants_t *constants, const attn_geometry_t *geometry,
                        uint32_t workers)
 {
-    uint64_t most = attn_min(workers, COST_SPREAD_MAX);
-
     if (workers < 2 || !pays(constants, geometry, workers, CHUNKS_MAX)) {
         return UINT64_MAX;
     }
-    /* Beyond one chunk a worker, what is saved never falls; up to there it is linear in chunks. So
-     * each of the two ranges has one place from which on it pays. */
-    uint64_t first = first_that_pays(constants, geometry, workers, most + 1, CHUNKS_MAX);
-    if (first == most + 1) {
-        first = first_that_pays(constants, geometry, workers, 2, most);
+    /* Once every lane has a chunk, no more workers come in with further ones, and what is saved
+     * never falls: there is one place from which on it pays. Before, each may bring a worker in. */
+    uint64_t first = first_that_pays(constants, geometry, workers, LANES, CHUNKS_MAX);
+    while (first <= LANES && first > 2 && pays(constants, geometry, workers, first - 1)) {
+        first--;
     }
     return (first - 1) * chunk_size_of(geometry);
 }

@@ -104,8 +104,8 @@ typedef struct cost_layout {
 void cost_layout_whole(const cost_constants_t *constants, const cost_batch_t *batch,
                        uint32_t workers, cost_layout_t *layout);
 
-/** The batch with each sequence's chunks spread over `workers` workers, at least 1: over no more
- * than there are chunks, nor than COST_SPREAD_MAX. */
+/** The batch with each sequence's chunks spread over `workers` workers, at least 1, as placement
+ * does it: over no more than there are chunks, nor than COST_SPREAD_MAX. */
 void cost_layout_spread(const cost_constants_t *constants, const cost_batch_t *batch,
                         uint32_t workers, cost_layout_t *layout);
 

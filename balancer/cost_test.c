@@ -218,19 +218,18 @@ test_whole_sequences_are_dealt_out(void **state)
 }
 
 static void
-test_spread_over_no_more_workers_than_chunks_or_lanes(void **state)
+test_spread_is_as_chunks_are_placed(void **state)
 {
     static const struct {
         uint64_t tokens;
         uint32_t workers, n, most, nodes;
     } rows[] = {
-        {0, 4, 1, 0, 0},
-        {2048, 4, 1, 2048, 0},
-        {2049, 4, 2, 2048, 1},
-        {5 * 2048, 4, 4, 4096, 1},
-        {3 * 2048, 3, 3, 2048, 1},
-        {4 * 2048, 3, 3, 4096, 3},
-        {1000 * 2048, 1000, 64, 16 * 2048, 1},
+        {0, 4, 1, 0, 0},           {2048, 4, 1, 2048, 0},
+        {2049, 4, 2, 2048, 1},     {5 * 2048, 4, 4, 4096, 1},
+        {3 * 2048, 3, 2, 4096, 2}, /* lanes 0 and 2 are in the first third of the tree's order */
+        {4 * 2048, 3, 3, 4096, 2}, {64 * 2048, 3, 3, 22 * 2048, 3},
+        {6 * 2048, 6, 4, 4096, 2}, {12 * 2048, 12, 8, 4096, 2},
+        {7 * 2048, 8, 7, 2048, 1}, {1000 * 2048, 1000, 64, 16 * 2048, 1},
     };
     (void)state;
     for (size_t i = 0; i < sizeof(rows) / sizeof(rows[0]); i++) {
@@ -480,7 +479,7 @@ main(void)
         cmocka_unit_test(test_a_slow_worker_or_link_is_what_is_waited_for),
         cmocka_unit_test(test_a_thin_client_pays_its_way_to_the_coordinator),
         cmocka_unit_test(test_whole_sequences_are_dealt_out),
-        cmocka_unit_test(test_spread_over_no_more_workers_than_chunks_or_lanes),
+        cmocka_unit_test(test_spread_is_as_chunks_are_placed),
         cmocka_unit_test(test_the_choice_is_the_cheapest),
         cmocka_unit_test(test_without_workers_nothing_is_available),
         cmocka_unit_test(test_cost_is_monotone),

@@ -8,9 +8,9 @@
  * through, and may bring a worker's count above its region until something is freed.
  */
 #include "balancer/directory_int.h"
+#include "balancer/lanes.h"
 #include "base/checked.h"
 #include "base/status.h"
-#include "kernels/kernels.h"
 
 #include <assert.h>
 #include <inttypes.h>
@@ -173,9 +173,7 @@ is_spread(const directory_t *directory, dir_cache_entry_t *cache, const seq_info
 static dir_spot_t *
 turned_spot(const dir_cache_entry_t *cache, uint32_t c, uint64_t turn)
 {
-    uint64_t lane_order = attn_tree_key(c) >> 26; /* the lane's six bits, reversed */
-
-    return &cache->spots[(lane_order * cache->n_spots / 64 + turn) % cache->n_spots];
+    return &cache->spots[(lanes_spot(c, cache->n_spots) + turn) % cache->n_spots];
 }
 
 /* Where chunk 0 of a spread sequence of about so many chunks goes, and by that the others: of some

@@ -160,7 +160,8 @@ ucx_asks_t *links_asks(const links_t *links);
 /** All links that are not to engines; infos[room]. @return how many there are */
 uint32_t links_describe(links_t *links, attn_link_info_t *infos, uint32_t room);
 
-/** The slowest of them by what their runs took, engines left out. @return false: not known yet */
+/** The slowest of those that had runs of late (way_meter.h), by what these took; engines are left
+ * out. @return false: not known */
 bool links_meter(links_t *links, cost_link_t *link);
 
 /** The worker at this address ("inproc:0") is the engine; takes the engine over. */

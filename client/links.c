@@ -1,6 +1,7 @@
 /* links.c: the links of a process. By address and not by the worker's id: a coordinator that
  * succeeds another gives ids anew. */
 #include "client/link.h"
+#include "base/clock.h"
 #include "base/table.h"
 
 #include "base/status.h"
@@ -169,13 +170,15 @@ bool
 links_meter(links_t *links, cost_link_t *link)
 {
     links_entry_t *entry, *next;
+    uint64_t now = attn_now_ns();
 
     *link = (cost_link_t){0};
     pthread_mutex_lock(&links->lock);
     HASH_ITER(hh, links->by_address, entry, next)
     {
         cost_link_t way;
-        if (entry->engine == NULL && way_meter_read(&entry->link->meter, &way)) {
+        if (entry->engine == NULL && way_meter_is_fresh(&entry->link->meter, now) &&
+            way_meter_read(&entry->link->meter, &way)) {
             cost_link_slowest(link, &way);
         }
     }

@@ -87,11 +87,13 @@ assert_about(double got, double wanted)
     }
 }
 
+#define NOW UINT64_C(1000)
+
 /* A link of 50 us a hop and 2 bytes a ns. */
 static void
 run(way_meter_t *meter, uint64_t bytes)
 {
-    way_meter_run(meter, bytes, 50000 + bytes / 2);
+    way_meter_run(meter, bytes, 50000 + bytes / 2, NOW);
 }
 
 static void
@@ -118,6 +120,8 @@ test_runs_tell_hop_and_bandwidth(void **state)
     assert_about(link.hop_seconds, 50e-6);
     assert_about(link.bandwidth, 2e9);
     assert_about(link.send_seconds, 7e-6);
+    assert_true(way_meter_is_fresh(&meter, NOW + WAY_METER_STALE_NS - 1));
+    assert_false(way_meter_is_fresh(&meter, NOW + WAY_METER_STALE_NS));
 }
 
 static void
@@ -127,15 +131,15 @@ test_old_runs_are_forgotten_and_odd_ones_pass(void **state)
     cost_link_t link;
     (void)state;
     for (uint32_t i = 0; i < 1000; i++) {
-        way_meter_run(&meter, 100, 1000000);
+        way_meter_run(&meter, 100, 1000000, NOW);
     }
     for (uint32_t i = 0; i < WAY_METER_SAMPLES; i++) {
-        way_meter_run(&meter, 100, i % 4 == 0 ? UINT64_MAX : 3000);
+        way_meter_run(&meter, 100, i % 4 == 0 ? UINT64_MAX : 3000, NOW);
     }
     assert_true(way_meter_read(&meter, &link));
     assert_about(link.hop_seconds, 3e-6);
     for (uint32_t i = 0; i < WAY_METER_SAMPLES; i++) {
-        way_meter_run(&meter, UINT64_MAX, 0); /* more than there are */
+        way_meter_run(&meter, UINT64_MAX, 0, NOW); /* more than there are */
     }
     assert_true(way_meter_read(&meter, &link));
     assert_true(link.bandwidth >= 0 && isfinite(link.bandwidth));

@@ -221,9 +221,9 @@ run_done(void *arg, attn_status_t status, const char *sentence)
     share_t *share = arg;
 
     if (status == ATTN_OK && share->run_bytes > 0) {
-        uint64_t took = attn_now_ns() - share->run_ns;
+        uint64_t now = attn_now_ns(), took = now - share->run_ns;
         way_meter_run(&share->link->meter, share->run_bytes,
-                      took > share->compute_ns ? took - share->compute_ns : 0);
+                      took > share->compute_ns ? took - share->compute_ns : 0, now);
     }
     step_share_done(share, status, sentence);
 }

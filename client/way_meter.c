@@ -12,10 +12,11 @@
 #define LARGE_BYTES (UINT64_C(512) << 10)
 
 void
-way_meter_run(way_meter_t *meter, uint64_t bytes, uint64_t ns)
+way_meter_run(way_meter_t *meter, uint64_t bytes, uint64_t ns, uint64_t now_ns)
 {
     uint64_t sample = attn_min(bytes, UINT32_MAX) << 32 | attn_min(ns, UINT32_MAX);
 
+    atomic_store_explicit(&meter->fed_ns, now_ns, memory_order_relaxed);
     if (bytes <= SMALL_BYTES) {
         uint32_t i = atomic_fetch_add_explicit(&meter->n_small, 1, memory_order_relaxed);
         atomic_store_explicit(&meter->small[i % WAY_METER_SAMPLES], sample, memory_order_relaxed);
@@ -69,6 +70,12 @@ static double
 what_is_left(double seconds, double known)
 {
     return seconds - known > seconds / 4 ? seconds - known : seconds / 4;
+}
+
+bool
+way_meter_is_fresh(const way_meter_t *meter, uint64_t now_ns)
+{
+    return atomic_load(&meter->fed_ns) + WAY_METER_STALE_NS > now_ns;
 }
 
 bool
