@@ -256,7 +256,8 @@ map(slab_t *slab)
                                     .bytes        = r->bytes,
                                     .session      = r->session,
                                     .secret       = r->secret,
-                                    .messages     = r->messages};
+                                    .messages     = r->messages,
+                                    .reach        = slab->slabs->address};
 
     snprintf(offer.host, sizeof(offer.host), "%s", r->host);
     snprintf(offer.version, sizeof(offer.version), "%s", r->ucx_version);

@@ -83,6 +83,7 @@ typedef struct ucx_offer {
     uint64_t base, bytes; /**< where it lies in the server, and its size */
     bool messages;        /**< no memory to map, but an address that messages are sent to */
     char version[16];     /**< of UCX, of which messages have to be */
+    const char *reach;    /**< the server's address, as gRPC has it: which way messages go to it */
     uint64_t session;     /**< its number, and the proof of who was told it */
     uint64_t secret;
 } ucx_offer_t;
@@ -239,7 +240,7 @@ attn_status_t ucx_peer_open(ucx_asks_t *asks, const ucx_offer_t *offer, ucx_peer
 /** Unmap. None of its asks waits. */
 void ucx_peer_close(ucx_peer_t *peer);
 
-/** With messages: what the server is to be told (ucx_session_answer()); valid while asks are.
+/** With messages: what the server is to be told (ucx_session_answer()); valid while the peer is.
  * @return false: it is of shared memory, and needs nothing */
 bool ucx_peer_address(ucx_peer_t *peer, const uint8_t **address_p, uint64_t *size_p);
 

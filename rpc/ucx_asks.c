@@ -78,9 +78,7 @@ look(void *arg)
         return false;
     }
     pthread_mutex_lock(&asks->lock);
-    if (asks->far != NULL) {
-        any = ucx_asks_far_progress(asks->far);
-    }
+    any = ucx_asks_far_progress(asks);
     for (ucx_ask_t *ask = asks->first; ask != NULL && most > 0;) {
         sentence[0] = '\0';
         if (!is_answered(ask, &reply, sentence)) {
@@ -119,9 +117,7 @@ say_sleeping(ucx_asks_t *asks, bool sleeps)
             atomic_store_explicit(&peer->card->client_sleeps, sleeps, memory_order_relaxed);
         }
     }
-    if (asks->far != NULL) {
-        ucx_asks_far_sleeps(asks->far, sleeps);
-    }
+    ucx_asks_far_sleeps(asks, sleeps);
     pthread_mutex_unlock(&asks->lock);
     ucx_fence(); /* the server answers, fences, and reads that */
 }
@@ -433,7 +429,7 @@ void
 ucx_asks_destroy(ucx_asks_t *asks)
 {
     if (asks != NULL) {
-        ucx_asks_far_destroy(asks->far);
+        ucx_asks_far_destroy(asks);
         ucx_node_destroy(asks->node);
         pthread_mutex_destroy(&asks->lock);
         free(asks);

@@ -1,7 +1,8 @@
 /*
- * ucx_asks_far.c: the client's side of messages. All peers share one port, which whoever waits for
- * the rpc client makes progress with, under the lock of the asks; what comes is put into the slot
- * of the ask that waits for it, number last, and found there as an answer in shared memory is.
+ * ucx_asks_far.c: the client's side of messages. Peers that are reached over the same devices share
+ * a port, which whoever waits for the rpc client makes progress with, under the lock of the asks;
+ * what comes is put into the slot of the ask that waits for it, number last, and found there as an
+ * answer in shared memory is.
  *
  * Who sleeps, sleeps in gRPC's queue, where a message of UCX's is not seen. So the port has a
  * thread of its own, the watchman, that sleeps on the port's descriptor and puts an event into the
@@ -27,7 +28,11 @@
 
 struct ucx_asks_far {
     ucx_asks_t *asks;
+    ucx_asks_far_t *next;
+    char devices[512];
     ucx_port_t *port;
+    bool stale;       /* no new peer uses it */
+    bool working;     /* on_woken() is at it */
     bool news;        /* a hello was answered, or a peer broke */
     uint32_t n_peers; /* that are not closed: there is a watchman for them */
 
@@ -100,6 +105,24 @@ take_answer(ucx_peer_t *peer, const ucx_ask_t *ask, const ucx_head_t *head, uint
     return arrival;
 }
 
+/* The server's hello. If it came by another way, one was made here that the server did not make,
+ * and none of this port's leads there as it should: the next peer gets a port of its own. */
+static void
+take_hello(ucx_asks_far_t *far, ucx_peer_t *peer, const void *from)
+{
+    far->news = true;
+    if (ucx_way_is(peer->way, from)) {
+        ucx_way_settle(peer->way);
+        atomic_store(&peer->greeted, true);
+        return;
+    }
+    far->stale = true;
+    if (!peer->broken) {
+        snprintf(peer->why, sizeof(peer->why), "an earlier connection was made on one side alone");
+        peer->broken = true;
+    }
+}
+
 static bool
 arrive(void *arg, const ucx_head_t *head, uint64_t bytes, ucx_coming_t *coming)
 {
@@ -110,23 +133,21 @@ arrive(void *arg, const ucx_head_t *head, uint64_t bytes, ucx_coming_t *coming)
     ucx_peer_t *peer       = peer_of(asks, head->secret);
 
     if (peer != NULL && (head->flags & UCX_HELLO) != 0 && bytes == 0) {
-        ucx_way_settle(peer->way);
-        atomic_store(&peer->greeted, true);
-        far->news = true;
+        take_hello(far, peer, coming->from);
         return false;
     }
-    if (peer != NULL && (ask = ask_for(asks, peer, head)) != NULL) {
+    if (peer != NULL && (!coming->fetched || ucx_way_is(peer->way, coming->from)) &&
+        (ask = ask_for(asks, peer, head)) != NULL) {
         arrival = take_answer(peer, ask, head, bytes);
     }
     if (arrival == NULL) {
         asks->dropped++;
         return false;
     }
-    *coming = (ucx_coming_t){.way  = peer->way,
-                             .to   = head->status == ATTN_OK
-                                         ? ucx_answer_data_at(peer->at, &ask->place)
-                                         : (uint8_t *)ucx_sentence_at(peer->at, &ask->place),
-                             .what = arrival};
+    coming->way  = peer->way;
+    coming->what = arrival;
+    coming->to   = head->status == ATTN_OK ? ucx_answer_data_at(peer->at, &ask->place)
+                                           : (uint8_t *)ucx_sentence_at(peer->at, &ask->place);
     return true;
 }
 
@@ -167,11 +188,15 @@ closed(void *arg, void *whose)
 }
 
 bool
-ucx_asks_far_progress(ucx_asks_far_t *far)
+ucx_asks_far_progress(ucx_asks_t *asks)
 {
-    ucx_port_progress(far->port);
-    bool news = far->news;
-    far->news = false;
+    bool news = false;
+
+    for (ucx_asks_far_t *far = asks->fars; far != NULL; far = far->next) {
+        ucx_port_progress(far->port);
+        news      = news || far->news;
+        far->news = false;
+    }
     return news;
 }
 
@@ -225,17 +250,19 @@ on_woken(rpc_op_t *op, bool ok)
     ucx_asks_far_t *far = RPC_OF(ucx_asks_far_t, op_woken, op);
 
     (void)ok;
+    pthread_mutex_lock(&far->asks->lock);
+    far->working = true;
     atomic_exchange(&far->waking, false);
     /* Also if no ask waits: what is not taken off the port wakes again and again. */
-    pthread_mutex_lock(&far->asks->lock);
-    ucx_asks_far_progress(far);
+    ucx_asks_far_progress(far->asks);
     pthread_mutex_unlock(&far->asks->lock);
     ucx_asks_look(far->asks);
     pthread_mutex_lock(&far->asks->lock);
     if (far->asks->unattended > 0 && far->n_peers > 0) {
         arm(far);
     }
-    pthread_mutex_unlock(&far->asks->lock);
+    far->working = false;
+    pthread_mutex_unlock(&far->asks->lock); /* which the asks have, not the port */
 }
 
 static void *
@@ -255,22 +282,21 @@ watchman(void *arg)
 }
 
 void
-ucx_asks_far_sleeps(ucx_asks_far_t *far, bool sleeps)
+ucx_asks_far_sleeps(ucx_asks_t *asks, bool sleeps)
 {
-    if (far->n_peers == 0) {
-        return;
-    }
-    if (sleeps) {
-        arm(far);
-    } else if (far->asks->unattended == 0) {
-        watch(far, false);
+    for (ucx_asks_far_t *far = asks->fars; far != NULL; far = far->next) {
+        if (far->n_peers > 0 && sleeps) {
+            arm(far);
+        } else if (far->n_peers > 0 && asks->unattended == 0) {
+            watch(far, false);
+        }
     }
 }
 
 void
 ucx_asks_far_send(ucx_peer_t *peer, const ucx_head_t *request, const uint8_t *data, bool unattended)
 {
-    ucx_asks_far_t *far = peer->asks->far;
+    ucx_asks_far_t *far = peer->far;
 
     ucx_way_send(peer->way, request, data, request->bytes);
     if (unattended && (peer->broken || ucx_port_closes(far->port))) {
@@ -310,8 +336,32 @@ descriptors_open(ucx_asks_far_t *far)
                : attn_fail(ATTN_ERR_EXHAUSTED, "no descriptor for UCX: %s", strerror(errno));
 }
 
+static void
+far_destroy(ucx_asks_far_t *far)
+{
+    if (far->epoll_fd >= 0) {
+        close(far->epoll_fd);
+    }
+    if (far->stop_fd >= 0) {
+        close(far->stop_fd);
+    }
+    ucx_port_destroy(far->port);
+    free(far);
+}
+
+void
+ucx_asks_far_destroy(ucx_asks_t *asks)
+{
+    while (asks->fars != NULL) {
+        ucx_asks_far_t *far = asks->fars;
+        asks->fars          = far->next;
+        far_destroy(far);
+    }
+}
+
+/* Make a port over such devices. Under the lock. */
 static attn_status_t
-far_create(ucx_asks_t *asks, ucx_asks_far_t **far_p)
+far_create(ucx_asks_t *asks, const char *devices, ucx_asks_far_t **far_p)
 {
     ucx_asks_far_t *far = calloc(1, sizeof(*far));
 
@@ -324,32 +374,42 @@ far_create(ucx_asks_t *asks, ucx_asks_far_t **far_p)
     far->stop_fd         = -1;
     ucx_port_user_t user = {
         .arrive = arrive, .arrived = arrived, .broken = broken, .closed = closed, .arg = far};
-    attn_status_t status = ucx_port_create("all", &user, &far->port);
+    snprintf(far->devices, sizeof(far->devices), "%s", devices);
+    attn_status_t status = ucx_port_create(far->devices, &user, &far->port);
     if (status == ATTN_OK) {
         status = descriptors_open(far);
     }
     if (status != ATTN_OK) {
-        ucx_asks_far_destroy(far);
+        far_destroy(far);
         return status;
     }
-    *far_p = far;
+    far->next  = asks->fars;
+    asks->fars = far;
+    *far_p     = far;
     return ATTN_OK;
 }
 
-void
-ucx_asks_far_destroy(ucx_asks_far_t *far)
+/* The port for such devices, made if there is none; stale ones that nobody uses go. Under the lock.
+ */
+static attn_status_t
+far_need(ucx_asks_t *asks, const char *devices, ucx_asks_far_t **far_p)
 {
-    if (far == NULL) {
-        return;
+    ucx_asks_far_t **link = &asks->fars, *found = NULL;
+
+    while (*link != NULL) {
+        ucx_asks_far_t *far = *link;
+        if (far->stale && far->n_peers == 0 && !far->working && !atomic_load(&far->waking)) {
+            *link = far->next;
+            far_destroy(far);
+            continue;
+        }
+        if (!far->stale && strcmp(far->devices, devices) == 0) {
+            found = far;
+        }
+        link = &far->next;
     }
-    if (far->epoll_fd >= 0) {
-        close(far->epoll_fd);
-    }
-    if (far->stop_fd >= 0) {
-        close(far->stop_fd);
-    }
-    ucx_port_destroy(far->port);
-    free(far);
+    *far_p = found;
+    return found != NULL ? ATTN_OK : far_create(asks, devices, far_p);
 }
 
 /* One peer less needs the watchman, who takes no lock but for an event of rpc's. Under the lock. */
@@ -364,16 +424,16 @@ leave(ucx_asks_far_t *far)
 
 /* Under the lock. */
 static attn_status_t
-way_open(ucx_peer_t *peer, const ucx_offer_t *offer)
+way_open(ucx_peer_t *peer, const ucx_offer_t *offer, const char *devices)
 {
-    ucx_asks_t *asks     = peer->asks;
-    attn_status_t status = asks->far != NULL ? ATTN_OK : far_create(asks, &asks->far);
+    ucx_asks_far_t *far;
+    attn_status_t status = far_need(peer->asks, devices, &far);
     ucx_offer_t ours;
 
     if (status != ATTN_OK) {
         return status;
     }
-    ucx_port_offer(asks->far->port, &ours);
+    ucx_port_offer(far->port, &ours);
     if (strncmp(ours.version, offer->version, sizeof(ours.version)) != 0) {
         return attn_fail(
             ATTN_ERR_UNSUPPORTED,
@@ -381,16 +441,17 @@ way_open(ucx_peer_t *peer, const ucx_offer_t *offer)
             "differ",
             ours.version, offer->version);
     }
-    if (asks->far->n_peers == 0) {
-        status = watchman_start(asks->far);
+    if (far->n_peers == 0) {
+        status = watchman_start(far);
     }
     if (status != ATTN_OK) {
         return status;
     }
-    asks->far->n_peers++;
-    status = ucx_way_open(asks->far->port, offer->address, offer->address_size, peer, &peer->way);
+    peer->far = far;
+    far->n_peers++;
+    status = ucx_way_open(far->port, offer->address, offer->address_size, peer, &peer->way);
     if (status != ATTN_OK) {
-        leave(asks->far);
+        leave(far);
     }
     return status;
 }
@@ -399,14 +460,19 @@ attn_status_t
 ucx_asks_far_open(ucx_peer_t *peer, const ucx_offer_t *offer)
 {
     ucx_asks_t *asks = peer->asks;
+    char devices[512];
 
+    attn_status_t status = ucx_devices_to(offer->reach, devices, sizeof(devices));
+    if (status != ATTN_OK) {
+        return status;
+    }
     peer->at = mmap(NULL, peer->bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (peer->at == MAP_FAILED) {
         return attn_fail(ATTN_ERR_NO_MEMORY, "no %llu bytes for slots",
                          (unsigned long long)peer->bytes);
     }
     pthread_mutex_lock(&asks->lock);
-    attn_status_t status = way_open(peer, offer);
+    status = way_open(peer, offer, devices);
     pthread_mutex_unlock(&asks->lock);
     if (status != ATTN_OK) {
         munmap(peer->at, peer->bytes);
@@ -418,7 +484,7 @@ void
 ucx_asks_far_close(ucx_peer_t *peer)
 {
     ucx_asks_t *asks    = peer->asks;
-    ucx_asks_far_t *far = asks->far;
+    ucx_asks_far_t *far = peer->far;
 
     pthread_mutex_lock(&asks->lock);
     ucx_way_close(peer->way);
@@ -437,7 +503,7 @@ ucx_peer_address(ucx_peer_t *peer, const uint8_t **address_p, uint64_t *size_p)
     if (peer->card != NULL) {
         return false;
     }
-    ucx_port_offer(peer->asks->far->port, &ours);
+    ucx_port_offer(peer->far->port, &ours);
     *address_p = ours.address;
     *size_p    = ours.address_size;
     return true;

@@ -12,8 +12,8 @@ typedef struct ucx_asks_far ucx_asks_far_t; /* a client's port, and who wakes fo
 struct ucx_asks {
     rpc_client_t *rpc;
     pthread_mutex_t lock;
-    ucx_node_t *node;    /* made with the first peer of shared memory */
-    ucx_asks_far_t *far; /* made with the first peer of messages; under the lock */
+    ucx_node_t *node;     /* made with the first peer of shared memory */
+    ucx_asks_far_t *fars; /* a port of messages for each choice of devices; under the lock */
     atomic_uint waiting;
     atomic_uint greeting; /* peers whose hello is not answered */
     uint32_t unattended;  /* of the waiting ones; under the lock */
@@ -44,6 +44,7 @@ struct ucx_peer {
     ucx_peer_t *next, **link;
 
     /* Of messages. */
+    ucx_asks_far_t *far;
     ucx_way_t *way;
     ucx_head_t hello; /* as it is sent */
     atomic_bool greeted;
@@ -54,21 +55,26 @@ struct ucx_peer {
 
 /* ---- ucx_asks_far.c ---- */
 
+/** The devices that messages to a worker may use, as UCX names them. Asks the system's resolver.
+ * @param address  the worker's, as gRPC has it; NULL: not known
+ * @return ATTN_ERR_UNSUPPORTED  none is known to lead there, and UCX_NET_DEVICES names none */
+attn_status_t ucx_devices_to(const char *address, char *devices, size_t room);
+
 /** Fill the rest of a peer. */
 attn_status_t ucx_asks_far_open(ucx_peer_t *peer, const ucx_offer_t *offer);
 
 /** Close it: its memory goes when UCX lets it go. */
 void ucx_asks_far_close(ucx_peer_t *peer);
 
-void ucx_asks_far_destroy(ucx_asks_far_t *far); /* NULL is allowed */
+void ucx_asks_far_destroy(ucx_asks_t *asks); /* all ports */
 
 /* Under the lock. */
 
 /** Take what came. @return whether waiters should look, though no ask was answered */
-bool ucx_asks_far_progress(ucx_asks_far_t *far);
+bool ucx_asks_far_progress(ucx_asks_t *asks);
 
 /** A thread is about to sleep in rpc's queue, or is awake again. */
-void ucx_asks_far_sleeps(ucx_asks_far_t *far, bool sleeps);
+void ucx_asks_far_sleeps(ucx_asks_t *asks, bool sleeps);
 
 /** @param unattended  nobody looks for the answer, so somebody is to be woken */
 void ucx_asks_far_send(ucx_peer_t *peer, const ucx_head_t *request, const uint8_t *data,

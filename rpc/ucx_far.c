@@ -75,9 +75,9 @@ arrive(void *arg, const ucx_head_t *head, uint64_t bytes, ucx_coming_t *coming)
         ucx_far_greet(session);
         return false;
     }
-    ucx_slot_t *slot = session != NULL && session->way != NULL && head->bytes == bytes
-                           ? slot_for(crew, session, head)
-                           : NULL;
+    bool known = session != NULL && session->way != NULL && head->bytes == bytes &&
+                 (!coming->fetched || ucx_way_is(session->way, coming->from));
+    ucx_slot_t *slot = known ? slot_for(crew, session, head) : NULL;
     if (slot == NULL) {
         crew->figures.dropped++;
         return false;
@@ -86,8 +86,9 @@ arrive(void *arg, const ucx_head_t *head, uint64_t bytes, ucx_coming_t *coming)
     memcpy(request, head, offsetof(ucx_head_t, sequence));
     slot->coming    = atomic_load(&head->sequence);
     slot->receiving = true;
-    *coming         = (ucx_coming_t){
-                .way = session->way, .to = ucx_data_at(session->at, &slot->place), .what = slot};
+    coming->way     = session->way;
+    coming->to      = ucx_data_at(session->at, &slot->place);
+    coming->what    = slot;
     return true;
 }
 

@@ -22,7 +22,7 @@ send_request(side_t *side, ucx_head_t *head, const uint8_t *data, uint64_t bytes
     pthread_mutex_lock(&side->asks->lock);
     ucx_way_send(side->peer->way, head, data, bytes);
     for (int i = 0; i < 2000; i++) {
-        ucx_asks_far_progress(side->asks->far);
+        ucx_asks_far_progress(side->asks);
     }
     pthread_mutex_unlock(&side->asks->lock);
 }

@@ -109,6 +109,10 @@ typedef struct ucx_coming {
         *way;    /**< to whom it came from: it is not gone before the data is there, or never is */
     uint8_t *to; /**< where the data goes */
     void *what;  /**< the user's, for arrived() */
+
+    /* Filled already: */
+    const void *from; /**< the endpoint that it came by; NULL: not told, of what is here whole */
+    bool fetched;     /**< its data is to be fetched by that endpoint */
 } ucx_coming_t;
 
 /** All are called by ucx_port_progress() or ucx_port_destroy(), with whatever lock their caller
@@ -151,8 +155,14 @@ bool ucx_port_arm(ucx_port_t *port);
 /** @return ATTN_ERR_UNSUPPORTED  the address is none, or no transport leads there */
 attn_status_t ucx_way_open(ucx_port_t *port, const uint8_t *address, uint64_t size, void *whose,
                            ucx_way_t **way_p);
-/** In a while user.closed() is called, whatever becomes of the other side. */
+/** In a while user.closed() is called, whatever becomes of the other side: if what is fetched comes
+ * by the way itself (ucx_way_is()). */
 void ucx_way_close(ucx_way_t *way);
+
+/** Is it the way that a message came by (ucx_coming_t.from)? UCX pairs the endpoints of two
+ * processes in the order in which each made them, so if one was made on one side alone, later ways
+ * bring each other's messages, and closing them ends each other's. Such ways are not to be used. */
+bool ucx_way_is(const ucx_way_t *way, const void *from);
 
 /** Both the head and the data stay until the other side answered, or closed() was called. */
 void ucx_way_send(ucx_way_t *way, const ucx_head_t *head, const uint8_t *data, uint64_t bytes);

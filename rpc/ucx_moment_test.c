@@ -332,6 +332,121 @@ test_ways_are_freed(void **state)
     fixture_close(&f);
 }
 
+/* ---- ways that UCX pairs with others ---- */
+
+/* A way that the server never heard of, and later ones are each other's: they are refused as such,
+ * and then there is a port anew. */
+static void
+test_a_way_of_one_side_alone(void **state)
+{
+    fixture_t f;
+    question_t q;
+    ucx_offer_t offer;
+    ucx_session_t *session;
+    ucx_peer_t *peer;
+    const uint8_t *address;
+    uint64_t size;
+
+    (void)state;
+    fixture_open(&f, 0, 50);
+    question_open(&f, &f.sides[0], &q, LARGE, LARGE);
+    ucx_session_offer(f.sides[1].session, &offer);
+    assert_int_equal(ucx_peer_open(f.sides[0].asks, &offer, &peer), ATTN_OK);
+    ucx_peer_close(peer);
+    for (unsigned i = 0; i < 3; i++) {
+        uint64_t start = attn_now_ns();
+        assert_int_equal(ucx_session_open(f.crew, SLAB, NULL, NULL, &session), ATTN_OK);
+        ucx_session_offer(session, &offer);
+        assert_int_equal(ucx_peer_open(f.sides[0].asks, &offer, &peer), ATTN_OK);
+        assert_true(ucx_peer_address(peer, &address, &size));
+        assert_int_equal(ucx_session_answer(session, address, size, broken), ATTN_OK);
+        assert_int_equal(ucx_peer_greet(peer, start + WAIT_NS),
+                         i == 0 ? ATTN_ERR_UNSUPPORTED : ATTN_OK);
+        assert_true(i > 0 || strstr(attn_last_error(), "one side alone") != NULL);
+        assert_true(attn_now_ns() - start < WAIT_NS);
+        question_round(&f.sides[0], &q, i); /* what was there goes on */
+        ucx_peer_close(peer);
+        ucx_session_close(session);
+        question_round(&f.sides[0], &q, i + 10);
+    }
+    question_close(&q);
+    fixture_close(&f);
+}
+
+static bool
+refuse(void *arg, const ucx_head_t *head, uint64_t bytes, ucx_coming_t *coming)
+{
+    (void)arg, (void)head, (void)bytes, (void)coming;
+    return false;
+}
+
+static void
+let_go(void *arg, void *whose)
+{
+    (void)arg, (void)whose;
+}
+
+static void
+shrug(void *arg, void *whose, const char *why)
+{
+    (void)arg, (void)whose, (void)why;
+}
+
+/* All of it is right but the way: it cannot be told when that one's data will not come any more. */
+static void
+test_what_is_fetched_comes_by_its_own_way(void **state)
+{
+    static const uint8_t data[LARGE];
+    const ucx_port_user_t user = {.arrive = refuse, .broken = shrug, .closed = let_go};
+    fixture_t f;
+    question_t q;
+    ucx_offer_t offer;
+    ucx_port_t *port;
+    ucx_way_t *way;
+
+    (void)state;
+    fixture_open(&f, 50, 50);
+    question_open(&f, &f.sides[0], &q, LARGE, 64);
+    question_round(&f.sides[0], &q, 1);
+    ucx_session_offer(f.sides[0].session, &offer);
+    assert_int_equal(ucx_port_create("lo", &user, &port), ATTN_OK);
+    assert_int_equal(ucx_way_open(port, offer.address, offer.address_size, NULL, &way), ATTN_OK);
+    ucx_head_t head = request_to(&f.sides[0], &q, LARGE, 2);
+    ucx_way_send(way, &head, data, LARGE);
+    for (int i = 0; i < 50000 && dropped(&f) < 1; i++) {
+        ucx_port_progress(port);
+        usleep(100);
+    }
+    assert_int_equal(dropped(&f), 1);
+    assert_int_equal(atomic_load(&f.handled), 1);
+    ucx_port_destroy(port);
+    question_round(&f.sides[0], &q, 2);
+    question_close(&q);
+    fixture_close(&f);
+}
+
+static void
+test_devices_that_lead_to_a_worker(void **state)
+{
+    char devices[512];
+
+    (void)state;
+    assert_int_equal(ucx_devices_to("127.0.0.1:9", devices, sizeof(devices)), ATTN_OK);
+    assert_string_equal(devices, "all"); /* of UCX_NET_DEVICES */
+    unsetenv("UCX_NET_DEVICES");
+    assert_int_equal(ucx_devices_to("127.0.0.1:9", devices, sizeof(devices)), ATTN_OK);
+    assert_int_equal(strncmp(devices, "lo", 2), 0);
+    assert_true(devices[2] == '\0' || devices[2] == ',');
+    assert_int_equal(ucx_devices_to("dns:///localhost:9", devices, sizeof(devices)), ATTN_OK);
+    assert_int_equal(strncmp(devices, "lo", 2), 0);
+    static const char *const none[] = {"", ":9", "[]:9", "unix:/a/b/", "256.1.1.1:9"};
+    for (size_t i = 0; i < sizeof(none) / sizeof(none[0]); i++) {
+        assert_int_equal(ucx_devices_to(none[i], devices, sizeof(devices)), ATTN_ERR_UNSUPPORTED);
+    }
+    assert_int_equal(ucx_devices_to(NULL, devices, sizeof(devices)), ATTN_ERR_UNSUPPORTED);
+    setenv("UCX_NET_DEVICES", "lo", 1);
+}
+
 int
 main(void)
 {
@@ -345,6 +460,9 @@ main(void)
         cmocka_unit_test(test_the_end_amid_a_message),
         cmocka_unit_test(test_a_refused_address_changes_nothing),
         cmocka_unit_test(test_ways_are_freed),
+        cmocka_unit_test(test_a_way_of_one_side_alone),
+        cmocka_unit_test(test_what_is_fetched_comes_by_its_own_way),
+        cmocka_unit_test(test_devices_that_lead_to_a_worker),
     };
 
     messages = true;

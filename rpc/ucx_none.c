@@ -1,5 +1,5 @@
-/* ucx_none.c: in place of ucx_map.c where attnd is built without UCX's headers (ATTN_UCX=OFF):
- * every node is refused, so the rest is never reached. */
+/* ucx_none.c: in place of ucx_lib.c, ucx_map.c and ucx_port.c where attnd is built without UCX's
+ * headers (ATTN_UCX=OFF): every node is refused, so the rest is never reached. */
 #include "rpc/ucx_int.h"
 
 #include "base/status.h"
@@ -120,6 +120,13 @@ void
 ucx_way_close(ucx_way_t *way)
 {
     (void)way;
+}
+
+bool
+ucx_way_is(const ucx_way_t *way, const void *from)
+{
+    (void)way, (void)from;
+    return false;
 }
 
 void

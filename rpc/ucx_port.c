@@ -125,15 +125,18 @@ on_message(void *arg, const void *header, size_t header_size, void *data, size_t
 {
     ucx_port_t *port    = arg;
     ucx_head_t head     = {.secret = 0}; /* which is nobody's */
-    ucx_coming_t coming = {.to = NULL};
+    ucx_coming_t coming = {.fetched = (params->recv_attr & UCP_AM_RECV_ATTR_FLAG_RNDV) != 0};
 
+    if ((params->recv_attr & UCP_AM_RECV_ATTR_FIELD_REPLY_EP) != 0) {
+        coming.from = params->reply_ep;
+    }
     if (header_size == sizeof(head)) {
         memcpy(&head, header, sizeof(head));
     }
     if (!port->user.arrive(port->user.arg, &head, length, &coming)) {
         return UCS_OK;
     }
-    if ((params->recv_attr & UCP_AM_RECV_ATTR_FLAG_RNDV) != 0) {
+    if (coming.fetched) {
         return fetch(port, data, length, &coming);
     }
     if (length > 0) {
@@ -218,6 +221,12 @@ ucx_way_close(ucx_way_t *way)
     way->port->changed = true;
 }
 
+bool
+ucx_way_is(const ucx_way_t *way, const void *from)
+{
+    return way->ep == from;
+}
+
 static void
 on_sent(void *request, ucs_status_t status, void *arg)
 {
@@ -246,8 +255,9 @@ ucx_way_send(ucx_way_t *way, const ucx_head_t *head, const uint8_t *data, uint64
         way_break(way, UCS_ERR_EXCEEDS_LIMIT);
         return;
     }
-    /* Over TCP asking for room costs a round trip, and more than it saves. */
-    params.flags = way->tcp && bytes <= EAGER_MAX ? UCP_AM_SEND_FLAG_EAGER : 0;
+    /* Over TCP asking for room costs a round trip, and more than it saves. What may be fetched
+     * tells its endpoint, and so do hellos, before which it is not known that it is TCP. */
+    params.flags = way->tcp && bytes <= EAGER_MAX ? UCP_AM_SEND_FLAG_EAGER : UCP_AM_SEND_FLAG_REPLY;
     void *request =
         ucx_lib.ucp_am_send_nbx(way->ep, REQUEST_ID, head, sizeof(*head), data, bytes, &params);
     if (UCS_PTR_IS_ERR(request)) {
