@@ -20,15 +20,16 @@
  * queue, where the server's `ring` brings a message. Both sides write, then fence, then read, so
  * one of them sees the other.
  *
- * Nothing here notices that a peer is gone, for memory does not: life and death of a session are
- * those of a gRPC stream of its user's, which closes it. A slab that one side has given up stays
- * mapped at the other's, and the kernel frees it with the last of them, killed or not.
+ * Memory does not notice that a peer is gone: life and death of a session are those of a gRPC
+ * stream of its user's, which closes it. A slab that one side has given up stays mapped at the
+ * other's, and the kernel frees it with the last of them, killed or not.
  *
  * With messages each side has a slab of its own, and its slots are filled by what comes: the same
  * heads and data, checked before they are put there, number last. Sessions, slots, asks and their
  * handlers are the same; ucx_far.c (servers) and ucx_asks_far.c (clients) are what differs. UCX
  * notices connections that break; who stopped is not noticed here either. Of a head's flags the
- * two highest are not the user's.
+ * two highest are not the user's. Both sides then open ports of UCX's, and who reaches one of TCP
+ * can write into the process, secret or not (docs/security.md): it is for trusted networks alone.
  *
  * libucp is opened at run time, when the first node or port is made, so that a process which does
  * not use it gets none of the signal handlers and patched functions that come with it. ucx_lib.c

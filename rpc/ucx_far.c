@@ -5,9 +5,11 @@
  * written them there; from then on it is handled like any other, and the answer is sent from the
  * slot. So the threads of the crew, and whoever handles requests, do not see a difference.
  *
- * What anybody can send to the port is looked at here, before a byte of it is kept: whose secret is
- * no open session's, whose slot is not open, busy, or another step's, whose number is not above the
- * last one, and whose size is not the one it says, is dropped and counted.
+ * Messages that anybody can send to the port are looked at here, once UCX has taken them: whose
+ * secret is no open session's, whose slot is not open, busy, or another step's, whose number is not
+ * above the last one, and whose size is not the one it says, is dropped and counted. That is all
+ * the protection there is here, and none from who speaks to the port below messages: UCX's TCP
+ * transport writes where it is told to, without a key (docs/security.md).
  */
 #include "rpc/ucx_crew_int.h"
 

@@ -102,15 +102,14 @@ reserve(ucx_crew_t *crew, uint64_t bytes)
 
     ucx_crew_lock(crew);
     if (crew->n_sessions >= UCX_SESSIONS_MAX) {
-        status = attn_fail(ATTN_ERR_EXHAUSTED, "%u clients have shared memory here: at most %u",
+        status = attn_fail(ATTN_ERR_EXHAUSTED, "%u clients have sessions of UCX's here: at most %u",
                            crew->n_sessions, UCX_SESSIONS_MAX);
     } else if (bytes > crew->memory_max || crew->memory > crew->memory_max - bytes) {
-        status =
-            attn_fail(ATTN_ERR_EXHAUSTED,
-                      "%llu bytes of shared memory are lent to clients, and %llu more would be "
-                      "above the limit of %llu",
-                      (unsigned long long)crew->memory, (unsigned long long)bytes,
-                      (unsigned long long)crew->memory_max);
+        status = attn_fail(ATTN_ERR_EXHAUSTED,
+                           "%llu bytes are slabs of clients, and %llu more would be "
+                           "above the limit of %llu",
+                           (unsigned long long)crew->memory, (unsigned long long)bytes,
+                           (unsigned long long)crew->memory_max);
     } else {
         crew->memory += bytes;
         crew->n_sessions++;
@@ -288,7 +287,7 @@ ucx_session_find(ucx_crew_t *crew, uint64_t number, uint64_t secret, ucx_session
     pthread_mutex_unlock(&crew->lock);
     return status == ATTN_OK
                ? ATTN_OK
-               : attn_fail(status, "no session of shared memory has number %016llx and its secret",
+               : attn_fail(status, "no session of UCX's has number %016llx and its secret",
                            (unsigned long long)number);
 }
 
@@ -344,7 +343,7 @@ slot_check(const ucx_session_t *session, const ucx_place_t *place)
     uint64_t end           = place->offset + ucx_place_bytes(place);
 
     if (session->closed) {
-        return attn_fail(ATTN_ERR_NOT_FOUND, "the session of shared memory was closed");
+        return attn_fail(ATTN_ERR_NOT_FOUND, "the session of UCX's was closed");
     }
     if (session->n_slots >= UCX_SESSION_SLOTS_MAX || crew->n_slots >= UCX_SLOTS_MAX) {
         return attn_fail(ATTN_ERR_EXHAUSTED,
