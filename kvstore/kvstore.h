@@ -146,7 +146,7 @@ typedef enum kv_leave {
 
 typedef struct kv_leaving {
     kv_leave_t what;
-    uint64_t chunk, move; /**< move: a number of the attempt, not 0; a later HOLD takes over */
+    uint64_t chunk, move; /**< move: a number of the attempt, not 0; a greater one takes over */
     uint32_t generation, length; /**< of GO: as it was copied; both 0: it was not here */
     uint64_t until_ns;           /**< of HOLD: kv_leaving_tick() lets it go then */
 } kv_leaving_t;
@@ -157,6 +157,7 @@ typedef struct kv_leaving {
  * have named it before go on; info->in_step tells of them. Releasing the chunk ends all this.
  * @param info  the chunk as it is now, generation 0 if it is not here; may be NULL
  * @return ATTN_ERR_BUSY   GO while a step names it
+ * @return ATTN_ERR_STALE  HOLD: a later move holds it, or it is gone
  * @return ATTN_ERR_STALE  GO: it is not held by this move (any more), or is another than was copied
  */
 attn_status_t kv_chunk_leave(kv_store_t *store, uint64_t cache, const kv_leaving_t *leaving,
@@ -174,7 +175,8 @@ typedef struct kv_arrival kv_arrival_t;
  * @return ATTN_ERR_EXISTS     first is 0, and the chunk is here
  * @return ATTN_ERR_STALE      first is not its length
  * @return ATTN_ERR_NOT_FOUND  first is not 0, and it is not here
- * @return ATTN_ERR_BUSY       a step names it
+ * @return ATTN_ERR_BUSY       a step names it, another arrival is open for it, or a fork shares the
+ *                             page that it goes on in
  * @return ATTN_ERR_EXHAUSTED  too few free pages, names how many; or too many chunks
  * @return ATTN_ERR_INVALID    first < length <= chunk_size does not hold
  */
@@ -190,9 +192,10 @@ attn_status_t kv_arrival_enter(kv_arrival_t *arrival, uint32_t first, uint32_t n
                                uint32_t *offsets);
 void kv_arrival_leave(kv_arrival_t *arrival);
 
-/** All tokens are there: the chunk has them, with generation 1. The arrival is gone in any case,
+/** All tokens are there: the chunk has them, a new one with generation 1. The arrival is gone in any case,
  * and on failure its pages are back. @return ATTN_ERR_NOT_FOUND the cache, or the chunk that was to
- * grow, is gone; ATTN_ERR_EXISTS a step has made it meanwhile; ATTN_ERR_BUSY, _STALE it changed */
+ * grow, is gone; ATTN_ERR_EXISTS a step has made it meanwhile; ATTN_ERR_BUSY, _STALE it changed,
+ * even if it is as long as before */
 attn_status_t kv_arrival_publish(kv_arrival_t *arrival);
 
 /** Give its pages back. */

@@ -1,7 +1,7 @@
 /*
  * kvstore_int.h: what the files of the store share; nobody else includes it.
  *
- * A page's owner count is the number of chunk records and readers that hold it; a spare page of an
+ * A page's owner count is the number of chunk records, readers and arrivals that hold it; a spare page of an
  * open step has that step as its one owner. A record holds its committed pages, and while a step
  * appends to it also the pages reserved for that:
  *
@@ -78,6 +78,7 @@ struct kv_arrival {
     struct kv_region *region; /* NULL: it was closed */
     struct kv_arrival *next, **link;
     uint64_t chunk;
+    uint32_t generation; /* of the chunk when this began; 0: it was not here */
     uint32_t first, length;
     bool busy;       /* tokens are being put into them without the lock */
     uint32_t n, old; /* pages; the first `old` of them (0 or 1) is the chunk's own, counted here too */

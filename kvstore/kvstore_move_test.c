@@ -103,6 +103,30 @@ test_nothing_goes_that_is_in_use_or_not_what_was_copied(void **state)
     kv_store_destroy(store);
 }
 
+/* An attempt that was given up may still be on its way here. */
+static void
+test_a_hold_that_comes_late_holds_nothing(void **state)
+{
+    kv_store_t *store = store_with_cache(16, 256, 32);
+    kv_step_t *step   = NULL;
+
+    (void)state;
+    grow_chunk(store, CHUNK, 40);
+    WORKS(store, leave(store, KV_LEAVE_HOLD, MOVE, 0, 0));
+    WORKS(store, leave(store, KV_LEAVE_HOLD, MOVE + 1, 0, 0)); /* the next attempt takes over */
+    EXPECT(store, leave(store, KV_LEAVE_HOLD, MOVE, 0, 0), ATTN_ERR_STALE);
+    WORKS(store, leave(store, KV_LEAVE_GO, MOVE + 1, 1, 40));
+    EXPECT(store, leave(store, KV_LEAVE_HOLD, MOVE, 0, 0), ATTN_ERR_STALE);
+    EXPECT(store, leave(store, KV_LEAVE_HOLD, MOVE + 1, 0, 0), ATTN_ERR_STALE);
+    EXPECT(store, leave(store, KV_LEAVE_HOLD, MOVE + 2, 0, 0), ATTN_ERR_STALE);
+    WORKS(store, leave(store, KV_LEAVE_STAY, MOVE, 0, 0));
+    kv_leaving_tick(store, UINT64_MAX - 1);
+    EXPECT(store, begin_one(store, 1, 1, CHUNK, 1, &step), ATTN_ERR_STALE); /* it is gone still */
+    WORKS(store, leave(store, KV_LEAVE_STAY, MOVE + 1, 0, 0));
+    WORKS(store, leave(store, KV_LEAVE_HOLD, MOVE + 2, 0, 0));
+    kv_store_destroy(store);
+}
+
 /* A chunk that was placed in advance, and that nobody has stored into yet. */
 static void
 test_what_is_not_here_cannot_be_made_meanwhile(void **state)
@@ -220,6 +244,52 @@ test_what_does_not_arrive_leaves_nothing(void **state)
     kv_store_destroy(store);
 }
 
+/* Cut and grown to what it was: as long as before, and not the same tokens. */
+static void
+test_what_was_cut_meanwhile_is_not_grown(void **state)
+{
+    static const uint32_t cuts[] = {40, 20}; /* in the page that tokens come to, and before it */
+
+    (void)state;
+    for (uint32_t i = 0; i < 2; i++) {
+        kv_store_t *store = store_with_cache(16, 128, 16);
+        kv_arrival_t *arrival;
+        uint32_t generation;
+        WORKS(store, arrive(store, COPY, 0, 40));
+        WORKS(store, kv_arrival_begin(store, CACHE, COPY, 40, 60, &arrival));
+        if (cuts[i] == 40) {
+            grow_chunk(store, COPY, 10);
+        }
+        WORKS(store, kv_chunk_truncate(store, CACHE, COPY, 1, cuts[i], &generation));
+        if (cuts[i] < 40) {
+            grow_chunk(store, COPY, 40 - cuts[i]);
+        }
+        EXPECT(store, kv_arrival_publish(arrival), ATTN_ERR_STALE);
+        assert_chunk(store, COPY, 2, 40, 3);
+        assert_int_equal(free_pages(store), 13);
+        kv_store_destroy(store);
+    }
+}
+
+static void
+test_one_chunk_arrives_once_at_a_time(void **state)
+{
+    kv_store_t *store = store_with_cache(16, 128, 16);
+    kv_arrival_t *arrival, *other;
+
+    (void)state;
+    WORKS(store, kv_arrival_begin(store, CACHE, COPY, 0, 48, &arrival));
+    EXPECT(store, kv_arrival_begin(store, CACHE, COPY, 0, 48, &other), ATTN_ERR_BUSY);
+    WORKS(store, kv_arrival_publish(arrival));
+    WORKS(store, kv_arrival_begin(store, CACHE, COPY, 48, 60, &arrival)); /* shares no page */
+    EXPECT(store, kv_arrival_begin(store, CACHE, COPY, 48, 60, &other), ATTN_ERR_BUSY);
+    WORKS(store, kv_arrival_begin(store, CACHE, CHUNK, 0, 48, &other));
+    kv_arrival_drop(arrival);
+    kv_arrival_drop(other);
+    WORKS(store, arrive(store, COPY, 48, 60));
+    kv_store_destroy(store);
+}
+
 static void
 test_a_cache_closes_under_its_arrivals(void **state)
 {
@@ -245,10 +315,13 @@ main(void)
         cmocka_unit_test(test_what_is_held_is_named_by_no_step),
         cmocka_unit_test(test_a_hold_ends_by_itself_and_going_does_not),
         cmocka_unit_test(test_nothing_goes_that_is_in_use_or_not_what_was_copied),
+        cmocka_unit_test(test_a_hold_that_comes_late_holds_nothing),
         cmocka_unit_test(test_what_is_not_here_cannot_be_made_meanwhile),
         cmocka_unit_test(test_an_arrival_is_seen_when_it_is_whole),
         cmocka_unit_test(test_more_tokens_arrive_behind_those_that_came),
         cmocka_unit_test(test_what_does_not_arrive_leaves_nothing),
+        cmocka_unit_test(test_what_was_cut_meanwhile_is_not_grown),
+        cmocka_unit_test(test_one_chunk_arrives_once_at_a_time),
         cmocka_unit_test(test_a_cache_closes_under_its_arrivals),
     };
     return cmocka_run_group_tests_name("kvstore_move", tests, NULL, NULL);

@@ -45,11 +45,18 @@ kv_left_forget(kv_region_t *region, uint64_t chunk)
     }
 }
 
+/* A word that comes late, after a newer attempt began or the last word was given, holds nothing. */
 static attn_status_t
 hold(kv_region_t *region, const kv_leaving_t *leaving)
 {
     kv_left_t *left = left_find(region, leaving->chunk);
 
+    if (left != NULL && (left->until_ns == UINT64_MAX || left->move > leaving->move)) {
+        return attn_fail(ATTN_ERR_STALE, "chunk %" PRIu64 " of cache %" PRIu64 " %s",
+                         leaving->chunk, region->cache,
+                         left->until_ns == UINT64_MAX ? "is another worker's by now"
+                                                      : "is held by a later move");
+    }
     if (left == NULL) {
         left = calloc(1, sizeof(*left));
         if (left == NULL) {
@@ -215,6 +222,31 @@ arrival_check(const kv_region_t *region, uint64_t id, uint32_t first, uint32_t l
     return ATTN_OK;
 }
 
+/* Is the chunk what it was when the arrival began: its generation, and the page to be filled up?
+ * arrival_check() has found it here, or not, as it was then. */
+static attn_status_t
+arrival_same(const kv_arrival_t *a, const kv_chunk_t *chunk)
+{
+    if (chunk == NULL || (chunk->generation == a->generation &&
+                          (a->old == 0 || chunk->pages[chunk->n_pages - 1] == a->pages[0]))) {
+        return ATTN_OK;
+    }
+    return attn_fail(ATTN_ERR_STALE,
+                     "chunk %" PRIu64 " of cache %" PRIu64 " was cut while tokens came for it",
+                     a->chunk, a->region->cache);
+}
+
+static bool
+is_arriving(const kv_region_t *region, uint64_t id)
+{
+    const kv_arrival_t *a = region->arrivals;
+
+    while (a != NULL && a->chunk != id) {
+        a = a->next;
+    }
+    return a != NULL;
+}
+
 attn_status_t
 kv_arrival_begin(kv_store_t *store, uint64_t cache, uint64_t id, uint32_t first, uint32_t length,
                  kv_arrival_t **arrival_p)
@@ -226,10 +258,15 @@ kv_arrival_begin(kv_store_t *store, uint64_t cache, uint64_t id, uint32_t first,
     if (status != ATTN_OK || (status = arrival_check(region, id, first, length, &chunk))) {
         return status;
     }
+    if (is_arriving(region, id)) {
+        return attn_fail(ATTN_ERR_BUSY,
+                         "chunk %" PRIu64 " of cache %" PRIu64 " is being copied to here", id,
+                         cache);
+    }
     if (chunk != NULL && kv_chunk_tail_is_shared(region, chunk)) {
         return attn_fail(ATTN_ERR_BUSY,
                          "the last page of chunk %" PRIu64 " of cache %" PRIu64
-                         " is in use: by another copy, or a fork",
+                         " is in use: by a fork",
                          id, cache);
     }
     uint32_t from = first / region->page_size, old = first % region->page_size != 0;
@@ -250,14 +287,15 @@ kv_arrival_begin(kv_store_t *store, uint64_t cache, uint64_t id, uint32_t first,
     for (uint32_t i = old; i < n; i++) {
         a->pages[i] = kv_page_take(region);
     }
-    a->region = region;
-    a->chunk  = id;
-    a->first  = first;
-    a->length = length;
-    a->n      = n;
-    a->old    = old;
-    a->link   = &region->arrivals;
-    a->next   = region->arrivals;
+    a->region     = region;
+    a->chunk      = id;
+    a->generation = chunk != NULL ? chunk->generation : 0;
+    a->first      = first;
+    a->length     = length;
+    a->n          = n;
+    a->old        = old;
+    a->link       = &region->arrivals;
+    a->next       = region->arrivals;
     if (a->next != NULL) {
         a->next->link = &a->next;
     }
@@ -321,6 +359,9 @@ kv_arrival_publish(kv_arrival_t *a)
             : attn_fail(ATTN_ERR_NOT_FOUND, "the cache was closed while chunk %" PRIu64 " arrived",
                         a->chunk);
 
+    if (status == ATTN_OK) {
+        status = arrival_same(a, chunk);
+    }
     if (status == ATTN_OK) {
         bool made = chunk == NULL;
         chunk     = made ? kv_chunk_make(region, a->chunk) : chunk;
