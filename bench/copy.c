@@ -132,7 +132,8 @@ checksums(const uint8_t *from, uint64_t bytes)
     uint64_t start        = attn_now_ns();
 
     for (uint64_t done = 0; done < bytes; done += ENGINE_EXPORT_BYTES_MAX) {
-        sum += engine_checksum(from + done, ENGINE_EXPORT_BYTES_MAX);
+        sum += engine_checksum(&(engine_export_t){.chunk = done}, from + done,
+                               ENGINE_EXPORT_BYTES_MAX);
     }
     return (double)(attn_now_ns() - start) * 1e-9;
 }

@@ -2,7 +2,8 @@
  * arrival.c: chunks that go from one worker to another. The worker that they come to asks for
  * them, in parts as a client's export has them: each of one layer, with a checksum that was made of
  * what the other had read, and that is made again of what came. So nothing that was changed on the
- * way is stored, and nothing is seen before all of it is.
+ * way is stored, and nothing is seen before all of it is. The checksum is of which part it is, too:
+ * parts are known by their order alone.
  */
 #include "engine/engine_int.h"
 
@@ -25,10 +26,25 @@ struct engine_arrival {
     uint32_t *pages, *offsets;   /* [rows of a part], in one block */
 };
 
-uint64_t
-engine_checksum(const void *data, uint64_t bytes)
+static void
+put_le(uint8_t *to, uint64_t value, uint32_t bytes)
 {
-    return XXH3_64bits(data, bytes);
+    for (uint32_t i = 0; i < bytes; i++) {
+        to[i] = (uint8_t)(value >> 8 * i);
+    }
+}
+
+uint64_t
+engine_checksum(const engine_export_t *part, const void *data, uint64_t bytes)
+{
+    uint8_t which[24];
+
+    put_le(which, part->chunk, 8);
+    put_le(which + 8, part->generation, 4);
+    put_le(which + 12, part->layer, 4);
+    put_le(which + 16, part->first, 4);
+    put_le(which + 20, part->n, 4);
+    return XXH3_64bits_withSeed(data, bytes, XXH3_64bits(which, sizeof(which)));
 }
 
 attn_status_t
@@ -39,6 +55,20 @@ engine_chunk_leave(engine_t *engine, uint64_t cache, const kv_leaving_t *leaving
     attn_status_t status = kv_chunk_leave(engine->store, cache, leaving, info);
     pthread_mutex_unlock(&engine->lock);
     return status;
+}
+
+/*
+ * Whoever asked for the copy may have given it up, and its pages back, while it went on: nobody
+ * would ever release it again.
+ */
+static attn_status_t
+check_wanted(const engine_cache_t *cache, const engine_copy_t *copy)
+{
+    if (cache != NULL && engine_was_released(cache, copy->copy)) {
+        return attn_fail(ATTN_ERR_NOT_FOUND, "chunk %llu was released before its copy was there",
+                         (unsigned long long)copy->copy);
+    }
+    return ATTN_OK;
 }
 
 attn_status_t
@@ -52,6 +82,9 @@ engine_arrival_begin(engine_t *engine, const engine_copy_t *copy, engine_arrival
     pthread_mutex_lock(&engine->lock);
     const engine_cache_t *cache = engine_cache_find(engine, copy->cache);
     attn_status_t status        = cache != NULL ? ATTN_OK : ATTN_ERR_NOT_FOUND;
+    if (status == ATTN_OK) {
+        status = check_wanted(cache, copy);
+    }
     if (status == ATTN_OK) {
         a->g     = cache->geometry;
         a->pages = malloc(2 * (uint64_t)engine_part_rows(&a->g) * sizeof(*a->pages));
@@ -138,7 +171,7 @@ engine_arrival_store(engine_arrival_t *a, const void *data, uint64_t bytes, uint
         return attn_fail(ATTN_ERR_INVALID, "%llu bytes of chunk %llu came that are no part of it",
                          (unsigned long long)bytes, (unsigned long long)a->copy.chunk);
     }
-    uint64_t found = engine_checksum(data, bytes);
+    uint64_t found = engine_checksum(&part, data, bytes);
     if (found != checksum) {
         return attn_fail(ATTN_ERR_CORRUPT,
                          "chunk %llu, layer %u, tokens %u to %u changed on their way: checksum "
@@ -175,7 +208,12 @@ engine_arrival_publish(engine_arrival_t *a)
         return status;
     }
     pthread_mutex_lock(&engine->lock);
-    attn_status_t status = kv_arrival_publish(a->kv);
+    attn_status_t status = check_wanted(engine_cache_find(engine, a->copy.cache), &a->copy);
+    if (status == ATTN_OK) {
+        status = kv_arrival_publish(a->kv);
+    } else {
+        kv_arrival_drop(a->kv);
+    }
     pthread_mutex_unlock(&engine->lock);
     arrival_free(a);
     return status;
@@ -205,8 +243,9 @@ copy_part(engine_t *from, engine_arrival_t *a, const engine_export_t *part, uint
     if (status == ATTN_OK) {
         status = engine_chunk_export(from, part, data, data + k, k, v);
     }
-    return status == ATTN_OK ? engine_arrival_store(a, data, k + v, engine_checksum(data, k + v))
-                             : status;
+    return status == ATTN_OK
+               ? engine_arrival_store(a, data, k + v, engine_checksum(part, data, k + v))
+               : status;
 }
 
 attn_status_t

@@ -255,16 +255,11 @@ check_entry(const attn_geometry_t *g, const engine_entry_t *e)
 static attn_status_t
 check_not_released(const engine_cache_t *cache, const engine_entry_t *e)
 {
-    uint64_t n = attn_min(cache->n_released, RELEASED_CHUNKS);
-
     for (uint32_t c = 0; c < e->n_chunks; c++) {
-        for (uint64_t i = 0; e->chunks[c].generation == 0 && i < n; i++) {
-            if (cache->released[i] == e->chunks[c].chunk) {
-                return attn_fail(ATTN_ERR_NOT_FOUND,
-                                 "chunk %llu was released: sequence %llx was freed or truncated",
-                                 (unsigned long long)e->chunks[c].chunk,
-                                 (unsigned long long)e->seq);
-            }
+        if (e->chunks[c].generation == 0 && engine_was_released(cache, e->chunks[c].chunk)) {
+            return attn_fail(ATTN_ERR_NOT_FOUND,
+                             "chunk %llu was released: sequence %llx was freed or truncated",
+                             (unsigned long long)e->chunks[c].chunk, (unsigned long long)e->seq);
         }
     }
     return ATTN_OK;

@@ -478,6 +478,19 @@ engine_chunks_release(engine_t *engine, uint64_t cache, const uint64_t *chunks, 
     return result == ATTN_OK ? ATTN_OK : attn_fail(result, "%s", sentence);
 }
 
+bool
+engine_was_released(const engine_cache_t *cache, uint64_t chunk)
+{
+    uint64_t n = attn_min(cache->n_released, RELEASED_CHUNKS);
+
+    for (uint64_t i = 0; i < n; i++) {
+        if (cache->released[i] == chunk) {
+            return true;
+        }
+    }
+    return false;
+}
+
 attn_status_t
 engine_chunks_describe(engine_t *engine, uint64_t cache, const uint64_t *chunks, uint32_t n,
                        kv_chunk_info_t *infos, const uint64_t *seqs, uint32_t n_seqs, bool *in_step)

@@ -114,7 +114,7 @@ void engine_set_epoch(engine_t *engine, uint64_t epoch);
  */
 attn_status_t engine_cache_open(engine_t *engine, uint64_t cache, const attn_geometry_t *geometry,
                                 kv_region_info_t *info);
-/** Open steps on it abort; waits for parts that are being read. @return ATTN_ERR_NOT_FOUND */
+/** Open steps on it abort; waits for parts that are being read or stored. @return ATTN_ERR_NOT_FOUND */
 attn_status_t engine_cache_close(engine_t *engine, uint64_t cache);
 /** Close every cache: the coordinator that made them is gone. */
 void engine_caches_close(engine_t *engine);
@@ -123,8 +123,8 @@ attn_status_t engine_chunk_fork(engine_t *engine, uint64_t cache, uint64_t from,
                                 uint64_t to);
 attn_status_t engine_chunk_truncate(engine_t *engine, uint64_t cache, uint64_t chunk,
                                     uint32_t generation, uint32_t length, uint32_t *generation_p);
-/** Missing chunks count as released: no step can make them any more (the last few thousand are
- * remembered). @return ATTN_ERR_BUSY: others are released all the same */
+/** Missing chunks count as released: no step and no arrival can make them any more (the last few
+ * thousand are remembered). @return ATTN_ERR_BUSY: others are released all the same */
 attn_status_t engine_chunks_release(engine_t *engine, uint64_t cache, const uint64_t *chunks,
                                     uint32_t n);
 /** infos[n]; generation 0: not here. in_step[n_seqs]: is a step open on seqs[i]. */
@@ -173,8 +173,11 @@ engine_part_rows(const attn_geometry_t *g)
     return row < ENGINE_EXPORT_BYTES_MAX ? (uint32_t)(ENGINE_EXPORT_BYTES_MAX / row) : 1;
 }
 
-/** Of a part's k and v, one behind the other: XXH3, 64 bits, seed 0. */
-uint64_t engine_checksum(const void *data, uint64_t bytes);
+/**
+ * Of a part, and of which part it is: XXH3, 64 bits, of k and v, one behind the other, whose seed
+ * is that of chunk (8 bytes), generation, layer, first, n (4 each), little endian, with seed 0.
+ */
+uint64_t engine_checksum(const engine_export_t *part, const void *data, uint64_t bytes);
 
 /* ---- chunks from one worker to another: arrival.c ---- */
 
@@ -195,7 +198,7 @@ typedef struct engine_arrival engine_arrival_t;
 
 /**
  * Reserve pages. All calls for one arrival come one after the other.
- * @return as kv_arrival_begin(), and ATTN_ERR_NOT_FOUND cache
+ * @return as kv_arrival_begin(), and ATTN_ERR_NOT_FOUND cache, or the copy was released
  */
 attn_status_t engine_arrival_begin(engine_t *engine, const engine_copy_t *copy,
                                    engine_arrival_t **arrival_p);

@@ -189,7 +189,7 @@ test_what_changed_on_its_way_is_not_stored(void **state)
         while (status == ATTN_OK && engine_arrival_ask(arrival, &part)) {
             uint64_t n;
             uint8_t *data     = content(&p.from, CHUNK, part.layer, &n);
-            uint64_t checksum = engine_checksum(data, n);
+            uint64_t checksum = engine_checksum(&part, data, n);
             assert_int_equal(part.n, N);
             if (part.layer == broken) {
                 data[random_bits() % n] ^= (uint8_t)(1u << pick(8));
@@ -221,23 +221,77 @@ test_what_is_no_part_is_not_stored(void **state)
     engine_copy_t copy = copy_of(&p, 0, N);
     OK(engine_arrival_begin(p.to.engine, &copy, &arrival));
     uint8_t *data = content(&p.from, CHUNK, 0, &n);
-    assert_int_equal(engine_arrival_store(arrival, data, n - 1, engine_checksum(data, n - 1)),
-                     ATTN_ERR_INVALID);
+    assert_true(engine_arrival_ask(arrival, &part));
+    assert_int_equal(
+        engine_arrival_store(arrival, data, n - 1, engine_checksum(&part, data, n - 1)),
+        ATTN_ERR_INVALID);
     free(data);
     engine_arrival_drop(arrival);
 
     OK(engine_arrival_begin(p.to.engine, &copy, &arrival));
     while (engine_arrival_ask(arrival, &part)) {
         data = content(&p.from, CHUNK, part.layer, &n);
-        OK(engine_arrival_store(arrival, data, n, engine_checksum(data, n)));
+        OK(engine_arrival_store(arrival, data, n, engine_checksum(&part, data, n)));
         free(data);
     }
     data = content(&p.from, CHUNK, 0, &n);
-    assert_int_equal(engine_arrival_store(arrival, data, n, engine_checksum(data, n)),
+    assert_int_equal(engine_arrival_store(arrival, data, n, engine_checksum(&part, data, n)),
                      ATTN_ERR_INVALID); /* one too many */
     free(data);
     OK(engine_arrival_publish(arrival));
     assert_same(&p);
+    pair_close(&p);
+}
+
+/* Parts of one size, in another order than they were asked for. */
+static void
+test_a_part_of_another_layer_is_not_stored(void **state)
+{
+    pair_t p;
+    engine_arrival_t *arrival;
+    engine_export_t parts[2];
+    uint64_t n;
+
+    (void)state;
+    pair_open(&p);
+    OK(grow(&p.from, CHUNK, 0, 0, N));
+    engine_copy_t copy = copy_of(&p, 0, N);
+    OK(engine_arrival_begin(p.to.engine, &copy, &arrival));
+    assert_true(engine_arrival_ask(arrival, &parts[0]));
+    assert_true(engine_arrival_ask(arrival, &parts[1]));
+    assert_int_equal(parts[0].n, parts[1].n);
+    uint8_t *data = content(&p.from, CHUNK, 1, &n);
+    assert_int_equal(engine_arrival_store(arrival, data, n, engine_checksum(&parts[1], data, n)),
+                     ATTN_ERR_CORRUPT);
+    free(data);
+    engine_arrival_drop(arrival);
+    pair_close(&p);
+}
+
+/* Whoever asked for it has given it up meanwhile: nobody would release it again. */
+static void
+test_what_was_released_does_not_arrive(void **state)
+{
+    pair_t p;
+    engine_arrival_t *arrival;
+    engine_export_t part;
+    uint64_t n, id = COPY;
+
+    (void)state;
+    pair_open(&p);
+    OK(grow(&p.from, CHUNK, 0, 0, N));
+    engine_copy_t copy = copy_of(&p, 0, N);
+    OK(engine_arrival_begin(p.to.engine, &copy, &arrival));
+    while (engine_arrival_ask(arrival, &part)) {
+        uint8_t *data = content(&p.from, CHUNK, part.layer, &n);
+        OK(engine_arrival_store(arrival, data, n, engine_checksum(&part, data, n)));
+        free(data);
+    }
+    OK(engine_chunks_release(p.to.engine, p.to.cache, &id, 1));
+    assert_int_equal(engine_arrival_publish(arrival), ATTN_ERR_NOT_FOUND);
+    assert_non_null(strstr(attn_last_error(), "was released"));
+    assert_int_equal(engine_arrival_begin(p.to.engine, &copy, &arrival), ATTN_ERR_NOT_FOUND);
+    assert_empty(&p.to);
     pair_close(&p);
 }
 
@@ -246,6 +300,7 @@ test_a_cache_is_closed_while_it_arrives(void **state)
 {
     pair_t p;
     engine_arrival_t *arrival;
+    engine_export_t part;
     kv_region_info_t region;
     uint64_t n;
 
@@ -255,9 +310,10 @@ test_a_cache_is_closed_while_it_arrives(void **state)
     engine_copy_t copy = copy_of(&p, 0, N);
     OK(engine_arrival_begin(p.to.engine, &copy, &arrival));
     uint8_t *data = content(&p.from, CHUNK, 0, &n);
+    assert_true(engine_arrival_ask(arrival, &part));
     OK(engine_cache_close(p.to.engine, p.to.cache));
     OK(engine_cache_open(p.to.engine, p.to.cache, &p.to.g, &region)); /* and opened anew */
-    assert_int_equal(engine_arrival_store(arrival, data, n, engine_checksum(data, n)),
+    assert_int_equal(engine_arrival_store(arrival, data, n, engine_checksum(&part, data, n)),
                      ATTN_ERR_NOT_FOUND);
     engine_arrival_drop(arrival);
     engine_arrival_drop(NULL);
@@ -297,6 +353,8 @@ main(void)
         cmocka_unit_test(test_what_cannot_be_read_is_not_copied),
         cmocka_unit_test(test_what_changed_on_its_way_is_not_stored),
         cmocka_unit_test(test_what_is_no_part_is_not_stored),
+        cmocka_unit_test(test_a_part_of_another_layer_is_not_stored),
+        cmocka_unit_test(test_what_was_released_does_not_arrive),
         cmocka_unit_test(test_a_cache_is_closed_while_it_arrives),
         cmocka_unit_test(test_a_chunk_is_held_for_a_while),
     };

@@ -117,6 +117,9 @@ struct engine {
 engine_cache_t *engine_cache_find(engine_t *engine,
                                   uint64_t cache); /* under the lock; sets the sentence */
 
+/* Is the chunk one of the last that were released? Under the lock. */
+bool engine_was_released(const engine_cache_t *cache, uint64_t chunk);
+
 /** One layer's K and V of the cache's region. */
 void engine_kv_view(const engine_t *engine, const engine_cache_t *cache, uint32_t layer,
                     attn_kv_t *kv);

@@ -64,7 +64,7 @@ send_part(copier_t *c, rpc_call_t *call, const Attn__V1__ExportChunkRequest *r)
         return status;
     }
     struct iovec data = {.iov_base = tensor->data, .iov_len = k + v};
-    reply.checksum    = engine_checksum(tensor->data, k + v);
+    reply.checksum    = engine_checksum(&what, tensor->data, k + v);
     atomic_fetch_add(&c->parts_out, 1);
     atomic_fetch_add(&c->bytes_out, k + v);
     return rpc_call_send(

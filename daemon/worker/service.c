@@ -318,7 +318,7 @@ serve_export_chunk(const unary_call_t *u)
                                                             reply->data.data + k, k, v)
                                       : ATTN_ERR_NO_MEMORY;
     if (status == ATTN_OK) {
-        reply->checksum = engine_checksum(reply->data.data, k + v);
+        reply->checksum = engine_checksum(&what, reply->data.data, k + v);
     }
     return status;
 }

@@ -110,8 +110,9 @@ def worker_seeds():
         .call(S, pb.StepRequest(run=pb.RunRequest(step_id=12), data=tensors(2)))
         .end(S, broken=True))
     write("worker_fuzz", "partials", b"\0" + partials.data)
-    # A chunk that comes in one part, of zeros, and then leaves.
-    part = pb.ExportChunkReply(checksum=0xb2987a9d949e807c, data=b"\0" * 512)
+    # A chunk that comes in two parts, of zeros, and then leaves.
+    parts = [pb.ExportChunkReply(checksum=checksum, data=b"\0" * 512)
+             for checksum in (0x8707d5cb961e102d, 0xe2201de3538f6f81)]
     copy = dict(cache_id=77, chunk=5, generation=1, source="127.0.0.1:9", copy=8)
     leave = dict(cache_id=77, chunk=8, move=9)
     moved = (opened().call(W + "CopyChunk", pb.CopyChunkRequest(length=2, **copy))
@@ -123,7 +124,7 @@ def worker_seeds():
              .call(W + "ExportChunks", pb.ExportChunkRequest(cache_id=77, chunk=8, generation=1, first=1, n=3))
              .call(W + "ExportChunks", pb.ExportChunkRequest(cache_id=77, chunk=8, generation=2, n=1))
              .call(W + "ReleaseChunks", pb.ReleaseChunksRequest(cache_id=77, chunks=[8])))
-    answers = 2 * (b"\0" + sized(bytes_of(part)))
+    answers = b"".join(b"\0" + sized(bytes_of(part)) for part in parts)
     write("worker_fuzz", "copy", b"\2" + sized(answers) + moved.data)
     ticket = b"1.c.17.1." + b"0f" * 32
     write("worker_fuzz", "ticket", b"\1" + sized(ticket) + unary.data[:200])
