@@ -81,7 +81,8 @@ typedef struct link_ops {
     attn_status_t (*chunk_copy)(link_t *link, link_t *source, uint64_t epoch,
                                 const engine_copy_t *copy, uint64_t deadline_ns);
 
-    /** As engine_chunk_leave(), but for HOLD: until_ns is for how long. */
+    /** As engine_chunk_leave(), but for HOLD: until_ns is for how long, ENGINE_HOLD_MS_MAX at most;
+     * and info's n_pages may be 0. */
     attn_status_t (*chunk_leave)(link_t *link, uint64_t epoch, uint64_t cache,
                                  const kv_leaving_t *leaving, uint64_t deadline_ns,
                                  kv_chunk_info_t *info);

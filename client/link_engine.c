@@ -119,7 +119,8 @@ engine_link_chunk_leave(link_t *link, uint64_t epoch, uint64_t cache, const kv_l
     kv_leaving_t until = *leaving;
 
     (void)epoch, (void)deadline_ns;
-    until.until_ns = attn_now_ns() + leaving->until_ns;
+    until.until_ns =
+        attn_now_ns() + attn_min(leaving->until_ns, ENGINE_HOLD_MS_MAX * ATTN_NS_PER_MS);
     return engine_chunk_leave(engine_of(link), cache, &until, info);
 }
 

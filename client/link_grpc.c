@@ -373,14 +373,19 @@ grpc_link_chunk_leave(link_t *link, uint64_t epoch, uint64_t cache, const kv_lea
     request.move       = leaving->move;
     request.generation = leaving->generation;
     request.length     = leaving->length;
-    request.hold_ms =
-        leaving->what == KV_LEAVE_HOLD ? (uint32_t)(leaving->until_ns / ATTN_NS_PER_MS) : 0;
+    request.hold_ms    = leaving->what == KV_LEAVE_HOLD
+                             ? (uint32_t)attn_min(attn_max(leaving->until_ns / ATTN_NS_PER_MS, 1),
+                                                  ENGINE_HOLD_MS_MAX)
+                             : 0;
     attn_status_t status =
         rpc_call_typed(channel_of(link), "/attn.v1.Worker/LeaveChunk", &request, deadline_ns,
                        &attn__v1__worker_chunk__descriptor, &reply, &message);
     if (status == ATTN_OK) {
-        *info = (kv_chunk_info_t){
-            .generation = reply->generation, .length = reply->length, .in_step = reply->in_step};
+        if (info != NULL) {
+            *info = (kv_chunk_info_t){.generation = reply->generation,
+                                      .length     = reply->length,
+                                      .in_step    = reply->in_step};
+        }
         rpc_message_free(message);
     }
     return status;

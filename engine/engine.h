@@ -23,6 +23,7 @@
 #define ENGINE_LAYERS_MAX 1024u
 #define ENGINE_ROWS_MAX (1u << 20) /* query rows, and new tokens, of a step */
 #define ENGINE_TIMEOUT_MS_MAX 600000u
+#define ENGINE_HOLD_MS_MAX 60000u       /* of a chunk, for a move */
 #define ENGINE_LIST_ROOM_MAX (1u << 21) /* pages of the lists of a run */
 
 typedef struct engine engine_t;
@@ -114,7 +115,8 @@ void engine_set_epoch(engine_t *engine, uint64_t epoch);
  */
 attn_status_t engine_cache_open(engine_t *engine, uint64_t cache, const attn_geometry_t *geometry,
                                 kv_region_info_t *info);
-/** Open steps on it abort; waits for parts that are being read or stored. @return ATTN_ERR_NOT_FOUND */
+/** Open steps on it abort; waits for parts that are being read or stored. @return
+ * ATTN_ERR_NOT_FOUND */
 attn_status_t engine_cache_close(engine_t *engine, uint64_t cache);
 /** Close every cache: the coordinator that made them is gone. */
 void engine_caches_close(engine_t *engine);
