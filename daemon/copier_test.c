@@ -18,6 +18,7 @@
 #define N 4000u /* tokens */
 #define CHUNK 3u
 #define COPY 9u
+#define AMID 300000u /* bytes: less than two parts */
 
 static const uint8_t secret[TICKET_SECRET] = {1, 2, 3};
 
@@ -28,11 +29,12 @@ typedef struct worker {
     gate_t gate;
     rpc_server_t *server;
     copier_t *copier;
+    jobs_t *jobs;
     char address[64];
 } worker_t;
 
 static void
-worker_open(worker_t *worker, const uint8_t *its_secret)
+worker_open_with(worker_t *worker, const uint8_t *its_secret, uint64_t out_max)
 {
     attn_geometry_t g = plain_geometry;
 
@@ -43,9 +45,13 @@ worker_open(worker_t *worker, const uint8_t *its_secret)
     world_open(&worker->w, &g, 1);
     gate_init(&worker->gate);
     gate_joined(&worker->gate, its_secret, 5);
+    OK(jobs_create(2, &worker->jobs));
     OK(rpc_server_create(&(rpc_server_options_t){.address = "127.0.0.1:0"}, &worker->server));
     OK(copier_create(worker->server,
-                     &(copier_options_t){.engine = worker->w.engine, .gate = &worker->gate},
+                     &(copier_options_t){.engine  = worker->w.engine,
+                                         .gate    = &worker->gate,
+                                         .jobs    = worker->jobs,
+                                         .out_max = out_max},
                      &worker->copier));
     OK(rpc_server_start(worker->server));
     snprintf(worker->address, sizeof(worker->address), "127.0.0.1:%u",
@@ -53,8 +59,16 @@ worker_open(worker_t *worker, const uint8_t *its_secret)
 }
 
 static void
+worker_open(worker_t *worker, const uint8_t *its_secret)
+{
+    worker_open_with(worker, its_secret, 0);
+}
+
+static void
 worker_close(worker_t *worker)
 {
+    rpc_server_stop(worker->server, 0);
+    jobs_destroy(worker->jobs);
     rpc_server_destroy(worker->server);
     copier_destroy(worker->copier);
     gate_destroy(&worker->gate);
@@ -112,7 +126,8 @@ assert_same(const worker_t *a, const worker_t *b, uint32_t length)
 }
 
 static attn_status_t
-copy(worker_t *to, const char *source, uint32_t first, uint32_t length, uint64_t within_ms)
+copy_for(worker_t *to, const char *source, uint32_t first, uint32_t length,
+         const copier_asker_t *asker)
 {
     uint64_t bytes;
     engine_copy_t what   = {.cache      = to->w.cache,
@@ -121,14 +136,20 @@ copy(worker_t *to, const char *source, uint32_t first, uint32_t length, uint64_t
                             .copy       = COPY,
                             .first      = first,
                             .length     = length};
-    attn_status_t status = copier_copy(to->copier, 2, source, &what,
-                                       attn_now_ns() + within_ms * ATTN_NS_PER_MS, &bytes);
+    attn_status_t status = copier_copy(to->copier, 2, source, &what, asker, &bytes);
 
     if (status == ATTN_OK) {
         assert_int_equal(bytes, (length - first) * engine_kv_row_bytes(&to->w.g) * to->w.g.layers);
     }
     OK(engine_check(to->w.engine));
     return status;
+}
+
+static attn_status_t
+copy(worker_t *to, const char *source, uint32_t first, uint32_t length, uint64_t within_ms)
+{
+    return copy_for(to, source, first, length,
+                    &(copier_asker_t){.deadline_ns = attn_now_ns() + within_ms * ATTN_NS_PER_MS});
 }
 
 static void
@@ -148,8 +169,10 @@ typedef struct proxy {
     int listener;
     uint16_t to;
     char address[64];
-    uint64_t flip; /* this byte of what the source sends is changed; 0: none */
-    uint64_t stop; /* nothing is passed on after so many; 0: all is */
+    uint64_t flip;                  /* this byte of what the source sends is changed; 0: none */
+    uint64_t stop;                  /* nothing is passed on after so many; 0: all is */
+    void (*amid)(worker_t *worker); /* called once, after a first part, and NULL then */
+    worker_t *worker;
     atomic_bool over;
 } proxy_t;
 
@@ -168,6 +191,11 @@ pass(int from, int to, proxy_t *p, uint64_t *sent)
             bytes[p->flip - *sent] ^= 0x10;
         }
         *sent += (uint64_t)n;
+        if (*sent > AMID && p->amid != NULL) {
+            void (*amid)(worker_t *) = p->amid;
+            p->amid                  = NULL;
+            amid(p->worker);
+        }
         if (p->stop > 0 && *sent > p->stop) {
             return 1; /* swallowed */
         }
@@ -340,7 +368,7 @@ test_a_byte_that_changes_on_its_way_is_found(void **state)
     worker_close(&b);
 }
 
-/* A source that stops in the middle of a part, and one that ends. */
+/* A source that stops in the middle of a part: within the deadline, and before it. */
 static void
 test_a_source_that_stops_is_given_up(void **state)
 {
@@ -358,9 +386,171 @@ test_a_source_that_stops_is_given_up(void **state)
     assert_empty(&b);
     proxy_close(&proxy);
 
-    rpc_server_stop(a.server, 0);
-    assert_int_not_equal(copy(&b, a.address, 0, N, 5000), ATTN_OK);
+    proxy_open(&proxy, &a, 0, 500000);
+    start = attn_now_ns();
+    assert_int_equal(copy(&b, proxy.address, 0, N, 600000), ATTN_ERR_DEADLINE);
+    assert_true(attn_now_ns() - start >= COPIER_STALL_MS * ATTN_NS_PER_MS);
     assert_empty(&b);
+    proxy_close(&proxy);
+    worker_close(&a);
+    worker_close(&b);
+}
+
+/* Have this done when some parts have come. */
+static attn_status_t
+copy_and(worker_t *from, worker_t *to, void (*amid)(worker_t *), worker_t *whom, uint64_t stop)
+{
+    proxy_t proxy;
+
+    proxy_open(&proxy, from, 0, stop);
+    proxy.worker         = whom;
+    proxy.amid           = amid; /* nothing is passed on before the copy */
+    attn_status_t status = copy(to, proxy.address, 0, N, 600000);
+    assert_null(proxy.amid);
+    proxy_close(&proxy);
+    return status;
+}
+
+static void
+end_streams(worker_t *worker)
+{
+    copier_drain(worker->copier);
+    copier_end_streams(worker->copier);
+}
+
+static void
+test_a_source_that_ends_amid_leaves_nothing(void **state)
+{
+    static worker_t a, b;
+
+    (void)state;
+    worker_open(&a, secret);
+    worker_open(&b, secret);
+    fill(&a.w, CHUNK);
+    assert_int_equal(copy_and(&a, &b, end_streams, &a, 0), ATTN_ERR_CANCELLED);
+    assert_non_null(strstr(attn_last_error(), "draining"));
+    assert_empty(&b);
+    assert_int_equal(copy(&b, a.address, 0, N, 20000), ATTN_ERR_CANCELLED); /* no new one either */
+    worker_close(&a);
+    worker_close(&b);
+}
+
+static void
+drain(worker_t *worker)
+{
+    copier_drain(worker->copier);
+}
+
+/* One that goes down takes no chunks with it, and does not wait for those that were coming. */
+static void
+test_who_drains_gives_its_copies_up(void **state)
+{
+    static worker_t a, b;
+
+    (void)state;
+    worker_open(&a, secret);
+    worker_open(&b, secret);
+    fill(&a.w, CHUNK);
+    uint64_t start = attn_now_ns();
+    assert_int_equal(copy_and(&a, &b, drain, &b, AMID), ATTN_ERR_UNAVAILABLE);
+    assert_true(attn_now_ns() - start < COPIER_STALL_MS * ATTN_NS_PER_MS); /* it is woken */
+    assert_empty(&b);
+    assert_int_equal(copy(&b, a.address, 0, N, 20000), ATTN_ERR_UNAVAILABLE);
+    assert_non_null(strstr(attn_last_error(), "draining"));
+    worker_close(&a);
+    worker_close(&b);
+}
+
+static void
+let_time_pass(worker_t *worker)
+{
+    gate_period(&worker->gate, 8);
+}
+
+/* The ticket that a copy was begun with is too old before its last part. */
+static void
+test_a_copy_may_take_longer_than_its_ticket(void **state)
+{
+    static worker_t a, b;
+
+    (void)state;
+    worker_open(&a, secret);
+    worker_open(&b, secret);
+    fill(&a.w, CHUNK);
+    OK(copy_and(&a, &b, let_time_pass, &a, 0));
+    assert_same(&a, &b, N);
+    worker_close(&b);
+    worker_open(&b, secret); /* a stream that is opened only now is refused */
+    assert_int_equal(copy(&b, a.address, 0, N, 20000), ATTN_ERR_DENIED);
+    gate_period(&b.gate, 8);
+    OK(copy(&b, a.address, 0, N, 20000));
+    worker_close(&a);
+    worker_close(&b);
+}
+
+static bool
+is_gone(const void *arg)
+{
+    copier_figures_t figures;
+
+    copier_describe(((const worker_t *)arg)->copier, &figures);
+    return figures.parts_out > 0;
+}
+
+static void
+test_a_copy_that_nobody_wants_any_more_ends(void **state)
+{
+    static worker_t a, b;
+
+    (void)state;
+    worker_open(&a, secret);
+    worker_open(&b, secret);
+    fill(&a.w, CHUNK);
+    assert_int_equal(
+        copy_for(&b, a.address, 0, N,
+                 &(copier_asker_t){.deadline_ns = UINT64_MAX, .gone = is_gone, .arg = &a}),
+        ATTN_ERR_CANCELLED);
+    assert_empty(&b);
+    worker_close(&a);
+    worker_close(&b);
+}
+
+/* A source that has room for two parts at a time. */
+static void
+test_parts_wait_for_room(void **state)
+{
+    static worker_t a, b;
+
+    (void)state;
+    worker_open_with(&a, secret, 2 * N * engine_kv_row_bytes(&plain_geometry));
+    worker_open(&b, secret);
+    fill(&a.w, CHUNK);
+    for (uint32_t i = 0; i < 3; i++) {
+        OK(copy(&b, a.address, 0, N, 20000));
+        assert_same(&a, &b, N);
+        worker_close(&b);
+        worker_open(&b, secret);
+    }
+    worker_close(&a);
+    worker_close(&b);
+}
+
+/* Workers come back with other addresses for as long as this one lives. */
+static void
+test_addresses_do_not_add_up(void **state)
+{
+    static worker_t a, b;
+
+    (void)state;
+    worker_open(&a, secret);
+    worker_open(&b, secret);
+    fill(&a.w, CHUNK);
+    for (uint32_t i = 0; i < 1100; i++) {
+        char address[64];
+        snprintf(address, sizeof(address), "127.1.%u.%u:1", i / 200, 1 + i % 200);
+        assert_int_equal(copy(&b, address, 0, N, 20000), ATTN_ERR_UNAVAILABLE);
+    }
+    OK(copy(&b, a.address, 0, N, 20000));
     worker_close(&a);
     worker_close(&b);
 }
@@ -374,6 +564,12 @@ main(void)
         cmocka_unit_test(test_strangers_are_let_in_nowhere),
         cmocka_unit_test(test_a_byte_that_changes_on_its_way_is_found),
         cmocka_unit_test(test_a_source_that_stops_is_given_up),
+        cmocka_unit_test(test_a_source_that_ends_amid_leaves_nothing),
+        cmocka_unit_test(test_who_drains_gives_its_copies_up),
+        cmocka_unit_test(test_a_copy_may_take_longer_than_its_ticket),
+        cmocka_unit_test(test_a_copy_that_nobody_wants_any_more_ends),
+        cmocka_unit_test(test_parts_wait_for_room),
+        cmocka_unit_test(test_addresses_do_not_add_up),
     };
     rpc_init();
     int failed = cmocka_run_group_tests_name("copier", tests, NULL, NULL);

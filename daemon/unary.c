@@ -53,7 +53,7 @@ serve_admitted(const row_t *row, const rpc_call_t *call, rpc_message_t *message,
     method->reply->message_init(reply);
     *reply_p = reply;
     return method->serve(&(unary_call_t){
-        .service = row->service, .request = request, .reply = reply, .block = block});
+        .service = row->service, .call = call, .request = request, .reply = reply, .block = block});
 }
 
 static void

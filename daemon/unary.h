@@ -12,9 +12,10 @@
 /** A call as a method's function sees it. */
 typedef struct unary_call {
     void *service;
-    const void *request; /**< unpacked, of the method's type */
-    void *reply;         /**< initialised, of the method's type; lies in block */
-    wire_block_t *block; /**< for what the reply points to: lives until it was packed */
+    const rpc_call_t *call; /**< for its deadline, and whether it was given up */
+    const void *request;    /**< unpacked, of the method's type */
+    void *reply;            /**< initialised, of the method's type; lies in block */
+    wire_block_t *block;    /**< for what the reply points to: lives until it was packed */
 } unary_call_t;
 
 typedef struct unary_method {

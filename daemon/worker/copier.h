@@ -9,12 +9,15 @@
 #ifndef ATTN_DAEMON_COPIER_H
 #define ATTN_DAEMON_COPIER_H
 
+#include "daemon/jobs.h"
 #include "daemon/worker/gate.h"
 #include "engine/engine.h"
 #include "rpc/rpc.h"
 
 #define COPIER_COPIES_MAX 4u                 /* at once, to here; more are refused */
-#define COPIER_OUT_MAX (UINT64_C(256) << 20) /* bytes of parts on their way from here */
+#define COPIER_OUT_MAX (UINT64_C(256) << 20) /* bytes of parts on their way from here; more wait   \
+                                              */
+#define COPIER_IN_MAX (UINT64_C(256) << 20)  /* bytes of parts that came, while they are stored */
 #define COPIER_STALL_MS 4000u /* a source that sends no part for so long is given up */
 
 typedef struct copier copier_t;
@@ -22,8 +25,17 @@ typedef struct copier copier_t;
 typedef struct copier_options {
     engine_t *engine;
     gate_t *gate;
-    rpc_tls_t *tls; /**< NULL: plaintext */
+    rpc_tls_t *tls;   /**< NULL: plaintext */
+    jobs_t *jobs;     /**< for parts that wait for room */
+    uint64_t out_max; /**< 0: COPIER_OUT_MAX */
 } copier_options_t;
+
+/** Who asks for a copy. */
+typedef struct copier_asker {
+    uint64_t deadline_ns;
+    bool (*gone)(const void *arg); /**< given up? Looked at for each part; NULL: it never is */
+    const void *arg;
+} copier_asker_t;
 
 /** Since the start. */
 typedef struct copier_figures {
@@ -38,6 +50,11 @@ attn_status_t copier_create(rpc_server_t *server, const copier_options_t *option
                             copier_t **copier_p);
 void copier_destroy(copier_t *copier); /* NULL is allowed */
 
+/** Take in no more chunks, give up those that are coming, and refuse new streams. Any thread. */
+void copier_drain(copier_t *copier);
+/** End the streams over which others read; after copier_drain(). */
+void copier_end_streams(copier_t *copier);
+
 /** Free buffers that nobody asked for in a while. */
 void copier_tick(copier_t *copier, uint64_t now_ns);
 
@@ -49,9 +66,11 @@ void copier_describe(copier_t *copier, copier_figures_t *figures);
  * @param bytes_p  of k and v that came
  * @return as engine_arrival_begin, _store, _publish and what the source answers;
  *         ATTN_ERR_EXHAUSTED COPIER_COPIES_MAX are under way; ATTN_ERR_UNAVAILABLE,
- *         ATTN_ERR_DEADLINE the source
+ *         ATTN_ERR_DEADLINE the source; ATTN_ERR_UNAVAILABLE draining; ATTN_ERR_CANCELLED whoever
+ *         asked is gone
  */
 attn_status_t copier_copy(copier_t *copier, uint32_t worker, const char *source,
-                          const engine_copy_t *copy, uint64_t deadline_ns, uint64_t *bytes_p);
+                          const engine_copy_t *copy, const copier_asker_t *asker,
+                          uint64_t *bytes_p);
 
 #endif

@@ -69,7 +69,7 @@ expose_copies(worker_t *worker, expose_t *e)
     expose_counter(e, "attnd_copies_failed_total", "Chunks that did not come.", copies.failed);
     expose_counter(e, "attnd_copies_corrupt_total",
                    "Chunks of which a part was not what had been sent.", copies.corrupt);
-    expose_counter(e, "attnd_copied_away_bytes_total", "k and v sent to other workers.",
+    expose_counter(e, "attnd_copied_away_bytes_total", "k and v sent to workers and clients that read chunks.",
                    copies.bytes_out);
 }
 

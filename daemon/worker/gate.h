@@ -1,6 +1,6 @@
 /*
  * gate.h: whom a worker lets in: its coordinator to everything, clients that the coordinator
- * introduced to steps, nobody else. What it goes by, the secret behind tickets, comes with joining;
+ * introduced to steps, other workers of that coordinator to what clients may read, nobody else. What it goes by, the secret behind tickets, comes with joining;
  * until then it lets nobody in.
  *
  * A coordinator may call before its answer to Join has been read here; so a call that is refused

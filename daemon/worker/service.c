@@ -5,6 +5,7 @@
 #include "daemon/worker/worker_int.h"
 
 #include "balancer/directory.h"
+#include "base/checked.h"
 #include "base/clock.h"
 #include "base/status.h"
 
@@ -13,8 +14,6 @@
 
 _Static_assert(WORKER_UCX_SLAB_LEAST == UCX_SLAB_MIN && WORKER_UCX_SLAB_MOST == UCX_SLAB_MAX,
                "--ucx-slab allows what a session does");
-
-#define HOLD_MS_MAX 60000u /* of a chunk, for a move */
 
 /* ---- who may ---- */
 
@@ -327,6 +326,12 @@ serve_export_chunk(const unary_call_t *u)
 
 #define COPY_TIMEOUT_MS 60000u
 
+static bool
+is_given_up(const void *call)
+{
+    return rpc_call_cancelled(call);
+}
+
 static attn_status_t
 serve_copy_chunk(const unary_call_t *u)
 {
@@ -347,8 +352,13 @@ serve_copy_chunk(const unary_call_t *u)
     }
     attn_status_t status = engine_check_epoch(worker->engine, r->epoch);
     if (status == ATTN_OK) {
-        status = copier_copy(worker->copier, atomic_load(&worker->id), r->source, &copy,
-                             attn_now_ns() + timeout * ATTN_NS_PER_MS, &reply->bytes);
+        status = copier_copy(
+            worker->copier, atomic_load(&worker->id), r->source, &copy,
+            &(copier_asker_t){.deadline_ns = attn_min(attn_now_ns() + timeout * ATTN_NS_PER_MS,
+                                                      rpc_call_deadline_ns(u->call)),
+                              .gone        = is_given_up,
+                              .arg         = u->call},
+            &reply->bytes);
     }
     return status;
 }
@@ -370,8 +380,9 @@ serve_leave_chunk(const unary_call_t *u)
         return attn_fail(ATTN_ERR_INVALID, "what is %d: 0 to 2; move is %llu: not 0", (int)r->what,
                          (unsigned long long)r->move);
     }
-    if (r->hold_ms > HOLD_MS_MAX) {
-        return attn_fail(ATTN_ERR_INVALID, "hold_ms is %u: at most %u", r->hold_ms, HOLD_MS_MAX);
+    if (r->hold_ms > ENGINE_HOLD_MS_MAX) {
+        return attn_fail(ATTN_ERR_INVALID, "hold_ms is %u: at most %u", r->hold_ms,
+                         ENGINE_HOLD_MS_MAX);
     }
     kv_leaving_t leaving = {.what       = words[r->what],
                             .chunk      = r->chunk,
@@ -505,7 +516,8 @@ static const unary_method_t methods[] = {
      .serve   = serve_copy_chunk,
      .reply   = &attn__v1__copy_chunk_reply__descriptor,
      .admit   = admit_coordinator,
-     .request = &attn__v1__copy_chunk_request__descriptor},
+     .request = &attn__v1__copy_chunk_request__descriptor,
+     .blocks  = true},
     {.path    = "/attn.v1.Worker/LeaveChunk",
      .serve   = serve_leave_chunk,
      .reply   = &attn__v1__worker_chunk__descriptor,
@@ -529,7 +541,7 @@ worker_serve(worker_t *worker)
     for (size_t i = 0; i < sizeof(methods) / sizeof(methods[0]); i++) {
         assert(methods[i].admit != NULL); /* whoever adds a method says who may call it */
     }
-    attn_status_t status = unary_add(worker->server, NULL, methods,
+    attn_status_t status = unary_add(worker->server, worker->jobs, methods,
                                      sizeof(methods) / sizeof(methods[0]), worker, &worker->unary);
 
     if (status == ATTN_OK) {
@@ -550,7 +562,8 @@ worker_serve(worker_t *worker)
         status = copier_create(worker->server,
                                &(copier_options_t){.engine = worker->engine,
                                                    .gate   = &worker->gate,
-                                                   .tls    = worker->certs.tls},
+                                                   .tls    = worker->certs.tls,
+                                                   .jobs   = worker->jobs},
                                &worker->copier);
     }
     return status;

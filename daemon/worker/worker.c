@@ -84,6 +84,9 @@ start(worker_t *worker)
         engine_describe(worker->engine, &info);
         worker->speed = info.speed;
         snprintf(worker->device, sizeof(worker->device), "%s", info.device.name);
+        status = jobs_create(COPIER_COPIES_MAX + 2, &worker->jobs); /* one refuses, one waits */
+    }
+    if (status == ATTN_OK) {
         status = worker_serve(worker);
     }
     if (status == ATTN_OK) {
@@ -171,6 +174,7 @@ drain(worker_t *worker)
     process_notify("STOPPING=1\nSTATUS=draining");
     rpc_server_set_serving(worker->server, false);
     steps_drain(worker->steps);
+    copier_drain(worker->copier);
     while (open_steps(worker) > 0 && attn_now_ns() < end) {
         leave_broken_device(worker);
         engine_tick(worker->engine, attn_now_ns());
@@ -184,6 +188,7 @@ drain(worker_t *worker)
     process_end_within(GRACE_MS + SPARE_MS);
     steps_end_streams(worker->steps);
     lender_end_streams(worker->lender);
+    copier_end_streams(worker->copier);
     rpc_server_stop(worker->server, GRACE_MS);
 }
 
@@ -192,6 +197,10 @@ destroy(worker_t *worker)
 {
     monitor_stop(worker->monitor);
     registrar_stop(worker->registrar);
+    if (worker->server != NULL) {
+        rpc_server_stop(worker->server, 0);
+    }
+    jobs_destroy(worker->jobs);
     rpc_server_destroy(worker->server);
     unary_destroy(worker->unary);
     lender_destroy(worker->lender);

@@ -29,6 +29,7 @@ typedef struct worker {
     steps_t *steps;
     lender_t *lender;
     copier_t *copier;
+    jobs_t *jobs; /* for what waits for other workers; NULL: it is done by the server's threads */
     registrar_t *registrar;
     gate_t gate;
     atomic_uint id; /* as the coordinator knows us; 0: not joined yet */
