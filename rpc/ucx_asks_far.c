@@ -32,6 +32,7 @@ struct ucx_asks_far {
     char devices[512];
     ucx_port_t *port;
     bool stale;       /* no new peer uses it */
+    bool uneven;      /* a way was closed that its server may never have heard of */
     bool working;     /* on_woken() is at it */
     bool news;        /* a hello was answered, or a peer broke */
     uint32_t n_peers; /* that are not closed: there is a watchman for them */
@@ -166,11 +167,14 @@ arrived(void *arg, void *what, bool whole)
 static void
 broken(void *arg, void *whose, const char *why)
 {
-    ucx_peer_t *peer = whose;
+    ucx_asks_far_t *far = arg;
+    ucx_peer_t *peer    = whose;
 
     snprintf(peer->why, sizeof(peer->why), "%s", why);
-    peer->broken                  = true;
-    ((ucx_asks_far_t *)arg)->news = true;
+    peer->broken = true;
+    far->news    = true;
+    /* The other side closed what was paired with it, or it is not there. */
+    far->stale = far->stale || (far->uneven && !atomic_load(&peer->greeted));
 }
 
 static void
@@ -487,6 +491,7 @@ ucx_asks_far_close(ucx_peer_t *peer)
     ucx_asks_far_t *far = peer->far;
 
     pthread_mutex_lock(&asks->lock);
+    far->uneven = far->uneven || !atomic_load(&peer->greeted);
     ucx_way_close(peer->way);
     for (unsigned i = 0; i < CLOSING_ROUNDS && ucx_port_closes(far->port); i++) {
         progress_aside(far); /* frees the peer, sooner or later */
@@ -535,6 +540,9 @@ ucx_peer_greet(ucx_peer_t *peer, uint64_t deadline_ns)
     if (atomic_load(&peer->greeted)) {
         return ATTN_OK;
     }
+    pthread_mutex_lock(&asks->lock);
+    peer->far->stale = peer->far->stale || peer->far->uneven; /* it may have gone another way */
+    pthread_mutex_unlock(&asks->lock);
     return ucx_peer_is_broken(peer)
                ? attn_fail(ATTN_ERR_UNSUPPORTED,
                            "UCX reaches the worker by none of its networks: %s", peer->why)

