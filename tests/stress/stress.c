@@ -247,7 +247,7 @@ take_options(int argc, char **argv, stress_options_t *o)
         .late_ms         = 250,
         .timeout_ms      = 3000,
         .step_timeout_ms = 4000,
-        .lost_ms         = 1000,
+        .lost_ms         = 2500, /* more than a worker is starved for on a busy machine */
         .lease_ms        = 8000,
         .unended_ms      = 10000,
         .settle_ms       = 25000,
