@@ -14,7 +14,7 @@
 
 #include <cmocka.h>
 
-#define WAIT_NS (UINT64_C(10000) * ATTN_NS_PER_MS)
+#define WAIT_NS (UINT64_C(60000) * ATTN_NS_PER_MS) /* for what must come */
 #define SLAB (UINT64_C(1) << 20)
 
 typedef struct fixture {

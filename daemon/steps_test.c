@@ -14,7 +14,7 @@
 
 #include <cmocka.h>
 
-#define WAIT_NS (UINT64_C(10000) * ATTN_NS_PER_MS)
+#define WAIT_NS TALK_WAIT_NS
 #define STEPS_MAX 64u
 
 /* ---- the service: answer[i] = q[i % q] ^ k[i % k] ^ v[i % v] ^ layer ---- */

@@ -13,7 +13,7 @@
 
 #include <cmocka.h>
 
-#define TALK_WAIT_NS (UINT64_C(10000) * ATTN_NS_PER_MS)
+#define TALK_WAIT_NS (UINT64_C(60000) * ATTN_NS_PER_MS) /* for what must come */
 #define TALK_REPLIES 64u
 
 typedef struct reply {

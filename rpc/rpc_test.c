@@ -80,7 +80,7 @@ test_unary_gives_head_and_data_back(void **state)
             sum     = (uint8_t)(sum + data[j]);
         }
         echo_answer_t a =
-            echo_call(f->channel, ECHO_UNARY, "text", i, 0, data, sizes[i], in_ms(10000));
+            echo_call(f->channel, ECHO_UNARY, "text", i, 0, data, sizes[i], in_ms(ECHO_WAIT_MS));
         assert_int_equal(a.status, ATTN_OK);
         assert_int_equal(a.number, i);
         assert_string_equal(a.text, "text");

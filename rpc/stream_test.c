@@ -555,7 +555,7 @@ call_and_stream(void *arg)
     for (int i = 0; i < 150; i++) {
         uint64_t number = (uint64_t)(w->index * 1000 + i);
         echo_answer_t a =
-            echo_call(w->f->channel, ECHO_UNARY, "", number, 0, block, 100, in_ms(10000));
+            echo_call(w->f->channel, ECHO_UNARY, "", number, 0, block, 100, in_ms(ECHO_WAIT_MS));
         w->wrong += a.status != ATTN_OK || a.number != number;
         echo_send(stream, "", (uint64_t)i, block, 3000, count, &w->f->sent);
         w->wrong += !echo_wait_messages(&log, i + 1);

@@ -112,7 +112,7 @@ echo_wait_messages(echo_log_t *log, int n)
 {
     wanted_t wanted = {.log = log, .n = n};
 
-    return rpc_client_wait(log->client, has_messages, &wanted, in_ms(10000)) &&
+    return rpc_client_wait(log->client, has_messages, &wanted, in_ms(ECHO_WAIT_MS)) &&
            atomic_load(&log->messages) >= n;
 }
 
@@ -127,13 +127,13 @@ has_ended(void *arg)
 bool
 echo_wait_end(echo_log_t *log)
 {
-    return rpc_client_wait(log->client, has_ended, log, in_ms(10000));
+    return rpc_client_wait(log->client, has_ended, log, in_ms(ECHO_WAIT_MS));
 }
 
 bool
 echo_wait_count(const atomic_int *count, int n)
 {
-    uint64_t until = in_ms(10000);
+    uint64_t until = in_ms(ECHO_WAIT_MS);
 
     while (atomic_load(count) < n) {
         if (attn_now_ns() > until) {

@@ -31,6 +31,8 @@ typedef struct echo_log {
     atomic_int *holds; /* callbacks wait while it is above 0, to be a slow reader; or NULL */
 } echo_log_t;
 
+#define ECHO_WAIT_MS 60000u /* for what must come: a sanitizer on a busy machine takes its time */
+
 static inline uint64_t
 in_ms(uint64_t ms)
 {

@@ -16,7 +16,7 @@
 #include "base/status.h"
 
 #define SLAB (UINT64_C(1) << 20)
-#define WAIT_NS (10000 * ATTN_NS_PER_MS)
+#define WAIT_NS (60000 * ATTN_NS_PER_MS) /* for what must come */
 #define TAG 77u
 #define FLAG_SLOW 1u
 #define FLAG_FAIL 2u
