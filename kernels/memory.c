@@ -7,6 +7,7 @@
 #include "base/status.h"
 
 #include <dlfcn.h>
+#include <link.h>
 #include <pthread.h>
 #include <stdatomic.h>
 #include <string.h>
@@ -31,6 +32,7 @@ typedef struct calls {
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER; /* guards what is found, once */
 static atomic_bool found;
+static atomic_ullong looked; /* libraries that had been loaded when it was not found */
 static calls_t calls;
 static void *contexts[GPUS_MAX]; /* primary ones, which live as long as the process */
 
@@ -62,11 +64,27 @@ look_up(void *library)
     return all;
 }
 
+static int
+take_count(struct dl_phdr_info *info, size_t size, void *count)
+{
+    (void)size;
+    *(unsigned long long *)count = info->dlpi_adds;
+    return 1; /* each has the same */
+}
+
+/* Asked for every tensor of every layer, and a search for a library takes 13 us: so it is made
+ * again only when some library was loaded since. */
 bool
 attn_memory_has_cuda(void)
 {
+    unsigned long long loaded = 0;
+
     if (atomic_load(&found)) {
         return true;
+    }
+    dl_iterate_phdr(take_count, &loaded);
+    if (loaded == atomic_load(&looked)) {
+        return false;
     }
     pthread_mutex_lock(&lock);
     void *library = atomic_load(&found) ? NULL : dlopen("libcuda.so.1", RTLD_LAZY | RTLD_NOLOAD);
@@ -75,6 +93,7 @@ attn_memory_has_cuda(void)
     } else if (library != NULL) {
         dlclose(library);
     }
+    atomic_store(&looked, loaded); /* one that came since makes the count another */
     pthread_mutex_unlock(&lock);
     return atomic_load(&found);
 }
