@@ -443,7 +443,8 @@ ATTN_API attn_status_t attn_step_begin(attn_cache_t *cache, const attn_batch_t *
  * @param lse    [sum of n_q][q_heads] natural log of the sum of exp of the logits,
  *               sinks excluded, -inf where nothing was seen; NULL if not wanted; as o on failure
  *
- * Buffers belong to the caller and are not touched after the return.
+ * Buffers belong to the caller and are not touched after the return; but those in a GPU's memory,
+ * after ATTN_ERR_DEADLINE, for as long as that GPU does not get to the end of what was queued.
  *
  * Tensors are all in the host's memory, or all in one GPU's, the LSE where o is; all runs of a step
  * alike. Of a GPU they are to be there when the call is made (synchronise with what makes them),
@@ -551,7 +552,8 @@ ATTN_API attn_status_t attn_step_submit_with(attn_step_t *step, const attn_run_t
  * The number follows from how many queries and new tokens the batch has and from its dtypes, and it
  * changes when what begin plans outgrows the room that was made for it: about when lengths double.
  * Two steps that are open at once have different ones. Graphs are good until their cache is closed;
- * launched while no step with their number is open they leave tensors and KV as they are.
+ * launched while no step with their number is open they leave tensors and KV as they are, if they
+ * have run before such a step begins: nothing orders them behind its begin.
  */
 
 /**
@@ -569,6 +571,8 @@ ATTN_API attn_status_t attn_step_submit_with(attn_step_t *step, const attn_run_t
  * @return ATTN_ERR_UNSUPPORTED  the worker is none on a GPU in this process, or the step's KV is on
  *                               several, or an entry has list_room; the sentence says which
  * @return ATTN_ERR_INVALID      a tensor, the layer, or a step begun without ATTN_MEMORY_CUDA
+ * @return ATTN_ERR_BUSY         between attn_step_replay() and attn_step_replayed(), but in a
+ * capture
  * @return ATTN_ERR_ABORTED, ATTN_ERR_NOT_FOUND  the step ended (deadline)
  * @return ATTN_ERR_INTERNAL     the driver refused; the sentence names the call
  */
@@ -581,7 +585,9 @@ ATTN_API attn_status_t attn_step_graph(attn_step_t *step, uint64_t *graph_p);
 
 /** To be called before the launch of a graph on a stream, and after it: the stream finds the step's
  * tables, and the step waits for what the stream has by then. Several graphs may be launched in
- * between. Not while the stream is being captured. @return as attn_step_enqueue() */
+ * between, on this stream, before the step's deadline. Not while the stream is being captured.
+ * @return as attn_step_enqueue(); ATTN_ERR_BUSY from a second replay on another stream before
+ * replayed, ATTN_ERR_INVALID from replayed on another stream than replay's */
 ATTN_API attn_status_t attn_step_replay(attn_step_t *step, void *stream);
 ATTN_API attn_status_t attn_step_replayed(attn_step_t *step, void *stream);
 

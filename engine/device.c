@@ -241,6 +241,9 @@ engine_step_run_device(engine_t *engine, uint64_t step_id, const engine_call_t *
         (status = results(engine, step)) == ATTN_OK && call->q != NULL && !step->on_device) {
         engine_count_run(engine, step, attn_now_ns() - start);
     }
+    if (status == ATTN_ERR_INTERNAL && step->track != NULL) { /* a part may have been queued */
+        tracks_of(engine)->wait(step->track, step->deadline_ns);
+    }
     engine_step_leave(engine, step);
     return status;
 }

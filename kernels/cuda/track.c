@@ -324,8 +324,11 @@ send_tables(attn_track_t *t, const attn_track_step_t *step, cuda_image_t *images
         cuda_image_write(&images[i], t->host + (t->blocks[i].device - t->device));
         w->plan = step->plans[i];
     }
-    if ((status = CUDA_CALL(cuMemcpyHtoDAsync(t->device, t->host, t->sent, t->stream))) !=
-        ATTN_OK) {
+    /* The head last: with the step's serial there all else is the step's, too. */
+    uint64_t rest = sizeof(head);
+    if ((status = CUDA_CALL(cuMemcpyHtoDAsync(t->device + rest, t->host + rest, t->sent - rest,
+                                              t->stream))) != ATTN_OK ||
+        (status = CUDA_CALL(cuMemcpyHtoDAsync(t->device, t->host, rest, t->stream))) != ATTN_OK) {
         return status;
     }
     return CUDA_CALL(cuEventRecord(t->ready, t->stream));
@@ -416,8 +419,8 @@ fill(attn_track_t *t, CUdeviceptr at, uint8_t byte, uint64_t n)
 
 /*
  * Nothing is open any more, so that a graph that is launched all the same does nothing: its first
- * kernels see it in the head, its others have no piece and no item. What fails here fails again
- * when the track is taken.
+ * kernels see it in the head, its others have no piece and no item. It is so when this returns, for
+ * the step's pages may be another's then. What fails here fails again when the track is taken.
  */
 static void
 track_give(attn_track_t *t)
@@ -432,6 +435,7 @@ track_give(attn_track_t *t)
             fill(t, t->blocks[i].device + pieces, 0xff, image->pages - pieces);
             fill(t, t->blocks[i].device + image->items, 0, image->refs - image->items);
         }
+        t->backend->cu->cuStreamSynchronize(t->stream);
     }
     pthread_mutex_lock(&t->backend->lock);
     t->busy = false;

@@ -21,13 +21,14 @@
 
 /* ---- order ---- */
 
-/* What comes next on the stream finds the tables, and what was queued before on others is over. */
+/* What comes next on the stream finds the tables, and what was queued before is over: also where it
+ * was on a stream of this handle, which may be another's by now, or another one on each thread. */
 static attn_status_t
 follow(attn_track_t *t, CUstream stream)
 {
     attn_status_t status = CUDA_CALL(cuStreamWaitEvent(stream, t->ready, 0));
 
-    if (status == ATTN_OK && t->queued && t->last != stream) {
+    if (status == ATTN_OK && t->queued) {
         status = CUDA_CALL(cuStreamWaitEvent(stream, t->done, 0));
     }
     return status;
@@ -53,8 +54,15 @@ attn_status_t
 track_before(attn_track_t *t, void *stream)
 {
     CUDA_VISIT(t->backend);
-    attn_status_t status = visit.status == ATTN_OK ? follow(t, stream) : visit.status;
+    attn_status_t status = visit.status;
 
+    if (status == ATTN_OK && t->replaying && t->last != (CUstream)stream) {
+        return attn_fail(ATTN_ERR_BUSY, "a graph of this step is launched on another stream: "
+                                        "attn_step_replayed() comes first");
+    }
+    if (status == ATTN_OK) {
+        status = follow(t, stream);
+    }
     if (status == ATTN_OK) {
         t->replaying = true;
         t->last      = stream;
@@ -66,8 +74,15 @@ attn_status_t
 track_after(attn_track_t *t, void *stream)
 {
     CUDA_VISIT(t->backend);
-    attn_status_t status = visit.status == ATTN_OK ? note(t, stream) : visit.status;
+    attn_status_t status = visit.status;
 
+    if (status == ATTN_OK && (!t->replaying || t->last != (CUstream)stream)) {
+        return attn_fail(ATTN_ERR_INVALID,
+                         "attn_step_replayed() is for the stream of the attn_step_replay() before");
+    }
+    if (status == ATTN_OK) {
+        status = note(t, stream);
+    }
     t->replaying = t->replaying && status != ATTN_OK;
     return status;
 }
@@ -224,6 +239,10 @@ track_enqueue(attn_track_t *t, const attn_track_call_t *call)
     }
     bool captures = capturing != CU_STREAM_CAPTURE_STATUS_NONE;
     t->captured   = t->captured || captures;
+    if (!captures && t->replaying) {
+        return attn_fail(ATTN_ERR_BUSY, "a graph of this step is being launched: "
+                                        "attn_step_replayed() comes before further layers");
+    }
     if (!captures && (status = follow(t, stream)) != ATTN_OK) {
         return status;
     }
