@@ -205,9 +205,9 @@ pass_field(cursor_t *c, uint64_t total, uint32_t *field, uint32_t *wire, uint64_
         *body = 4;
         break;
     case 2:
-        if (!cursor_varint(c, 10, body)) {
-            return attn_fail(ATTN_ERR_INVALID, "message: the length of field %u is cut off",
-                             *field);
+        if (!cursor_varint(c, 5, body)) { /* as many bytes as protobuf-c takes for a length */
+            return attn_fail(ATTN_ERR_INVALID,
+                             "message: the length of field %u is cut off or too long", *field);
         }
         break;
     default:

@@ -49,6 +49,21 @@ static const ProtobufCMessageDescriptor *const types[] = {
     &attn__v1__describe_chunks_reply__descriptor,
     &attn__v1__worker_begin_request__descriptor,
     &attn__v1__worker_begin_reply__descriptor,
+    &attn__v1__keep_alive_reply__descriptor,
+    &attn__v1__export_request__descriptor,
+    &attn__v1__export_reply__descriptor,
+    &attn__v1__move_sequence_request__descriptor,
+    &attn__v1__drain_worker_request__descriptor,
+    &attn__v1__move_reply__descriptor,
+    &attn__v1__export_chunk_request__descriptor,
+    &attn__v1__export_chunk_reply__descriptor,
+    &attn__v1__copy_chunk_request__descriptor,
+    &attn__v1__copy_chunk_reply__descriptor,
+    &attn__v1__leave_chunk_request__descriptor,
+    &attn__v1__ping_request__descriptor,
+    &attn__v1__ping_reply__descriptor,
+    &attn__v1__slab_request__descriptor,
+    &attn__v1__slab_reply__descriptor,
 };
 
 /* `data` of the oracle's message. */
