@@ -17,8 +17,8 @@
 
 #include "client/attnctl_bench.h"
 #include "client/attnctl_explain.h"
+#include "client/attnctl_words.h"
 
-#include <errno.h>
 #include <getopt.h>
 #include <inttypes.h>
 #include <stdio.h>
@@ -125,23 +125,12 @@ on_signal(int number)
     attnctl_stop = 1;
 }
 
-/* Decimal, or hexadecimal behind 0x; all of the text. */
-static bool
-number_from_text(const char *text, uint64_t most, uint64_t *number)
-{
-    char *end;
-
-    errno   = 0;
-    *number = strtoull(text, &end, 0);
-    return errno == 0 && text[0] >= '0' && text[0] <= '9' && *end == '\0' && *number <= most;
-}
-
 static bool
 worker_from_text(const char *text, uint32_t *worker)
 {
     uint64_t number;
 
-    if (!number_from_text(text, UINT32_MAX, &number) || number == 0) {
+    if (!attnctl_number(text, UINT32_MAX, &number) || number == 0) {
         return false;
     }
     *worker = (uint32_t)number;
@@ -223,12 +212,12 @@ read_arguments(int argc, char **argv, attnctl_t *ctl, arguments_t *arguments)
             }
             break;
         case 'o':
-            if (!number_from_text(optarg, 60000, &arguments->timeout_ms)) {
+            if (!attnctl_number(optarg, 60000, &arguments->timeout_ms)) {
                 return mistake("--timeout is 0 to 60000 ms", optarg);
             }
             break;
         case 'i':
-            if (!number_from_text(optarg, INTERVAL_MS_MAX, &arguments->interval_ms)) {
+            if (!attnctl_number(optarg, INTERVAL_MS_MAX, &arguments->interval_ms)) {
                 return mistake("--interval is 0 to 3600000 ms", optarg);
             }
             break;
@@ -274,7 +263,7 @@ static int (*pick_command(attnctl_t *ctl, const arguments_t *arguments))(const a
         bool move = command[0] == 'm';
         if (arguments->n_words != 2 || ctl->cache == NULL) {
             mistake("seq and move want an ID and --cache NAME", NULL);
-        } else if (!number_from_text(arguments->words[1], UINT64_MAX, &ctl->seq) || ctl->seq == 0) {
+        } else if (!attnctl_number(arguments->words[1], UINT64_MAX, &ctl->seq) || ctl->seq == 0) {
             mistake("a sequence's ID is a number above 0", arguments->words[1]);
         } else if (move && ctl->to == 0 && ctl->from == 0) {
             mistake("move wants --to WORKER, or --from WORKER", NULL);

@@ -4,8 +4,8 @@
 find_library(CJSON_LIBRARY cjson REQUIRED)
 attn_program(attnctl attnctl.c attnctl_status.c attnctl_sample.c attnctl_top.c attnctl_doctor.c
              attnctl_doctor_trip.c attnctl_seq.c attnctl_move.c attnctl_bench.c attnctl_bench_load.c
-             attnctl_bench_data.c attnctl_bench_dev.c attnctl_explain.c
-             attnctl_measure.c)
+             attnctl_bench_data.c attnctl_bench_dev.c attnctl_explain.c attnctl_measure.c
+             attnctl_words.c)
 target_include_directories(attnctl PRIVATE ${PROJECT_SOURCE_DIR}/client)
 target_link_libraries(attnctl PRIVATE attn_door attn_client ${CJSON_LIBRARY} ${CRYPTO_LIBRARY})
 attn_test(attnctl_bench_test client)

@@ -9,6 +9,7 @@
 #include "client/attnctl_bench.h"
 
 #include "client/attnctl.h"
+#include "client/attnctl_words.h"
 
 #include <errno.h>
 #include <getopt.h>
@@ -105,11 +106,7 @@ static const struct option options[] = {
 static bool
 take_number(bench_options_t *b, int option, const char *text)
 {
-    const struct {
-        int option;
-        uint32_t *to;
-        uint32_t least, most;
-    } numbers[] = {
+    const attnctl_limits_t numbers[] = {
         {HEADS, &b->heads, 1, 256},        {KV_HEADS, &b->kv_heads, 1, 256},
         {HEAD_DIM, &b->head_dim, 32, 256}, {LAYERS, &b->layers, 1, 1024},
         {CHUNK, &b->chunk, 0, 1u << 20},   {CONTEXT, &b->context, 1, 1u << 24},
@@ -119,17 +116,7 @@ take_number(bench_options_t *b, int option, const char *text)
         {SPIN, &b->spin_us, 0, 1000000},   {DEV, &b->dev, 1, 64},
     };
 
-    for (size_t i = 0; i < sizeof(numbers) / sizeof(numbers[0]); i++) {
-        if (numbers[i].option == option) {
-            char *end;
-            errno                = 0;
-            unsigned long long n = strtoull(text, &end, 10);
-            *numbers[i].to       = (uint32_t)n;
-            return errno == 0 && text[0] >= '0' && text[0] <= '9' && *end == '\0' &&
-                   n >= numbers[i].least && n <= numbers[i].most;
-        }
-    }
-    return false;
+    return attnctl_take_number(numbers, sizeof(numbers) / sizeof(numbers[0]), option, text);
 }
 
 /* The place of text among the words, which are one after the other; -1: not there. */
@@ -151,9 +138,7 @@ take_option(bench_options_t *b, int option)
 
     switch (option) {
     case DTYPE:
-        word     = word_of(optarg, "f32\0f16\0bf16\0");
-        b->dtype = (attn_dtype_t)(word + ATTN_F32);
-        return word >= 0;
+        return attnctl_dtype(optarg, &b->dtype);
     case PLACEMENT:
         word         = word_of(optarg, "auto\0spread\0whole\0");
         b->placement = (attn_placement_t)word;

@@ -6,8 +6,8 @@
 #include "client/attnctl_explain.h"
 
 #include "client/attnctl.h"
+#include "client/attnctl_words.h"
 
-#include <errno.h>
 #include <getopt.h>
 #include <inttypes.h>
 #include <stdio.h>
@@ -85,25 +85,13 @@ static const struct option options[] = {
     {NULL, 0, NULL, 0},
 };
 
-/* A number at the start of text; *end_p: behind it. */
-static bool
-number_at(const char *text, const char **end_p, uint64_t least, uint64_t most, uint64_t *n)
-{
-    char *end;
-
-    errno  = 0;
-    *n     = strtoull(text, &end, 10);
-    *end_p = end;
-    return errno == 0 && text[0] >= '0' && text[0] <= '9' && *n >= least && *n <= most;
-}
-
 static bool
 take_list(const char *text, uint32_t most, explain_list_t *list)
 {
     uint64_t n;
 
     *list = (explain_list_t){0};
-    while (list->n < EXPLAIN_VALUES_MAX && number_at(text, &text, 1, most, &n)) {
+    while (list->n < EXPLAIN_VALUES_MAX && attnctl_number_at(text, &text, 1, most, &n)) {
         list->at[list->n++] = (uint32_t)n;
         if (*text != ',') {
             return *text == '\0';
@@ -114,45 +102,18 @@ take_list(const char *text, uint32_t most, explain_list_t *list)
 }
 
 static bool
-take_dtype(const char *text, uint32_t *dtype)
-{
-    static const char *const names[] = {
-        [ATTN_F32] = "f32", [ATTN_F16] = "f16", [ATTN_BF16] = "bf16"};
-
-    for (uint32_t d = ATTN_F32; d <= ATTN_BF16; d++) {
-        if (strcmp(text, names[d]) == 0) {
-            *dtype = d;
-            return true;
-        }
-    }
-    return false;
-}
-
-static bool
 take_number(explain_options_t *o, int option, const char *text)
 {
-    const struct {
-        int option;
-        uint32_t *to;
-        uint32_t least, most;
-    } numbers[] = {{HEADS, &o->heads, 1, 256},
-                   {KV_HEADS, &o->kv_heads, 1, 256},
-                   {HEAD_DIM, &o->head_dim, 32, 256},
-                   {CHUNK, &o->chunk, 0, 1u << 20},
-                   {NEW, &o->n_new, 0, 1u << 20},
-                   {SEQUENCES, &o->sequences, 1, 4096},
-                   {MS, &o->ms, 1, 60000},
-                   {DEV, &o->dev, 1, 64}};
+    const attnctl_limits_t numbers[] = {{HEADS, &o->heads, 1, 256},
+                                        {KV_HEADS, &o->kv_heads, 1, 256},
+                                        {HEAD_DIM, &o->head_dim, 32, 256},
+                                        {CHUNK, &o->chunk, 0, 1u << 20},
+                                        {NEW, &o->n_new, 0, 1u << 20},
+                                        {SEQUENCES, &o->sequences, 1, 4096},
+                                        {MS, &o->ms, 1, 60000},
+                                        {DEV, &o->dev, 1, 64}};
 
-    for (size_t i = 0; i < sizeof(numbers) / sizeof(numbers[0]); i++) {
-        uint64_t n;
-        if (numbers[i].option == option) {
-            bool right     = number_at(text, &text, numbers[i].least, numbers[i].most, &n);
-            *numbers[i].to = (uint32_t)n;
-            return right && *text == '\0';
-        }
-    }
-    return false;
+    return attnctl_take_number(numbers, sizeof(numbers) / sizeof(numbers[0]), option, text);
 }
 
 static bool
@@ -175,7 +136,7 @@ take_option(explain_options_t *o, int option)
         o->measure = true;
         return true;
     case DTYPE:
-        return take_dtype(optarg, &o->dtype);
+        return attnctl_dtype(optarg, &o->dtype);
     case TOKENS:
         return take_list(optarg, 1u << 24, &o->tokens);
     case ROWS:
@@ -207,11 +168,10 @@ take_options(int argc, char **argv, explain_options_t *o)
             return ATTNCTL_USAGE;
         }
     }
-    char *end = NULL;
-    o->seq    = id != NULL ? strtoull(id, &end, 0) : 0;
+    bool is_id = id != NULL && attnctl_number(id, UINT64_MAX, &o->seq) && o->seq != 0;
     const char *mistake =
-        id != NULL && (*end != '\0' || o->seq == 0) ? "a sequence's ID is a number above 0"
-        : id != NULL && o->cache == NULL            ? "a sequence is of a --cache"
+        id != NULL && !is_id             ? "a sequence's ID is a number above 0"
+        : id != NULL && o->cache == NULL ? "a sequence is of a --cache"
         : id != NULL && (o->measure || o->dev > 0)
             ? "--measure and --dev take steps of a shape, not of a sequence"
         : o->cache != NULL && o->dev > 0    ? "a cluster that --dev starts has no --cache"
@@ -287,11 +247,7 @@ print_table(const attn_geometry_t *g, const attn_explain_t *asked, const attn_ex
     printf("%" PRIu64 " tokens, %u query rows, %u new; %u heads on %u of %u and %u, %s; %u "
            "workers\n\n",
            x->tokens, asked->n_q, asked->n_new, g->q_heads, g->kv_heads, g->head_dim_k,
-           g->head_dim_v,
-           g->kv_dtype == ATTN_F32   ? "f32"
-           : g->kv_dtype == ATTN_F16 ? "f16"
-                                     : "bf16",
-           x->workers);
+           g->head_dim_v, attnctl_dtype_name(g->kv_dtype), x->workers);
     print_costs(x);
     for (uint32_t i = 0; i < x->n_costs; i++) {
         if (x->costs[i].taken) {
@@ -390,7 +346,7 @@ explain_shape(const explain_options_t *o, attn_client_t *client, attn_geometry_t
         g->q_heads    = o->heads;
         g->kv_heads   = o->kv_heads;
         g->head_dim_k = g->head_dim_v = o->head_dim;
-        g->kv_dtype                   = (attn_dtype_t)o->dtype;
+        g->kv_dtype                   = o->dtype;
         g->chunk_size                 = o->chunk;
     } else {
         attn_status_t status = attn_cache_open(client, o->cache, NULL, &named);

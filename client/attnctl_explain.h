@@ -17,7 +17,8 @@ typedef struct explain_options {
     uint64_t seq; /* 0: none */
     explain_list_t tokens, rows;
     uint32_t n_new, sequences;
-    uint32_t heads, kv_heads, head_dim, chunk, dtype; /* without a cache */
+    uint32_t heads, kv_heads, head_dim, chunk; /* without a cache, as is dtype */
+    attn_dtype_t dtype;
     uint32_t dev, ms;
     bool json, measure;
     const attn_client_options_t *client;
