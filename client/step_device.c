@@ -28,18 +28,34 @@ step_gpu(const attn_step_t *step)
                : -1;
 }
 
+typedef struct shape {
+    attn_dtype_t dtype;
+    uint64_t rows;
+    uint32_t heads, dim;
+} shape_t;
+
 /* What tensors of that number are like. */
-static void
-shape_of(const attn_step_t *step, int which, attn_dtype_t *dtype, uint64_t *rows, uint32_t *heads,
-         uint32_t *dim)
+static shape_t
+shape_of(const attn_step_t *step, int which)
 {
     const attn_geometry_t *g = &step->cache->geometry;
     bool of_q                = which == TENSOR_Q || which == TENSOR_O;
 
-    *dtype = which == TENSOR_Q ? step->q_dtype : which == TENSOR_O ? step->o_dtype : g->kv_dtype;
-    *rows  = of_q ? step->q_rows : step->new_rows;
-    *heads = of_q ? g->q_heads : g->kv_heads;
-    *dim   = which == TENSOR_Q || which == TENSOR_K ? g->head_dim_k : g->head_dim_v;
+    return (shape_t){
+        .dtype = which == TENSOR_Q   ? step->q_dtype
+                 : which == TENSOR_O ? step->o_dtype
+                                     : g->kv_dtype,
+        .rows  = of_q ? step->q_rows : step->new_rows,
+        .heads = of_q ? g->q_heads : g->kv_heads,
+        .dim   = which == TENSOR_Q || which == TENSOR_K ? g->head_dim_k : g->head_dim_v,
+    };
+}
+
+/* A tensor of that number as it is given, strides filled in. */
+static attn_status_t
+check_shape(const attn_tensor_t *tensor, int which, const shape_t *shape, attn_tensor_t *whole)
+{
+    return step_tensor_check(tensor, names[which], shape->dtype, shape->heads, shape->dim, whole);
 }
 
 /* The tensors of a run that count. */
@@ -101,28 +117,25 @@ gpu_of_all(const attn_tensor_t *const tensors[TENSORS], int told, int *gpu_p)
 static attn_status_t
 rows_of(attn_step_t *step, int which, const attn_tensor_t *tensor, const attn_rows_t **rows_p)
 {
-    attn_dtype_t dtype;
-    uint64_t rows;
-    uint32_t heads, dim;
+    shape_t shape = shape_of(step, which);
     attn_tensor_t whole;
 
     *rows_p = NULL;
     if (tensor == NULL) {
         return ATTN_OK;
     }
-    shape_of(step, which, &dtype, &rows, &heads, &dim);
-    attn_status_t status = step_tensor_check(tensor, names[which], dtype, heads, dim, &whole);
+    uint64_t row         = (uint64_t)shape.heads * shape.dim;
+    attn_status_t status = check_shape(tensor, which, &shape, &whole);
     if (status != ATTN_OK) {
         return status;
     }
     if (which == TENSOR_O &&
-        (whole.head_stride != dim || (rows > 1 && whole.token_stride != (uint64_t)heads * dim))) {
+        (whole.head_stride != shape.dim || (shape.rows > 1 && whole.token_stride != row))) {
         return attn_fail(ATTN_ERR_INVALID,
                          "o has strides %llu (token) and %llu (head): in a GPU's memory it is "
                          "packed, %llu and %u",
                          (unsigned long long)whole.token_stride,
-                         (unsigned long long)whole.head_stride, (unsigned long long)heads * dim,
-                         dim);
+                         (unsigned long long)whole.head_stride, (unsigned long long)row, shape.dim);
     }
     step->rows[which] = (attn_rows_t){
         .at = whole.data, .row_stride = whole.token_stride, .head_stride = whole.head_stride};
@@ -244,45 +257,43 @@ stage_room(attn_step_t *step, int which, uint64_t bytes)
 }
 
 static attn_strided_t
-strided_of(const attn_tensor_t *whole, uint64_t rows, uint32_t heads, uint32_t dim)
+strided_of(const attn_tensor_t *whole, const shape_t *shape)
 {
     uint64_t size = attn_dtype_size(whole->dtype);
 
     return (attn_strided_t){.at          = whole->data,
-                            .rows        = rows,
+                            .rows        = shape->rows,
                             .row_stride  = whole->token_stride * size,
-                            .heads       = heads,
+                            .heads       = shape->heads,
                             .head_stride = whole->head_stride * size,
-                            .head_bytes  = dim * size};
+                            .head_bytes  = shape->dim * size};
 }
 
 /* A tensor in a stage: what the workers read is copied there. */
 static attn_status_t
 stage_tensor(attn_step_t *step, int which, const attn_tensor_t *tensor, const attn_tensor_t **out)
 {
-    attn_dtype_t dtype;
-    uint64_t rows;
-    uint32_t heads, dim;
+    shape_t shape = shape_of(step, which);
     attn_tensor_t whole;
 
     *out = NULL;
     if (tensor == NULL) {
         return ATTN_OK;
     }
-    shape_of(step, which, &dtype, &rows, &heads, &dim);
-    attn_status_t status = step_tensor_check(tensor, names[which], dtype, heads, dim, &whole);
+    attn_status_t status = check_shape(tensor, which, &shape, &whole);
     if (status == ATTN_OK) {
-        status = stage_room(step, which, rows * heads * dim * attn_dtype_size(dtype));
+        status = stage_room(step, which,
+                            shape.rows * shape.heads * shape.dim * attn_dtype_size(shape.dtype));
     }
     if (status == ATTN_OK && which != TENSOR_O) {
-        attn_strided_t from = strided_of(&whole, rows, heads, dim);
+        attn_strided_t from = strided_of(&whole, &shape);
         status              = attn_memory_fetch(step->stages_gpu, &from, step->stages[which].at);
     }
     if (which == TENSOR_O) {
         step->o_on_gpu = whole;
     }
-    step->staged_tensors[which] =
-        (attn_tensor_t){.data = step->stages[which].at, .dtype = dtype, .memory = ATTN_MEMORY_HOST};
+    step->staged_tensors[which] = (attn_tensor_t){
+        .data = step->stages[which].at, .dtype = shape.dtype, .memory = ATTN_MEMORY_HOST};
     *out = &step->staged_tensors[which];
     return status;
 }
@@ -317,12 +328,12 @@ stage_run(attn_step_t *step, int gpu, const attn_run_t *run,
 attn_status_t
 step_tensors_return(attn_step_t *step)
 {
-    const attn_geometry_t *g = &step->cache->geometry;
-    attn_strided_t to        = strided_of(&step->o_on_gpu, step->q_rows, g->q_heads, g->head_dim_v);
-    attn_status_t status     = attn_memory_send(step->staged, step->stages[TENSOR_O].at, &to);
+    shape_t shape        = shape_of(step, TENSOR_O);
+    attn_strided_t to    = strided_of(&step->o_on_gpu, &shape);
+    attn_status_t status = attn_memory_send(step->staged, step->stages[TENSOR_O].at, &to);
 
     if (status == ATTN_OK && step->lse_on_gpu != NULL) {
-        uint64_t bytes = step->q_rows * g->q_heads * sizeof(float);
+        uint64_t bytes = shape.rows * shape.heads * sizeof(float);
         to             = (attn_strided_t){
                         .at = (uint8_t *)step->lse_on_gpu, .rows = 1, .heads = 1, .head_bytes = bytes};
         status = attn_memory_send(step->staged, step->stages[TENSOR_LSE].at, &to);
