@@ -75,32 +75,6 @@ worker_close(worker_t *worker)
     world_close(&worker->w);
 }
 
-/* N random tokens in a chunk. */
-static void
-fill(world_t *w, uint64_t chunk)
-{
-    kv_step_chunk_t named = {.chunk = chunk, .n_new = N};
-    engine_entry_t entry  = {.seq = 7, .n_new = N, .n_chunks = 1, .chunks = &named};
-    engine_batch_t batch  = {.cache       = w->cache,
-                             .step_id     = w->next_id++,
-                             .n           = 1,
-                             .entries     = &entry,
-                             .q_dtype     = ATTN_F32,
-                             .o_dtype     = ATTN_F32,
-                             .deadline_ns = UINT64_MAX};
-    engine_sizes_t sizes;
-
-    OK(engine_step_begin(w->engine, &batch, &sizes));
-    for (uint32_t l = 0; l < w->g.layers; l++) {
-        void *k = random_tensor(w->g.kv_dtype, sizes.k / attn_dtype_size(w->g.kv_dtype));
-        void *v = random_tensor(w->g.kv_dtype, sizes.v / attn_dtype_size(w->g.kv_dtype));
-        OK(engine_step_run(w->engine, batch.step_id, l, NULL, k, v, NULL, NULL));
-        free(k);
-        free(v);
-    }
-    OK(engine_step_commit(w->engine, batch.step_id, NULL, 0));
-}
-
 static void
 assert_same(const worker_t *a, const worker_t *b, uint32_t length)
 {
@@ -275,7 +249,7 @@ test_a_chunk_comes_as_it_is(void **state)
     (void)state;
     worker_open(&a, secret);
     worker_open(&b, secret);
-    fill(&a.w, CHUNK);
+    OK(grow(&a.w, CHUNK, 0, 0, N));
     OK(copy(&b, a.address, 0, N - 100, 20000));
     OK(copy(&b, a.address, N - 100, N, 20000)); /* and what was added meanwhile */
     assert_same(&a, &b, N);
@@ -299,7 +273,7 @@ test_what_the_source_refuses_is_told(void **state)
     worker_open(&b, secret);
     assert_int_equal(copy(&b, a.address, 0, N, 20000), ATTN_ERR_NOT_FOUND);
     assert_non_null(strstr(attn_last_error(), a.address));
-    fill(&a.w, CHUNK);
+    OK(grow(&a.w, CHUNK, 0, 0, N));
     assert_int_equal(copy(&b, a.address, 0, N + 1, 20000), ATTN_ERR_INVALID);
     assert_int_equal(copy(&b, "127.0.0.1:1", 0, N, 20000), ATTN_ERR_UNAVAILABLE);
     assert_int_equal(copy(&b, "", 0, N, 20000), ATTN_ERR_INVALID);
@@ -321,7 +295,7 @@ test_strangers_are_let_in_nowhere(void **state)
     (void)state;
     worker_open(&a, secret);
     worker_open(&b, other);
-    fill(&a.w, CHUNK);
+    OK(grow(&a.w, CHUNK, 0, 0, N));
     assert_int_equal(copy(&b, a.address, 0, N, 20000), ATTN_ERR_DENIED);
     assert_empty(&b);
     gate_destroy(&b.gate);
@@ -345,7 +319,7 @@ test_a_byte_that_changes_on_its_way_is_found(void **state)
     (void)state;
     worker_open(&a, secret);
     worker_open(&b, secret);
-    fill(&a.w, CHUNK);
+    OK(grow(&a.w, CHUNK, 0, 0, N));
     for (uint32_t i = 0; i < 20 && status != ATTN_ERR_CORRUPT; i++) {
         proxy_t proxy;
         proxy_open(&proxy, &a, 300000 + 12347 * i, 0);
@@ -378,7 +352,7 @@ test_a_source_that_stops_is_given_up(void **state)
     (void)state;
     worker_open(&a, secret);
     worker_open(&b, secret);
-    fill(&a.w, CHUNK);
+    OK(grow(&a.w, CHUNK, 0, 0, N));
     proxy_open(&proxy, &a, 0, 500000);
     uint64_t start = attn_now_ns();
     assert_int_equal(copy(&b, proxy.address, 0, N, 300), ATTN_ERR_DEADLINE);
@@ -426,7 +400,7 @@ test_a_source_that_ends_amid_leaves_nothing(void **state)
     (void)state;
     worker_open(&a, secret);
     worker_open(&b, secret);
-    fill(&a.w, CHUNK);
+    OK(grow(&a.w, CHUNK, 0, 0, N));
     assert_int_equal(copy_and(&a, &b, end_streams, &a, 0), ATTN_ERR_CANCELLED);
     assert_non_null(strstr(attn_last_error(), "draining"));
     assert_empty(&b);
@@ -450,7 +424,7 @@ test_who_drains_gives_its_copies_up(void **state)
     (void)state;
     worker_open(&a, secret);
     worker_open(&b, secret);
-    fill(&a.w, CHUNK);
+    OK(grow(&a.w, CHUNK, 0, 0, N));
     uint64_t start = attn_now_ns();
     assert_int_equal(copy_and(&a, &b, drain, &b, AMID), ATTN_ERR_UNAVAILABLE);
     assert_true(attn_now_ns() - start < COPIER_STALL_MS * ATTN_NS_PER_MS); /* it is woken */
@@ -476,7 +450,7 @@ test_a_copy_may_take_longer_than_its_ticket(void **state)
     (void)state;
     worker_open(&a, secret);
     worker_open(&b, secret);
-    fill(&a.w, CHUNK);
+    OK(grow(&a.w, CHUNK, 0, 0, N));
     OK(copy_and(&a, &b, let_time_pass, &a, 0));
     assert_same(&a, &b, N);
     worker_close(&b);
@@ -505,7 +479,7 @@ test_a_copy_that_nobody_wants_any_more_ends(void **state)
     (void)state;
     worker_open(&a, secret);
     worker_open(&b, secret);
-    fill(&a.w, CHUNK);
+    OK(grow(&a.w, CHUNK, 0, 0, N));
     assert_int_equal(
         copy_for(&b, a.address, 0, N,
                  &(copier_asker_t){.deadline_ns = UINT64_MAX, .gone = is_gone, .arg = &a}),
@@ -524,7 +498,7 @@ test_parts_wait_for_room(void **state)
     (void)state;
     worker_open_with(&a, secret, 2 * N * engine_kv_row_bytes(&plain_geometry));
     worker_open(&b, secret);
-    fill(&a.w, CHUNK);
+    OK(grow(&a.w, CHUNK, 0, 0, N));
     for (uint32_t i = 0; i < 3; i++) {
         OK(copy(&b, a.address, 0, N, 20000));
         assert_same(&a, &b, N);
@@ -544,7 +518,7 @@ test_addresses_do_not_add_up(void **state)
     (void)state;
     worker_open(&a, secret);
     worker_open(&b, secret);
-    fill(&a.w, CHUNK);
+    OK(grow(&a.w, CHUNK, 0, 0, N));
     for (uint32_t i = 0; i < 1100; i++) {
         char address[64];
         snprintf(address, sizeof(address), "127.1.%u.%u:1", i / 200, 1 + i % 200);

@@ -584,6 +584,35 @@ append(world_t *w, sequence_t *s, uint32_t n)
     commit(&b, NULL);
 }
 
+/* Append n random tokens to a chunk, which nobody keeps: as it is, if it is at this length. */
+static inline attn_status_t
+grow(world_t *w, uint64_t chunk, uint32_t generation, uint32_t length, uint32_t n)
+{
+    const uint64_t seq    = 7; /* no matter which */
+    kv_step_chunk_t named = {
+        .chunk = chunk, .generation = generation, .length = length, .n_new = n};
+    engine_entry_t entry = {
+        .seq = seq, .base = length, .n_new = n, .n_chunks = 1, .chunks = &named};
+    engine_batch_t batch = {.cache       = w->cache,
+                            .step_id     = w->next_id++,
+                            .n           = 1,
+                            .entries     = &entry,
+                            .q_dtype     = ATTN_F32,
+                            .o_dtype     = ATTN_F32,
+                            .deadline_ns = UINT64_MAX};
+    engine_sizes_t sizes;
+    attn_status_t status = engine_step_begin(w->engine, &batch, &sizes);
+
+    for (uint32_t l = 0; l < w->g.layers && status == ATTN_OK; l++) {
+        void *k = random_tensor(w->g.kv_dtype, sizes.k / attn_dtype_size(w->g.kv_dtype));
+        void *v = random_tensor(w->g.kv_dtype, sizes.v / attn_dtype_size(w->g.kv_dtype));
+        status  = engine_step_run(w->engine, batch.step_id, l, NULL, k, v, NULL, NULL);
+        free(k);
+        free(v);
+    }
+    return status == ATTN_OK ? engine_step_commit(w->engine, batch.step_id, NULL, 0) : status;
+}
+
 /* Is what the engine holds of the sequence what the test knows? */
 static inline void
 check_content(world_t *w, sequence_t *s)

@@ -58,6 +58,17 @@ struct copier {
 
 /* ---- where chunks come from ---- */
 
+engine_export_t
+copier_part(const Attn__V1__ExportChunkRequest *request)
+{
+    return (engine_export_t){.cache      = request->cache_id,
+                             .chunk      = request->chunk,
+                             .generation = request->generation,
+                             .layer      = request->layer,
+                             .first      = request->first,
+                             .n          = request->n};
+}
+
 /*
  * Read a part into a buffer, and send it from there. *full_p: nothing was wrong but that too many
  * parts are on their way.
@@ -205,12 +216,7 @@ read_request(copier_t *c, reader_t *r, rpc_message_t *message)
         status = gate_admit(c->options.gate, rpc_call_metadata(r->call, TICKET_HEADER), false);
     }
     r->asked = true;
-    r->what  = (engine_export_t){.cache      = q->cache_id,
-                                 .chunk      = q->chunk,
-                                 .generation = q->generation,
-                                 .layer      = q->layer,
-                                 .first      = q->first,
-                                 .n          = q->n};
+    r->what  = copier_part(q);
     return status;
 }
 

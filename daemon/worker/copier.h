@@ -9,16 +9,20 @@
 #ifndef ATTN_DAEMON_COPIER_H
 #define ATTN_DAEMON_COPIER_H
 
+#include "attn/v1/attn.pb-c.h"
 #include "daemon/jobs.h"
 #include "daemon/worker/gate.h"
 #include "engine/engine.h"
 #include "rpc/rpc.h"
 
-#define COPIER_COPIES_MAX 4u                 /* at once, to here; more are refused */
-#define COPIER_OUT_MAX (UINT64_C(256) << 20) /* bytes of parts on their way from here; more wait   \
-                                              */
-#define COPIER_IN_MAX (UINT64_C(256) << 20)  /* bytes of parts that came, while they are stored */
-#define COPIER_STALL_MS 4000u /* a source that sends no part for so long is given up */
+/* At once, to here; more are refused. */
+#define COPIER_COPIES_MAX 4u
+/* Bytes of parts on their way from here, where more wait, and of those that came, while they are
+ * stored. */
+#define COPIER_OUT_MAX (UINT64_C(256) << 20)
+#define COPIER_IN_MAX (UINT64_C(256) << 20)
+/* A source that sends no part for so long is given up. */
+#define COPIER_STALL_MS 4000u
 
 typedef struct copier copier_t;
 
@@ -54,6 +58,9 @@ void copier_destroy(copier_t *copier); /* NULL is allowed */
 void copier_drain(copier_t *copier);
 /** End the streams over which others read; after copier_drain(). */
 void copier_end_streams(copier_t *copier);
+
+/** The part that a request asks for; not checked. */
+engine_export_t copier_part(const Attn__V1__ExportChunkRequest *request);
 
 /** Free buffers that nobody asked for in a while. */
 void copier_tick(copier_t *copier, uint64_t now_ns);

@@ -299,12 +299,7 @@ serve_export_chunk(const unary_call_t *u)
     const Attn__V1__ExportChunkRequest *r = u->request;
     worker_t *worker                      = u->service;
     Attn__V1__ExportChunkReply *reply     = u->reply;
-    engine_export_t what                  = {.cache      = r->cache_id,
-                                             .chunk      = r->chunk,
-                                             .generation = r->generation,
-                                             .layer      = r->layer,
-                                             .first      = r->first,
-                                             .n          = r->n};
+    engine_export_t what                  = copier_part(r);
     uint64_t k, v;
 
     attn_status_t status = engine_export_bytes(worker->engine, &what, &k, &v);
