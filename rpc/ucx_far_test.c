@@ -74,34 +74,13 @@ test_requests_that_are_none(void **state)
     fixture_close(&f);
 }
 
-static bool
-refuse(void *arg, const ucx_head_t *head, uint64_t bytes, ucx_coming_t *coming)
-{
-    (void)arg, (void)head, (void)bytes, (void)coming;
-    return false;
-}
-
-static void
-let_go(void *arg, void *whose)
-{
-    (void)whose;
-    *(bool *)arg = true;
-}
-
-static void
-shrug(void *arg, void *whose, const char *why)
-{
-    (void)arg, (void)whose, (void)why;
-}
-
 /* Somebody who knows the server's address and nothing else. */
 static void
 test_strangers(void **state)
 {
     static uint8_t data[LARGE];
     bool gone                  = false;
-    const ucx_port_user_t user = {
-        .arrive = refuse, .broken = shrug, .closed = let_go, .arg = &gone};
+    const ucx_port_user_t user = nobody(&gone);
     fixture_t f;
     question_t q;
     ucx_offer_t offer;
@@ -174,9 +153,7 @@ test_answers_that_are_none(void **state)
     question_round(&f.sides[0], &q, 1);
     atomic_store(&f.hold, true);
     question_ask(&q, 2, FLAG_SLOW, true); /* an answer is waited for: number 2 */
-    while (!atomic_load(&f.held)) {
-        ucx_asks_look(f.sides[0].asks);
-    }
+    await_held(&f);
     const ucx_head_t good = {.secret   = f.sides[0].peer->secret,
                              .tag      = TAG,
                              .bytes    = 64,
@@ -228,9 +205,7 @@ test_answers_that_are_late(void **state)
     question_open(&f, &f.sides[0], &q, 64, 64);
     atomic_store(&f.hold, true);
     question_ask(&q, 1, FLAG_SLOW, true);
-    while (!atomic_load(&f.held)) {
-        ucx_asks_look(f.sides[0].asks);
-    }
+    await_held(&f);
     ucx_forget(&q.ask);
     atomic_store(&f.hold, false);
     for (int i = 0; i < 5000 && q.times == 0; i++) { /* a slot that is busy drops it */

@@ -134,9 +134,7 @@ test_what_nobody_waits_for_wakes_once(void **state)
     question_open(&f, &f.sides[0], &q, 64, 64);
     atomic_store(&f.hold, true);
     question_ask(&q, 1, FLAG_SLOW, true);
-    while (!atomic_load(&f.held)) {
-        ucx_asks_look(f.sides[0].asks);
-    }
+    await_held(&f);
     ucx_forget(&q.ask);
     atomic_store(&f.hold, false);
     rpc_client_wait(f.sides[0].rpc, count_looks, &looks, attn_now_ns() + 300 * ATTN_NS_PER_MS);
@@ -372,31 +370,13 @@ test_a_way_of_one_side_alone(void **state)
     fixture_close(&f);
 }
 
-static bool
-refuse(void *arg, const ucx_head_t *head, uint64_t bytes, ucx_coming_t *coming)
-{
-    (void)arg, (void)head, (void)bytes, (void)coming;
-    return false;
-}
-
-static void
-let_go(void *arg, void *whose)
-{
-    (void)arg, (void)whose;
-}
-
-static void
-shrug(void *arg, void *whose, const char *why)
-{
-    (void)arg, (void)whose, (void)why;
-}
-
 /* All of it is right but the way: it cannot be told when that one's data will not come any more. */
 static void
 test_what_is_fetched_comes_by_its_own_way(void **state)
 {
     static const uint8_t data[LARGE];
-    const ucx_port_user_t user = {.arrive = refuse, .broken = shrug, .closed = let_go};
+    bool gone                  = false;
+    const ucx_port_user_t user = nobody(&gone);
     fixture_t f;
     question_t q;
     ucx_offer_t offer;

@@ -250,3 +250,40 @@ pass(int fd, void *bytes, size_t n, bool out)
         at += (size_t)moved;
     }
 }
+
+void
+await_held(fixture_t *f)
+{
+    while (!atomic_load(&f->held)) {
+        ucx_asks_look(f->sides[0].asks);
+    }
+}
+
+/* ---- nobody ---- */
+
+static bool
+refuse(void *arg, const ucx_head_t *head, uint64_t bytes, ucx_coming_t *coming)
+{
+    (void)arg, (void)head, (void)bytes, (void)coming;
+    return false;
+}
+
+static void
+note_closed(void *arg, void *whose)
+{
+    (void)whose;
+    *(bool *)arg = true;
+}
+
+static void
+shrug(void *arg, void *whose, const char *why)
+{
+    (void)arg, (void)whose, (void)why;
+}
+
+ucx_port_user_t
+nobody(bool *closed)
+{
+    return (ucx_port_user_t){
+        .arrive = refuse, .broken = shrug, .closed = note_closed, .arg = closed};
+}

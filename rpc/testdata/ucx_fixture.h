@@ -73,6 +73,10 @@ void question_ask(question_t *q, uint32_t number, uint32_t flags, bool waits);
 void question_check(const question_t *q, uint32_t number);
 void question_round(side_t *side, question_t *q, uint32_t number);
 void side_greet(side_t *side);
+/** Look until the slow handler has what was asked. */
+void await_held(fixture_t *f);
+/** A user of a port who takes nothing; *closed: its way is gone. */
+ucx_port_user_t nobody(bool *closed);
 uint64_t dropped(fixture_t *f); /* requests */
 void await_dropped(fixture_t *f, uint64_t n);
 /** All of it through a pipe, or the end of this process. */
