@@ -1,0 +1,229 @@
+/*
+ * Steps on a stream whose work comes late, in another order, or never: streams of the fake driver
+ * are held, and its calls fail. A real one has no way to, and these tests are skipped there.
+ */
+#include "tests/integration/stream_runner.h"
+
+#include <stdlib.h>
+#include <unistd.h>
+
+#define NEEDS_FAKE()                                                                               \
+    if (fake.hold == NULL) {                                                                       \
+        skip();                                                                                    \
+    }
+
+/* ---- order ---- */
+
+/* Nothing has written to the answer of a layer since send(). */
+static bool
+is_untouched(const runner_t *r, uint32_t l)
+{
+    unsigned char bytes[64];
+    bool all = true;
+
+    CU(cuMemcpyDtoH(bytes, r->o[l], sizeof(bytes)));
+    for (size_t i = 0; i < sizeof(bytes); i++) {
+        all = all && bytes[i] == 0x77;
+    }
+    return all;
+}
+
+/* A layer runs behind the one before it, whatever stream that is on, and commit behind all. */
+static void
+test_layers_follow_across_streams(void **state)
+{
+    NEEDS_FAKE();
+    runner_t *r  = runner_open(16);
+    sequence_t s = sequence_new(r);
+    CUstream other;
+
+    (void)state;
+    CU(cuStreamCreate(&other, CU_STREAM_NON_BLOCKING));
+    draw(r, 3);
+    send(r);
+    attn_step_t *step = begin(r, &s, 3);
+    fake.hold(r->stream, 1);
+    OK(enqueue(r, step, 0, r->stream));
+    OK(enqueue(r, step, 1, other));
+    assert_true(is_untouched(r, 0) && is_untouched(r, 1));
+    fake.hold(r->stream, 0);
+    OK(attn_step_commit(step, NULL));
+    compare(r, &s, 3);
+    CU(cuStreamDestroy(other));
+    runner_close(r);
+}
+
+/* And behind the tables that begin sends. */
+static void
+test_layers_follow_begin(void **state)
+{
+    NEEDS_FAKE();
+    runner_t *r  = runner_open(16);
+    sequence_t s = sequence_new(r);
+
+    (void)state;
+    for (uint32_t round = 0; round < 2; round++) { /* what it needs is there in the second */
+        draw(r, 1);
+        send(r);
+        fake.hold_all(round == 1);
+        attn_step_t *step = begin(r, &s, 1);
+        fake.hold(r->stream, 0);
+        fake.hold(NULL, 0);
+        enqueue_all(r, step, r->stream);
+        assert_true(is_untouched(r, 1) == (round == 1));
+        fake.hold_all(0);
+        OK(attn_step_commit(step, NULL));
+        compare(r, &s, 1);
+    }
+    runner_close(r);
+}
+
+/* A graph is behind what was enqueued on another stream, and what is enqueued behind the graph. */
+static void
+test_graphs_and_layers_follow(void **state)
+{
+    NEEDS_FAKE();
+    runner_t *r  = runner_open(16);
+    sequence_t s = sequence_new(r);
+    CUstream first, last;
+
+    (void)state;
+    CU(cuStreamCreate(&first, CU_STREAM_NON_BLOCKING));
+    CU(cuStreamCreate(&last, CU_STREAM_NON_BLOCKING));
+    draw(r, 2);
+    send(r);
+    attn_step_t *step = begin(r, &s, 2);
+    CUgraphExec exec  = capture(r, step);
+    fake.hold(first, 1);
+    OK(enqueue(r, step, 0, first));
+    OK(attn_step_replay(step, r->stream));
+    CU(cuGraphLaunch(exec, r->stream));
+    assert_says(enqueue(r, step, 1, last), ATTN_ERR_BUSY, "comes before further layers");
+    assert_says(attn_step_replay(step, last), ATTN_ERR_BUSY, "on another stream");
+    assert_says(attn_step_replayed(step, last), ATTN_ERR_INVALID, "is for the stream");
+    OK(attn_step_replayed(step, r->stream));
+    OK(enqueue(r, step, 1, last));
+    assert_true(is_untouched(r, 0) && is_untouched(r, 1));
+    fake.hold(r->stream, 1);
+    fake.hold(first, 0);
+    assert_true(!is_untouched(r, 0) && is_untouched(r, 1));
+    fake.hold(r->stream, 0);
+    OK(attn_step_commit(step, NULL));
+    compare(r, &s, 2);
+    CU(cuGraphExecDestroy(exec));
+    CU(cuStreamDestroy(first));
+    CU(cuStreamDestroy(last));
+    runner_close(r);
+}
+
+/* ---- work that does not end ---- */
+
+static void
+test_an_abort_amid_work(void **state)
+{
+    NEEDS_FAKE();
+    runner_t *r  = runner_open(16);
+    sequence_t s = sequence_new(r);
+    attn_step_t *step, *next;
+
+    (void)state;
+    draw(r, 1);
+    send(r);
+
+    /* What is queued ends while the abort waits, or the stream has it still when it does not. */
+    step = begin(r, &s, 1);
+    enqueue_all(r, step, r->stream);
+    attn_step_abort(step);
+    fake.hold(r->stream, 1);
+    step = begin(r, &s, 1);
+    enqueue_all(r, step, r->stream);
+    uint64_t start = attn_now_ns();
+    attn_step_abort(step);
+    assert_in_range(attn_now_ns() - start, 900 * ATTN_NS_PER_MS, 2500 * ATTN_NS_PER_MS);
+    assert_int_equal(begin_with(r->on_gpu, s.gpu, 0, 1, 1, ATTN_MEMORY_CUDA, 0, &next),
+                     ATTN_ERR_BUSY);
+    fake.hold(r->stream, 0);
+    await_free(r, &s);
+
+    /* A graph between replay and replayed counts, too. */
+    step             = begin(r, &s, 1);
+    CUgraphExec exec = capture(r, step);
+    fake.hold(r->stream, 1);
+    OK(attn_step_replay(step, r->stream));
+    CU(cuGraphLaunch(exec, r->stream));
+    attn_step_abort(step);
+    assert_int_equal(begin_with(r->on_gpu, s.gpu, 0, 1, 1, ATTN_MEMORY_CUDA, 0, &next),
+                     ATTN_ERR_BUSY);
+    fake.hold(r->stream, 0);
+    await_free(r, &s);
+    CU(cuGraphExecDestroy(exec));
+
+    /* And the step after it is as any other. */
+    step = begin(r, &s, 1);
+    enqueue_all(r, step, r->stream);
+    OK(attn_step_commit(step, NULL));
+    compare(r, &s, 1);
+    runner_close(r);
+}
+
+static void
+test_a_deadline_amid_work(void **state)
+{
+    NEEDS_FAKE();
+    runner_t *r  = runner_open(16);
+    sequence_t s = sequence_new(r);
+    attn_step_t *step;
+
+    (void)state;
+    draw(r, 1);
+    send(r);
+    fake.hold(r->stream, 1);
+    uint64_t start = attn_now_ns();
+    OK(begin_with(r->on_gpu, s.gpu, 0, 1, 1, ATTN_MEMORY_CUDA, 200, &step));
+    enqueue_all(r, step, r->stream);
+    assert_says(attn_step_commit(step, NULL), ATTN_ERR_DEADLINE, "did not end before its deadline");
+    assert_true(attn_now_ns() - start < 2000 * ATTN_NS_PER_MS);
+    assert_int_equal(enqueue(r, step, 0, r->stream), ATTN_ERR_ABORTED);
+    attn_step_abort(step);
+    fake.hold(r->stream, 0);
+    await_free(r, &s);
+
+    /* Nobody asks: the tick ends it, when the stream is through. */
+    fake.hold(r->stream, 1);
+    OK(begin_with(r->on_gpu, s.gpu, 0, 1, 1, ATTN_MEMORY_CUDA, 100, &step));
+    OK(enqueue(r, step, 0, r->stream));
+    usleep(300000);
+    assert_int_equal(enqueue(r, step, 1, r->stream), ATTN_ERR_ABORTED);
+    fake.hold(r->stream, 0);
+    await_free(r, &s);
+    attn_step_abort(step);
+    runner_close(r);
+}
+
+/* ---- all of it ---- */
+
+static void
+test_nothing_is_left(void **state)
+{
+    (void)state;
+    NEEDS_FAKE();
+    assert_nothing_is_left();
+}
+
+int
+main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_layers_follow_across_streams),
+        cmocka_unit_test(test_layers_follow_begin),
+        cmocka_unit_test(test_graphs_and_layers_follow),
+        cmocka_unit_test(test_an_abort_amid_work),
+        cmocka_unit_test(test_a_deadline_amid_work),
+        cmocka_unit_test(test_nothing_is_left),
+    };
+    int skipped = runner_driver();
+
+    return skipped != 0
+               ? skipped
+               : cmocka_run_group_tests_name("integration.stream_order", tests, NULL, NULL);
+}
