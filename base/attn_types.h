@@ -78,8 +78,8 @@ attn_dtype_size(attn_dtype_t dtype)
 /** Whose memory a tensor lies in. */
 typedef enum attn_memory {
     ATTN_MEMORY_AUTO = 0, /**< the library finds out; a driver call a tensor, where there is CUDA */
-    ATTN_MEMORY_HOST = 1, /**< the host's; pinned memory is that, too */
-    ATTN_MEMORY_CUDA = 2, /**< a GPU's */
+    ATTN_MEMORY_HOST = 1, /**< the host's; pinned memory is that, too; believed */
+    ATTN_MEMORY_CUDA = 2, /**< a GPU's; looked at as AUTO is, and refused if it is none */
 } attn_memory_t;
 
 /**

@@ -447,11 +447,13 @@ ATTN_API attn_status_t attn_step_begin(attn_cache_t *cache, const attn_batch_t *
  * after ATTN_ERR_DEADLINE, for as long as that GPU does not get to the end of what was queued.
  *
  * Tensors are all in the host's memory, or all in one GPU's, the LSE where o is; all runs of a step
- * alike. Of a GPU they are to be there when the call is made (synchronise with what makes them),
- * and the answer is there when it returns. A worker in this process on that GPU (inproc://cuda:N)
- * that has all KV of the step works with them where they are: tokens and heads of k and v begin at
- * multiples of 16 bytes then, those of q of 4, and o and the LSE are packed. For any other worker
- * they go through pinned memory, on the legacy default stream, which attn_client_links() counts.
+ * alike. Where each begins is looked at, unless its memory is told to be the host's. Of a GPU they
+ * are to be there when the call is made (synchronise with what makes them), and the answer is there
+ * when it returns. A worker in this process on that GPU (inproc://cuda:N) that has all KV of the
+ * step works with them where they are: tokens and heads of k and v begin at multiples of 16 bytes
+ * then, those of q of 4, and o and the LSE are packed, at multiples of an element. For any other
+ * worker they go through pinned memory, on the legacy default stream, which attn_client_links()
+ * counts.
  *
  * After the first six below the step is as it was, and the layer may be run again; after any
  * other the step is over, and attn_step_abort() frees it.

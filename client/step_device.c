@@ -13,7 +13,7 @@
 
 #define PINS 16u /* pieces of pinned memory that a client keeps */
 
-static const char *const names[TENSORS] = {"q", "k", "v", "o"};
+static const char *const names[STAGES] = {"q", "k", "v", "o", "lse"};
 
 /* ---- where tensors are ---- */
 
@@ -68,37 +68,45 @@ tensors_of(const attn_step_t *step, const attn_run_t *run, const attn_tensor_t *
     tensors[TENSOR_O] = tensors[TENSOR_Q] != NULL ? run->o : NULL;
 }
 
-/* The GPU of a tensor, -1: none. What is told is believed; `told` is its GPU then, if known. */
-static int
-gpu_of(const attn_tensor_t *tensor, int told)
+/* The GPU in whose memory it is; -1: the host's. What is told to be a GPU's is looked at, too: an
+ * address that is not mapped there ends the CUDA context of the whole process. */
+static attn_status_t
+gpu_of(int which, const void *at, attn_memory_t memory, int *gpu_p)
 {
-    if (tensor->memory == ATTN_MEMORY_HOST) {
-        return -1;
+    *gpu_p = memory == ATTN_MEMORY_HOST ? -1 : attn_memory_gpu(at);
+    if (memory == ATTN_MEMORY_CUDA && *gpu_p < 0) {
+        return attn_fail(
+            ATTN_ERR_INVALID,
+            "%s is at %p: no GPU's memory, as it was told to be (ATTN_MEMORY_CUDA), as "
+            "far as a CUDA driver in this process knows",
+            names[which], at);
     }
-    if (tensor->memory == ATTN_MEMORY_CUDA && told >= 0) {
-        return told;
-    }
-    int gpu = attn_memory_gpu(tensor->data);
-    return gpu < 0 && tensor->memory == ATTN_MEMORY_CUDA ? 0 : gpu;
+    return ATTN_OK;
 }
 
 /* The GPU that all are of; -1: none is of any. */
 static attn_status_t
-gpu_of_all(const attn_tensor_t *const tensors[TENSORS], int told, int *gpu_p)
+gpu_of_all(const attn_tensor_t *const tensors[TENSORS], const float *lse, int *gpu_p)
 {
-    int first = TENSORS;
+    int first = STAGES;
 
     *gpu_p = -1;
-    for (int i = 0; i < TENSORS; i++) {
-        if (tensors[i] == NULL || tensors[i]->data == NULL) {
+    for (int i = 0; i < STAGES; i++) {
+        const attn_tensor_t *t = tensors[i < TENSORS ? i : TENSOR_O]; /* the LSE is where o is */
+        const void *at         = t == NULL ? NULL : i < TENSORS ? t->data : lse;
+        int gpu;
+        if (at == NULL) {
             continue;
         }
-        if ((unsigned)tensors[i]->memory > ATTN_MEMORY_CUDA) {
+        if ((unsigned)t->memory > ATTN_MEMORY_CUDA) {
             return attn_fail(ATTN_ERR_INVALID, "%s.memory is %d: 0 (auto), 1 (host) or 2 (CUDA)",
-                             names[i], (int)tensors[i]->memory);
+                             names[i], (int)t->memory);
         }
-        int gpu = gpu_of(tensors[i], told);
-        if (first == TENSORS) {
+        attn_status_t status = gpu_of(i, at, t->memory, &gpu);
+        if (status != ATTN_OK) {
+            return status;
+        }
+        if (first == STAGES) {
             first  = i;
             *gpu_p = gpu;
         } else if (gpu != *gpu_p) {
@@ -351,7 +359,7 @@ step_tensors_take(attn_step_t *step, const attn_run_t *run, attn_run_t *out)
     step->direct = false;
     step->staged = -1;
     tensors_of(step, run, tensors);
-    attn_status_t status = gpu_of_all(tensors, worker, &gpu);
+    attn_status_t status = gpu_of_all(tensors, run->lse, &gpu);
     if (status != ATTN_OK || gpu < 0) {
         return status;
     }
@@ -448,7 +456,7 @@ attn_step_enqueue(attn_step_t *step, uint32_t layer, const attn_tensor_t *q, con
     if (!any) {
         return ATTN_OK;
     }
-    if ((status = gpu_of_all(tensors, worker, &gpu)) != ATTN_OK) {
+    if ((status = gpu_of_all(tensors, run.lse, &gpu)) != ATTN_OK) {
         return status;
     }
     if (gpu != worker) {

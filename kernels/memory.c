@@ -18,7 +18,7 @@ enum { ATTRIBUTE_MEMORY_TYPE = 2, ATTRIBUTE_ORDINAL = 9, TYPE_DEVICE = 2 };
 
 /* Devices are numbers, contexts and streams pointers, device memory an address of 64 bits. */
 typedef struct calls {
-    int (*attribute)(void *value, int which, uint64_t at);
+    int (*attributes)(unsigned n, const int *which, void **values, uint64_t at);
     int (*device)(int *device, int ordinal);
     int (*retain)(void **context, int device);
     int (*push)(void *context);
@@ -43,7 +43,7 @@ look_up(void *library)
         void *call;
         const char *name;
     } wanted[] = {
-        {&calls.attribute, "cuPointerGetAttribute"},
+        {&calls.attributes, "cuPointerGetAttributes"},
         {&calls.device, "cuDeviceGet"},
         {&calls.retain, "cuDevicePrimaryCtxRetain"},
         {&calls.push, "cuCtxPushCurrent_v2"},
@@ -98,19 +98,20 @@ attn_memory_has_cuda(void)
     return atomic_load(&found);
 }
 
+/* One call for both: it has zeros for what is nobody's. */
 int
 attn_memory_gpu(const void *at)
 {
-    unsigned type = 0;
-    int ordinal   = 0;
+    static const int which[] = {ATTRIBUTE_MEMORY_TYPE, ATTRIBUTE_ORDINAL};
+    unsigned type            = 0;
+    int ordinal              = -1;
+    void *values[]           = {&type, &ordinal};
 
-    if (!attn_memory_has_cuda() ||
-        calls.attribute(&type, ATTRIBUTE_MEMORY_TYPE, (uint64_t)(uintptr_t)at) != 0 ||
-        type != TYPE_DEVICE ||
-        calls.attribute(&ordinal, ATTRIBUTE_ORDINAL, (uint64_t)(uintptr_t)at) != 0) {
-        return -1;
-    }
-    return ordinal;
+    return attn_memory_has_cuda() &&
+                   calls.attributes(2, which, values, (uint64_t)(uintptr_t)at) == 0 &&
+                   type == TYPE_DEVICE
+               ? ordinal
+               : -1;
 }
 
 static attn_status_t

@@ -143,6 +143,15 @@ check_rows(const attn_rows_t *rows, const char *name, uint32_t unit, uint32_t si
 }
 
 static attn_status_t
+check_element(const void *at, const char *name, uint32_t size)
+{
+    return (uintptr_t)at % size == 0
+               ? ATTN_OK
+               : attn_fail(ATTN_ERR_INVALID, "%s is at %p: not at a multiple of its %u bytes", name,
+                           at, size);
+}
+
+static attn_status_t
 check_call(const attn_track_t *t, const attn_track_call_t *call)
 {
     attn_status_t status = ATTN_OK;
@@ -154,6 +163,9 @@ check_call(const attn_track_t *t, const attn_track_call_t *call)
     if (call->q != NULL && status == ATTN_OK) {
         uint32_t size = (uint32_t)attn_dtype_size(t->shape.q_dtype);
         status        = check_rows(call->q, "q", 4, size);
+        size          = (uint32_t)attn_dtype_size(t->shape.o_dtype);
+        status        = status == ATTN_OK ? check_element(call->o, "o", size) : status;
+        status        = status == ATTN_OK ? check_element(call->lse, "lse", sizeof(float)) : status;
     }
     return status;
 }

@@ -309,8 +309,106 @@ test_arguments(void **state)
                 "v is NULL");
     assert_says(attn_step_enqueue(step, 0, &t.q, &t.k, &t.v, NULL, NULL, NULL), ATTN_ERR_INVALID,
                 "o is NULL");
+    t        = gpu_views(r, 0);
+    t.o.data = (char *)t.o.data + 2;
+    assert_says(attn_step_enqueue(step, 0, &t.q, &t.k, &t.v, &t.o, NULL, NULL), ATTN_ERR_INVALID,
+                "o is at");
+    t = gpu_views(r, 0);
+    assert_says(attn_step_enqueue(step, 0, &t.q, &t.k, &t.v, &t.o,
+                                  (float *)(void *)((char *)r->lse[0] + 1), NULL),
+                ATTN_ERR_INVALID, "lse is at");
     attn_step_abort(step);
     free(host);
+    runner_close(r);
+}
+
+/* What is told to be in a GPU's memory is there, or nothing is queued: kernels that read elsewhere
+ * would end the context of the whole process. */
+static void
+test_what_is_told_is_looked_at(void **state)
+{
+    runner_t *r  = runner_open(16);
+    sequence_t s = sequence_new(r);
+    float *host  = malloc(4 * ROW_Q * sizeof(float));
+    attn_step_t *step;
+
+    (void)state;
+    for (uint32_t run = 0; run < 2; run++) {
+        step = begin(r, &s, 2);
+        for (uint32_t i = 0; i < 4; i++) {
+            static const char *const at[] = {"q is at", "k is at", "v is at", "o is at"};
+            views_t t                     = gpu_views(r, 1); /* told */
+            attn_tensor_t *tensors[]      = {&t.q, &t.k, &t.v, &t.o};
+            tensors[i]->data              = host;
+            assert_says(run ? attn_step_run(step, 1, &t.q, &t.k, &t.v, &t.o, NULL)
+                            : attn_step_enqueue(step, 1, &t.q, &t.k, &t.v, &t.o, NULL, r->stream),
+                        ATTN_ERR_INVALID, at[i]);
+        }
+        for (uint32_t l = 0; l < LAYERS; l++) { /* found out, and told */
+            views_t t = gpu_views(r, l);
+            assert_says(run ? attn_step_run(step, l, &t.q, &t.k, &t.v, &t.o, host)
+                            : attn_step_enqueue(step, l, &t.q, &t.k, &t.v, &t.o, host, r->stream),
+                        ATTN_ERR_INVALID,
+                        l == 0 ? "q is in the memory of GPU 0, lse of GPU -1" : "lse is at");
+        }
+        attn_step_abort(step);
+    }
+    free(host);
+    runner_close(r);
+}
+
+/* Tensors of another GPU than the worker's are refused on a stream, and copied for a run. */
+static void
+test_tensors_of_another_gpu(void **state)
+{
+    runner_t *r  = runner_open(16);
+    sequence_t s = sequence_new(r);
+    CUdevice device;
+    CUcontext context;
+    CUdeviceptr at[3];
+    attn_step_t *step;
+    int n = 0;
+
+    (void)state;
+    CU(cuDeviceGetCount(&n));
+    if (n < 2) {
+        runner_close(r);
+        skip();
+    }
+    CU(cuDeviceGet(&device, 1));
+    CU(cuDevicePrimaryCtxRetain(&context, device));
+    CU(cuCtxPushCurrent(context));
+    CU(cuMemAlloc(&at[0], sizeof(r->host[0])));
+    CU(cuMemAlloc(&at[1], sizeof(r->cpu_o[0])));
+    CU(cuMemAlloc(&at[2], sizeof(r->cpu_lse[0])));
+    draw(r, 2);
+    send(r);
+
+    step      = begin(r, &s, 2);
+    views_t t = views_of((void *)at[0], (void *)at[1], ATTN_MEMORY_CUDA), ours = gpu_views(r, 1);
+    assert_says(attn_step_enqueue(step, 0, &t.q, &t.k, &t.v, &t.o, NULL, r->stream),
+                ATTN_ERR_INVALID, "in the memory of GPU 1");
+    assert_says(attn_step_enqueue(step, 0, &ours.q, &t.k, &ours.v, &ours.o, NULL, r->stream),
+                ATTN_ERR_INVALID, "q is in the memory of GPU 0, k of GPU 1");
+    assert_says(attn_step_run(step, 0, &ours.q, &ours.k, &ours.v, &ours.o, (float *)at[2]),
+                ATTN_ERR_INVALID, "q is in the memory of GPU 0, lse of GPU 1");
+    attn_step_abort(step);
+
+    OK(begin_with(r->on_gpu, s.gpu, 0, 2, 2, ATTN_MEMORY_AUTO, 0, &step));
+    for (uint32_t l = 0; l < LAYERS; l++) {
+        CU(cuMemcpyHtoD(at[0], r->host[l], sizeof(r->host[l])));
+        OK(attn_step_run(step, l, &t.q, &t.k, &t.v, &t.o, (float *)at[2]));
+        CU(cuMemcpyDtoDAsync(r->o[l], at[1], sizeof(r->cpu_o[l]), NULL));
+        CU(cuMemcpyDtoDAsync(r->lse[l], at[2], sizeof(r->cpu_lse[l]), NULL));
+        CU(cuStreamSynchronize(NULL));
+    }
+    OK(attn_step_commit(step, NULL));
+    compare(r, &s, 2);
+    for (int i = 0; i < 3; i++) {
+        CU(cuMemFree(at[i]));
+    }
+    CU(cuCtxPopCurrent(&context));
+    CU(cuDevicePrimaryCtxRelease(device));
     runner_close(r);
 }
 
@@ -338,6 +436,8 @@ main(void)
         cmocka_unit_test(test_two_steps_in_turns),
         cmocka_unit_test(test_what_the_device_finds),
         cmocka_unit_test(test_arguments),
+        cmocka_unit_test(test_what_is_told_is_looked_at),
+        cmocka_unit_test(test_tensors_of_another_gpu),
         cmocka_unit_test(test_nothing_is_left),
     };
     int skipped = runner_driver();
