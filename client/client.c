@@ -7,6 +7,7 @@
 #include "base/clock.h"
 #include "base/log.h"
 #include "base/status.h"
+#include "client/stages.h"
 #include "client/target.h"
 
 #include <stdio.h>
@@ -305,7 +306,7 @@ client_free(attn_client_t *client)
         ucx_asks_destroy(asks);
         rpc_tls_close(client->tls);
     }
-    client_pins_free(client);
+    client_stages_free(client);
     pthread_cond_destroy(&client->wake);
     pthread_mutex_destroy(&client->lock);
     free(client);

@@ -132,7 +132,6 @@ step_new(attn_cache_t *cache, const attn_batch_t *batch, uint64_t deadline_ns, a
     step->o_dtype     = batch->o_dtype != ATTN_DTYPE_NONE ? batch->o_dtype : batch->q_dtype;
     step->want_lse    = batch->want_lse;
     step->memory      = batch->memory;
-    step->staged      = -1;
     step->n           = batch->n;
     step->entries     = calloc(batch->n, sizeof(*step->entries));
     step->stored      = calloc(cache->geometry.layers, 1);

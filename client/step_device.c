@@ -7,11 +7,9 @@
 #include "client/step_int.h"
 
 #include "base/status.h"
-#include "kernels/memory.h"
+#include "client/stages.h"
 
-#include <stdlib.h>
-
-#define PINS 16u /* pieces of pinned memory that a client keeps */
+#include <stdio.h>
 
 static const char *const names[STAGES] = {"q", "k", "v", "o", "lse"};
 
@@ -173,95 +171,13 @@ call_of(attn_step_t *step, const attn_run_t *run, const attn_tensor_t *const ten
 
 /* ---- through pinned memory ---- */
 
-typedef struct pins {
-    uint32_t n;
-    struct {
-        stage_t stage;
-        int gpu; /* whose context it was made in */
-    } kept[PINS];
-} pins_t;
-
-/* Pinned memory of so many bytes, of what is kept or new; at is NULL without. */
-static stage_t
-pin(attn_client_t *client, int gpu, uint64_t bytes)
-{
-    stage_t stage = {0};
-
-    pthread_mutex_lock(&client->lock);
-    if (client->pins == NULL) {
-        client->pins = calloc(1, sizeof(*client->pins));
-    }
-    pins_t *pins = client->pins;
-    for (uint32_t i = 0; pins != NULL && i < pins->n && stage.at == NULL; i++) {
-        if (pins->kept[i].gpu == gpu && pins->kept[i].stage.bytes >= bytes) {
-            stage         = pins->kept[i].stage;
-            pins->kept[i] = pins->kept[--pins->n];
-        }
-    }
-    pthread_mutex_unlock(&client->lock);
-    if (stage.at == NULL) {
-        stage = (stage_t){.at = attn_memory_pin(gpu, bytes), .bytes = bytes};
-    }
-    return stage;
-}
-
-static void
-unpin(attn_client_t *client, int gpu, stage_t stage)
-{
-    bool kept = false;
-
-    pthread_mutex_lock(&client->lock);
-    pins_t *pins = client->pins;
-    if (pins != NULL && pins->n < PINS) {
-        pins->kept[pins->n].stage = stage;
-        pins->kept[pins->n++].gpu = gpu;
-        kept                      = true;
-    }
-    pthread_mutex_unlock(&client->lock);
-    if (!kept) {
-        attn_memory_unpin(gpu, stage.at);
-    }
-}
-
-void
-client_pins_free(attn_client_t *client)
-{
-    for (uint32_t i = 0; client->pins != NULL && i < client->pins->n; i++) {
-        attn_memory_unpin(client->pins->kept[i].gpu, client->pins->kept[i].stage.at);
-    }
-    free(client->pins);
-    client->pins = NULL;
-}
+_Static_assert(STAGES == STAGES_MAX, "a piece for each tensor");
 
 void
 step_stages_free(attn_step_t *step)
 {
-    for (int i = 0; i < STAGES; i++) {
-        if (step->stages[i].at != NULL) {
-            unpin(step->client, step->stages_gpu, step->stages[i]);
-            step->stages[i] = (stage_t){0};
-        }
-    }
-}
-
-static attn_status_t
-stage_room(attn_step_t *step, int which, uint64_t bytes)
-{
-    stage_t *stage = &step->stages[which];
-
-    if (stage->bytes < bytes) {
-        if (stage->at != NULL) {
-            unpin(step->client, step->stages_gpu, *stage);
-        }
-        *stage = pin(step->client, step->stages_gpu, bytes);
-        if (stage->at == NULL) {
-            *stage = (stage_t){0};
-            return attn_fail(ATTN_ERR_NO_MEMORY,
-                             "no %llu bytes of pinned memory for a tensor of GPU %d",
-                             (unsigned long long)bytes, step->stages_gpu);
-        }
-    }
-    return ATTN_OK;
+    stages_give(step->client, step->stages);
+    step->stages = NULL;
 }
 
 static attn_strided_t
@@ -277,7 +193,7 @@ strided_of(const attn_tensor_t *whole, const shape_t *shape)
                             .head_bytes  = shape->dim * size};
 }
 
-/* A tensor in a stage: what the workers read is copied there. */
+/* A tensor in a stage: what the workers read is on its way there. */
 static attn_status_t
 stage_tensor(attn_step_t *step, int which, const attn_tensor_t *tensor, const attn_tensor_t **out)
 {
@@ -290,32 +206,28 @@ stage_tensor(attn_step_t *step, int which, const attn_tensor_t *tensor, const at
     }
     attn_status_t status = check_shape(tensor, which, &shape, &whole);
     if (status == ATTN_OK) {
-        status = stage_room(step, which,
-                            shape.rows * shape.heads * shape.dim * attn_dtype_size(shape.dtype));
+        status = stages_room(step->stages, which,
+                             shape.rows * shape.heads * shape.dim * attn_dtype_size(shape.dtype));
     }
     if (status == ATTN_OK && which != TENSOR_O) {
         attn_strided_t from = strided_of(&whole, &shape);
-        status              = attn_memory_fetch(step->stages_gpu, &from, step->stages[which].at);
+        status = attn_copies_fetch(step->stages->copies, &from, step->stages->pieces[which].at);
     }
     if (which == TENSOR_O) {
         step->o_on_gpu = whole;
     }
     step->staged_tensors[which] = (attn_tensor_t){
-        .data = step->stages[which].at, .dtype = shape.dtype, .memory = ATTN_MEMORY_HOST};
+        .data = step->stages->pieces[which].at, .dtype = shape.dtype, .memory = ATTN_MEMORY_HOST};
     *out = &step->staged_tensors[which];
     return status;
 }
 
 static attn_status_t
-stage_run(attn_step_t *step, int gpu, const attn_run_t *run,
-          const attn_tensor_t *const tensors[TENSORS], attn_run_t *out)
+stage_all(attn_step_t *step, const attn_run_t *run, const attn_tensor_t *const tensors[TENSORS],
+          attn_run_t *out)
 {
     attn_status_t status;
 
-    if (gpu != step->stages_gpu) {
-        step_stages_free(step);
-        step->stages_gpu = gpu;
-    }
     if ((status = stage_tensor(step, TENSOR_Q, tensors[TENSOR_Q], &out->q)) != ATTN_OK ||
         (status = stage_tensor(step, TENSOR_K, tensors[TENSOR_K], &out->k)) != ATTN_OK ||
         (status = stage_tensor(step, TENSOR_V, tensors[TENSOR_V], &out->v)) != ATTN_OK ||
@@ -325,28 +237,52 @@ stage_run(attn_step_t *step, int gpu, const attn_run_t *run,
     step->lse_on_gpu = out->q != NULL ? run->lse : NULL;
     if (step->lse_on_gpu != NULL) {
         uint64_t bytes = step->q_rows * step->cache->geometry.q_heads * sizeof(float);
-        status         = stage_room(step, TENSOR_LSE, bytes);
-        out->lse       = step->stages[TENSOR_LSE].at;
+        status         = stages_room(step->stages, TENSOR_LSE, bytes);
+        out->lse       = step->stages->pieces[TENSOR_LSE].at;
     }
-    step->staged = out->q != NULL ? gpu : -1;
-    atomic_fetch_add(&step->client->runs_staged, 1);
     return status;
+}
+
+/* Copies of the tensors, here. What was queued is waited for also where the rest was refused: the
+ * caller's memory is the caller's again. */
+static attn_status_t
+stage_run(attn_step_t *step, int gpu, const attn_run_t *run,
+          const attn_tensor_t *const tensors[TENSORS], attn_run_t *out)
+{
+    if (step->stages != NULL && step->stages->gpu != gpu) {
+        step_stages_free(step);
+    }
+    attn_status_t status =
+        step->stages == NULL ? stages_take(step->client, gpu, &step->stages) : ATTN_OK;
+    if (status != ATTN_OK) {
+        return status;
+    }
+    if ((status = stage_all(step, run, tensors, out)) != ATTN_OK) {
+        char sentence[512];
+        snprintf(sentence, sizeof(sentence), "%s", attn_last_error());
+        attn_copies_wait(step->stages->copies, step->deadline_ns);
+        return attn_fail(status, "%s", sentence);
+    }
+    step->staged = out->q != NULL;
+    atomic_fetch_add(&step->client->runs_staged, 1);
+    return attn_copies_wait(step->stages->copies, step->deadline_ns);
 }
 
 attn_status_t
 step_tensors_return(attn_step_t *step)
 {
+    stages_t *stages     = step->stages;
     shape_t shape        = shape_of(step, TENSOR_O);
     attn_strided_t to    = strided_of(&step->o_on_gpu, &shape);
-    attn_status_t status = attn_memory_send(step->staged, step->stages[TENSOR_O].at, &to);
+    attn_status_t status = attn_copies_send(stages->copies, stages->pieces[TENSOR_O].at, &to);
 
     if (status == ATTN_OK && step->lse_on_gpu != NULL) {
         uint64_t bytes = shape.rows * shape.heads * sizeof(float);
         to             = (attn_strided_t){
                         .at = (uint8_t *)step->lse_on_gpu, .rows = 1, .heads = 1, .head_bytes = bytes};
-        status = attn_memory_send(step->staged, step->stages[TENSOR_LSE].at, &to);
+        status = attn_copies_send(stages->copies, stages->pieces[TENSOR_LSE].at, &to);
     }
-    return status;
+    return status == ATTN_OK ? attn_copies_wait(stages->copies, step->deadline_ns) : status;
 }
 
 attn_status_t
@@ -357,7 +293,7 @@ step_tensors_take(attn_step_t *step, const attn_run_t *run, attn_run_t *out)
 
     *out         = *run;
     step->direct = false;
-    step->staged = -1;
+    step->staged = false;
     tensors_of(step, run, tensors);
     attn_status_t status = gpu_of_all(tensors, run->lse, &gpu);
     if (status != ATTN_OK || gpu < 0) {

@@ -57,12 +57,6 @@ typedef struct step_entry {
 /** Tensors of a run: q, k, v, o and the LSE, and their number. */
 enum { TENSOR_Q, TENSOR_K, TENSOR_V, TENSOR_O, TENSORS, TENSOR_LSE = TENSORS, STAGES };
 
-/** Pinned memory that a tensor of a GPU goes through. */
-typedef struct stage {
-    void *at;
-    uint64_t bytes;
-} stage_t;
-
 struct attn_step {
     attn_cache_t *cache;
     attn_client_t *client; /* the cache may be closed while the housekeeper still holds the step */
@@ -112,11 +106,10 @@ struct attn_step {
     engine_call_t call; /* what the worker gets of them where they are ... */
     attn_rows_t rows[TENSORS];
     bool direct; /* ... if it does; else they go through stages */
-    int staged;  /* the GPU whose o and LSE are to come back from there; -1: none */
+    bool staged; /* o and LSE are to go back from there */
     attn_tensor_t staged_tensors[TENSORS], o_on_gpu;
     float *lse_on_gpu;
-    stage_t stages[STAGES];
-    int stages_gpu;
+    struct stages *stages; /* NULL: none were needed yet */
 
     uint32_t references; /* under client->lock */
     attn_step_t *next, **link;
@@ -159,11 +152,12 @@ int step_gpu(const attn_step_t *step);
 /**
  * Where a run's tensors are. In the host's memory *out is the run; those of a GPU become
  * step->call if its worker can work there (step->direct), else *out has copies of them.
- * @return ATTN_ERR_INVALID  some are here and some there
+ * @return ATTN_ERR_INVALID                      some are here and some there
+ * @return ATTN_ERR_DEADLINE, ATTN_ERR_INTERNAL  the step is over: they could not be copied
  */
 attn_status_t step_tensors_take(attn_step_t *step, const attn_run_t *run, attn_run_t *out);
 
-/** What a run answered goes back where the caller has it. */
+/** What a run answered goes back where the caller has it. @return likewise */
 attn_status_t step_tensors_return(attn_step_t *step);
 
 void step_stages_free(attn_step_t *step);

@@ -274,6 +274,15 @@ share_run(share_t *share, void *q, void *k, void *v, const attn_lists_t *lists)
     }
 }
 
+/* What is wrong with tensors on a GPU, or with the way there and back, ends the step. */
+static attn_status_t
+run_fails(attn_step_t *step, attn_status_t status)
+{
+    step->dead = step->dead || status == ATTN_ERR_DEADLINE || status == ATTN_ERR_INTERNAL;
+    snprintf(step->sentence, sizeof(step->sentence), "%s", attn_last_error());
+    return status;
+}
+
 /* Every share answered: merge, unpack, and hand over. */
 static attn_status_t
 run_complete(attn_step_t *step)
@@ -289,11 +298,8 @@ run_complete(attn_step_t *step)
             rows_copy(&step->o_to, step->o, step->q_rows, step->cache->geometry.q_heads,
                       step->cache->geometry.head_dim_v, false);
         }
-        if (step->staged >= 0) {
-            status = step_tensors_return(step);
-            snprintf(step->sentence, sizeof(step->sentence), "%s", attn_last_error());
-        }
-        return status;
+        status = step->staged ? step_tensors_return(step) : ATTN_OK;
+        return status == ATTN_OK ? status : run_fails(step, status);
     }
     /* Wrong arguments leave the step as it was; anything else ended it at some worker. */
     step->dead = !(status == ATTN_ERR_INVALID || status == ATTN_ERR_CONFLICT ||
@@ -367,8 +373,11 @@ run_start(attn_step_t *step, const attn_run_t *run, attn_done_fn done, void *arg
     if (status == ATTN_OK) {
         status = lists_check(step, run->lists);
     }
-    if (status != ATTN_OK || (status = step_tensors_take(step, run, &here)) != ATTN_OK) {
+    if (status != ATTN_OK) {
         return status;
+    }
+    if ((status = step_tensors_take(step, run, &here)) != ATTN_OK) {
+        return run_fails(step, status);
     }
     step->o_to.data = NULL;
     if (!step->direct && (status = pack_run(step, &here, &p)) != ATTN_OK) {

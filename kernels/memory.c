@@ -4,17 +4,40 @@
  */
 #include "kernels/memory.h"
 
+#include "base/checked.h"
+#include "base/clock.h"
 #include "base/status.h"
 
 #include <dlfcn.h>
 #include <link.h>
 #include <pthread.h>
+#include <sched.h>
 #include <stdatomic.h>
+#include <stdlib.h>
 #include <string.h>
 
 #define GPUS_MAX 64
 
-enum { ATTRIBUTE_MEMORY_TYPE = 2, ATTRIBUTE_ORDINAL = 9, TYPE_DEVICE = 2 };
+/* How long a wait looks without a pause, and how long its pauses are. */
+#define SPIN_NS (100 * ATTN_NS_PER_US)
+#define PAUSE_NS 20000
+
+enum { ATTRIBUTE_MEMORY_TYPE = 2, ATTRIBUTE_ORDINAL = 9, TYPE_HOST = 1, TYPE_DEVICE = 2 };
+enum { STREAM_NON_BLOCKING = 1, EVENT_WITHOUT_TIMES = 2, HOST_PORTABLE = 1 };
+enum { MODE_RELAXED = 2, NOT_READY = 600 };
+
+/* CUDA_MEMCPY2D of the driver: rows of `width` bytes, `pitch` bytes apart on either side. */
+typedef struct copy_2d {
+    struct {
+        size_t x, y;
+        int type;
+        const void *host;
+        uint64_t device;
+        void *array;
+        size_t pitch;
+    } from, to;
+    size_t width, height;
+} copy_2d_t;
 
 /* Devices are numbers, contexts and streams pointers, device memory an address of 64 bits. */
 typedef struct calls {
@@ -23,9 +46,14 @@ typedef struct calls {
     int (*retain)(void **context, int device);
     int (*push)(void *context);
     int (*pop)(void **context);
-    int (*fetch)(void *to, uint64_t from, size_t bytes, void *stream);
-    int (*send)(uint64_t to, const void *from, size_t bytes, void *stream);
-    int (*wait)(void *stream);
+    int (*exchange_mode)(int *mode);
+    int (*copy)(const copy_2d_t *copy, void *stream);
+    int (*stream)(void **stream, unsigned flags);
+    int (*stream_end)(void *stream);
+    int (*event)(void **event, unsigned flags);
+    int (*event_end)(void *event);
+    int (*record)(void *event, void *stream);
+    int (*query)(void *event);
     int (*pin)(void **at, size_t bytes, unsigned flags);
     int (*unpin)(void *at);
 } calls_t;
@@ -48,9 +76,14 @@ look_up(void *library)
         {&calls.retain, "cuDevicePrimaryCtxRetain"},
         {&calls.push, "cuCtxPushCurrent_v2"},
         {&calls.pop, "cuCtxPopCurrent_v2"},
-        {&calls.fetch, "cuMemcpyDtoHAsync_v2"},
-        {&calls.send, "cuMemcpyHtoDAsync_v2"},
-        {&calls.wait, "cuStreamSynchronize"},
+        {&calls.exchange_mode, "cuThreadExchangeStreamCaptureMode"},
+        {&calls.copy, "cuMemcpy2DAsync_v2"},
+        {&calls.stream, "cuStreamCreate"},
+        {&calls.stream_end, "cuStreamDestroy_v2"},
+        {&calls.event, "cuEventCreate"},
+        {&calls.event_end, "cuEventDestroy_v2"},
+        {&calls.record, "cuEventRecord"},
+        {&calls.query, "cuEventQuery"},
         {&calls.pin, "cuMemHostAlloc"},
         {&calls.unpin, "cuMemFreeHost"},
     };
@@ -120,9 +153,9 @@ check(int result, const char *call)
     return result == 0 ? ATTN_OK : attn_fail(ATTN_ERR_INTERNAL, "%s: CUDA error %d", call, result);
 }
 
-/* The context of a GPU, this thread's until leave(). */
+/* The context of a GPU, this thread's until leave(), and no call of it breaks off a capture. */
 static attn_status_t
-enter(int gpu)
+enter(int gpu, int *mode)
 {
     attn_status_t status = ATTN_OK;
     int device           = 0;
@@ -133,6 +166,8 @@ enter(int gpu)
                          "driver for it",
                          gpu);
     }
+    *mode = MODE_RELAXED;
+    calls.exchange_mode(mode);
     pthread_mutex_lock(&lock);
     if (contexts[gpu] == NULL) {
         status = check(calls.device(&device, gpu), "cuDeviceGet");
@@ -141,15 +176,80 @@ enter(int gpu)
         }
     }
     pthread_mutex_unlock(&lock);
-    return status == ATTN_OK ? check(calls.push(contexts[gpu]), "cuCtxPushCurrent") : status;
+    if (status == ATTN_OK) {
+        status = check(calls.push(contexts[gpu]), "cuCtxPushCurrent");
+    }
+    if (status != ATTN_OK) {
+        calls.exchange_mode(mode);
+    }
+    return status;
 }
 
 static void
-leave(void)
+leave(int *mode)
 {
     void *context;
 
     calls.pop(&context);
+    calls.exchange_mode(mode);
+}
+
+/* ---- copies ---- */
+
+struct attn_copies {
+    int gpu;
+    void *stream, *event;
+    bool queued; /* since the event was last recorded */
+    bool ended;  /* what it was recorded behind */
+};
+
+attn_status_t
+attn_copies_open(int gpu, attn_copies_t **copies_p)
+{
+    attn_copies_t *c = calloc(1, sizeof(*c));
+    int mode;
+
+    if (c == NULL) {
+        return attn_fail(ATTN_ERR_NO_MEMORY, "no memory to copy tensors of GPU %d", gpu);
+    }
+    c->gpu               = gpu;
+    c->ended             = true;
+    attn_status_t status = enter(gpu, &mode);
+    if (status != ATTN_OK) {
+        free(c);
+        return status;
+    }
+    if ((status = check(calls.stream(&c->stream, STREAM_NON_BLOCKING), "cuStreamCreate")) ==
+        ATTN_OK) {
+        status = check(calls.event(&c->event, EVENT_WITHOUT_TIMES), "cuEventCreate");
+    }
+    leave(&mode);
+    if (status != ATTN_OK) {
+        attn_copies_close(c);
+        return status;
+    }
+    *copies_p = c;
+    return ATTN_OK;
+}
+
+void
+attn_copies_close(attn_copies_t *c)
+{
+    int mode;
+
+    if (c == NULL) {
+        return;
+    }
+    if (enter(c->gpu, &mode) == ATTN_OK) {
+        if (c->event != NULL) {
+            calls.event_end(c->event);
+        }
+        if (c->stream != NULL) {
+            calls.stream_end(c->stream);
+        }
+        leave(&mode);
+    }
+    free(c);
 }
 
 /* Pieces that lie side by side on both sides are one. */
@@ -169,58 +269,118 @@ joined(const attn_strided_t *t)
     return whole;
 }
 
+/* One call for all rows, or for those of a head, or for the heads of a row, whichever are fewer: a
+ * stream holds so many and no more before a call for one waits. */
 static attn_status_t
-copy(int gpu, const attn_strided_t *tensor, uint8_t *host, bool fetches)
+copy(attn_copies_t *c, const attn_strided_t *tensor, uint8_t *host, bool fetches)
 {
-    attn_strided_t t     = joined(tensor);
-    attn_status_t status = enter(gpu);
+    attn_strided_t t = joined(tensor);
+    bool by_head     = t.heads <= t.rows;
+    uint64_t row = t.heads * t.head_bytes, n = by_head ? t.heads : t.rows;
+    copy_2d_t x = {.width = t.head_bytes, .height = by_head ? t.rows : t.heads};
+    int mode;
+    attn_status_t status = enter(c->gpu, &mode);
 
     if (status != ATTN_OK) {
         return status;
     }
-    for (uint64_t r = 0; r < t.rows; r++) {
-        for (uint64_t h = 0; h < t.heads && status == ATTN_OK; h++) {
-            uint64_t at = (uint64_t)(uintptr_t)t.at + r * t.row_stride + h * t.head_stride;
-            status = fetches ? check(calls.fetch(host, at, t.head_bytes, NULL), "cuMemcpyDtoHAsync")
-                             : check(calls.send(at, host, t.head_bytes, NULL), "cuMemcpyHtoDAsync");
-            host += t.head_bytes;
+    c->queued = true;
+    for (uint64_t i = 0; i < n && status == ATTN_OK; i++) {
+        uint64_t at    = (uint64_t)(uintptr_t)t.at + i * (by_head ? t.head_stride : t.row_stride);
+        uint8_t *here  = host + i * (by_head ? t.head_bytes : row);
+        uint64_t there = by_head ? t.row_stride : t.head_stride;
+        __typeof__(x.from) on_gpu  = {.type = TYPE_DEVICE, .device = at, .pitch = there};
+        __typeof__(x.from) on_host = {
+            .type = TYPE_HOST, .host = here, .pitch = by_head ? row : t.head_bytes};
+        if (x.height == 1) { /* of one row a stride says nothing, and may be anything */
+            on_gpu.pitch = on_host.pitch = x.width;
         }
+        x.from = fetches ? on_gpu : on_host;
+        x.to   = fetches ? on_host : on_gpu;
+        status = check(calls.copy(&x, c->stream), "cuMemcpy2DAsync");
     }
-    attn_status_t waited = check(calls.wait(NULL), "cuStreamSynchronize");
-    leave();
-    return status == ATTN_OK ? waited : status;
+    leave(&mode);
+    return status;
 }
 
 attn_status_t
-attn_memory_fetch(int gpu, const attn_strided_t *from, void *to)
+attn_copies_fetch(attn_copies_t *copies, const attn_strided_t *from, void *to)
 {
-    return copy(gpu, from, to, true);
+    return copy(copies, from, to, true);
 }
 
 attn_status_t
-attn_memory_send(int gpu, const void *from, const attn_strided_t *to)
+attn_copies_send(attn_copies_t *copies, const void *from, const attn_strided_t *to)
 {
-    return copy(gpu, to, (uint8_t *)(uintptr_t)from, false);
+    return copy(copies, to, (uint8_t *)(uintptr_t)from, false);
 }
+
+/* ATTN_ERR_DEADLINE: they are under way. */
+static attn_status_t
+look(attn_copies_t *c)
+{
+    if (c->queued) {
+        attn_status_t status = check(calls.record(c->event, c->stream), "cuEventRecord");
+        if (status != ATTN_OK) {
+            return status;
+        }
+        c->queued = false;
+        c->ended  = false;
+    }
+    int result = c->ended ? 0 : calls.query(c->event);
+    c->ended   = result == 0;
+    return result == NOT_READY ? ATTN_ERR_DEADLINE : check(result, "cuEventQuery");
+}
+
+attn_status_t
+attn_copies_wait(attn_copies_t *c, uint64_t until_ns)
+{
+    uint64_t start = attn_now_ns(), now = start;
+    int mode;
+    attn_status_t status = enter(c->gpu, &mode);
+
+    if (status != ATTN_OK) {
+        return status;
+    }
+    while ((status = look(c)) == ATTN_ERR_DEADLINE && now < until_ns) {
+        if (now - start < SPIN_NS) {
+            sched_yield();
+        } else {
+            nanosleep(&(struct timespec){.tv_nsec = PAUSE_NS}, NULL);
+        }
+        now = attn_now_ns();
+    }
+    leave(&mode);
+    return status == ATTN_ERR_DEADLINE
+               ? attn_fail(ATTN_ERR_DEADLINE,
+                           "copies between GPU %d and the host did not end before the deadline",
+                           c->gpu)
+               : status;
+}
+
+/* ---- pinned memory ---- */
 
 void *
 attn_memory_pin(int gpu, uint64_t bytes)
 {
     void *at = NULL;
+    int mode;
 
-    if (enter(gpu) != ATTN_OK) {
+    if (enter(gpu, &mode) != ATTN_OK) {
         return NULL;
     }
-    int result = calls.pin(&at, bytes, 1); /* portable: for every GPU */
-    leave();
+    int result = calls.pin(&at, bytes, HOST_PORTABLE);
+    leave(&mode);
     return result == 0 ? at : NULL;
 }
 
 void
 attn_memory_unpin(int gpu, void *pinned)
 {
-    if (pinned != NULL && enter(gpu) == ATTN_OK) {
+    int mode;
+
+    if (pinned != NULL && enter(gpu, &mode) == ATTN_OK) {
         calls.unpin(pinned);
-        leave();
+        leave(&mode);
     }
 }

@@ -1,8 +1,8 @@
 /*
  * memory.h: tensors of callers that lie in a GPU's memory, in any build and on any machine. The
  * driver is only looked for among what the process has opened already: without it no pointer can be
- * of a GPU, and no machine needs it. What is copied goes by the legacy default stream: behind what
- * streams that wait for that have queued.
+ * of a GPU, and no machine needs it. What is copied goes by streams that wait for no others, and no
+ * call here breaks off a capture, whoever captures what.
  */
 #ifndef ATTN_KERNELS_MEMORY_H
 #define ATTN_KERNELS_MEMORY_H
@@ -22,12 +22,24 @@ typedef struct attn_strided {
     uint64_t heads, head_stride, head_bytes;
 } attn_strided_t;
 
-/**
- * Rows of a tensor in a GPU's memory to the host's, packed, and back. Returns when they are there.
- * @return ATTN_ERR_INTERNAL  the driver failed; the sentence names the call
- */
-attn_status_t attn_memory_fetch(int gpu, const attn_strided_t *from, void *to);
-attn_status_t attn_memory_send(int gpu, const void *from, const attn_strided_t *to);
+/** Copies between a GPU's memory and pinned memory of the host, on a stream of their own. Calls for
+ * one are made one at a time, by any thread. */
+typedef struct attn_copies attn_copies_t;
+
+/** @return ATTN_ERR_UNSUPPORTED  the process has opened no driver
+ *  @return ATTN_ERR_INTERNAL     the driver failed; the sentence names the call; likewise below */
+attn_status_t attn_copies_open(int gpu, attn_copies_t **copies_p);
+
+/** After attn_copies_wait() with ATTN_OK. NULL is allowed. */
+void attn_copies_close(attn_copies_t *copies);
+
+/** Queue rows of a tensor in the GPU's memory to pinned memory, packed, and back. Nothing waits:
+ * both sides are the copy's until attn_copies_wait() is ATTN_OK. */
+attn_status_t attn_copies_fetch(attn_copies_t *copies, const attn_strided_t *from, void *to);
+attn_status_t attn_copies_send(attn_copies_t *copies, const void *from, const attn_strided_t *to);
+
+/** Have all that were queued ended? Waits until until_ns; 0 looks. @return ATTN_ERR_DEADLINE no */
+attn_status_t attn_copies_wait(attn_copies_t *copies, uint64_t until_ns);
 
 /** Pinned memory of the host, or NULL. */
 void *attn_memory_pin(int gpu, uint64_t bytes);

@@ -216,7 +216,9 @@ fetch(const attn_workspace_t *w, uint64_t at, void *to, uint64_t bytes)
         memcpy(to, w->block->host + at, bytes);
         return ATTN_OK;
     }
-    return CUDA_CALL(cuMemcpyDtoH(to, w->block->device + at, bytes));
+    attn_status_t status =
+        CUDA_CALL(cuMemcpyDtoHAsync(to, w->block->device + at, bytes, w->block->stream));
+    return status == ATTN_OK ? CUDA_CALL(cuStreamSynchronize(w->block->stream)) : status;
 }
 
 static attn_status_t

@@ -190,6 +190,25 @@ cuda_supports(const attn_backend_t *backend, const attn_geometry_t *g)
 
 /* ---- memory ---- */
 
+/* On a stream that waits for no others, as all here: the legacy one cannot be used while somebody
+ * captures a stream that waits for it, and waits for all such streams. */
+static attn_status_t
+fill(cuda_backend_t *backend, CUdeviceptr at, uint8_t byte, uint64_t bytes)
+{
+    CUstream stream;
+    attn_status_t status = CUDA_CALL(cuStreamCreate(&stream, CU_STREAM_NON_BLOCKING));
+
+    if (status != ATTN_OK) {
+        return status;
+    }
+    status = CUDA_CALL(cuMemsetD8Async(at, byte, bytes, stream));
+    if (status == ATTN_OK) {
+        status = CUDA_CALL(cuStreamSynchronize(stream));
+    }
+    backend->cu->cuStreamDestroy(stream);
+    return status;
+}
+
 static attn_status_t
 cuda_slab_alloc(attn_backend_t *base, uint64_t bytes, void **slab_p)
 {
@@ -202,10 +221,7 @@ cuda_slab_alloc(attn_backend_t *base, uint64_t bytes, void **slab_p)
         status = CUDA_CALL(cuMemAlloc(&slab, bytes));
     }
     if (status == ATTN_OK) {
-        status = CUDA_CALL(cuMemsetD8Async(slab, 0, bytes, NULL));
-    }
-    if (status == ATTN_OK) {
-        status = CUDA_CALL(cuCtxSynchronize());
+        status = fill(backend, slab, 0, bytes);
     }
     if (status != ATTN_OK) {
         if (slab != 0) {
@@ -235,12 +251,9 @@ cuda_slab_fill(attn_backend_t *base, void *slab, uint8_t byte, uint64_t bytes)
 {
     cuda_backend_t *backend = (cuda_backend_t *)base;
     CUDA_VISIT(backend);
-    attn_status_t status = visit.status;
 
-    if (status == ATTN_OK) {
-        status = CUDA_CALL(cuMemsetD8Async((CUdeviceptr)(uintptr_t)slab, byte, bytes, NULL));
-    }
-    return status == ATTN_OK ? CUDA_CALL(cuCtxSynchronize()) : status;
+    return visit.status == ATTN_OK ? fill(backend, (CUdeviceptr)(uintptr_t)slab, byte, bytes)
+                                   : visit.status;
 }
 
 static attn_status_t
@@ -444,24 +457,29 @@ cuda_read_bandwidth(const attn_backend_t *base)
     cuda_backend_t *backend = (cuda_backend_t *)(uintptr_t)base;
     CUdeviceptr at          = 0;
     CUevent start = NULL, stop = NULL;
-    float best = 0;
+    CUstream stream = NULL;
+    float best      = 0;
     CUDA_VISIT(backend);
 
     if (visit.status != ATTN_OK || CUDA_CALL(cuMemAlloc(&at, PROBE_BYTES)) != ATTN_OK) {
         return 1e12; /* a guess, for a device that has no memory left */
     }
     if (CUDA_CALL(cuEventCreate(&start, 0)) == ATTN_OK &&
-        CUDA_CALL(cuEventCreate(&stop, 0)) == ATTN_OK) {
+        CUDA_CALL(cuEventCreate(&stop, 0)) == ATTN_OK &&
+        CUDA_CALL(cuStreamCreate(&stream, CU_STREAM_NON_BLOCKING)) == ATTN_OK) {
         for (int i = 0; i < PROBE_ROUNDS; i++) {
             float ms = 0;
-            backend->cu->cuEventRecord(start, NULL);
-            backend->cu->cuMemcpyDtoDAsync(at + PROBE_BYTES / 2, at, PROBE_BYTES / 2, NULL);
-            backend->cu->cuEventRecord(stop, NULL);
+            backend->cu->cuEventRecord(start, stream);
+            backend->cu->cuMemcpyDtoDAsync(at + PROBE_BYTES / 2, at, PROBE_BYTES / 2, stream);
+            backend->cu->cuEventRecord(stop, stream);
             if (backend->cu->cuEventSynchronize(stop) == CUDA_SUCCESS &&
                 backend->cu->cuEventElapsedTime(&ms, start, stop) == CUDA_SUCCESS && ms > 0) {
                 best = best == 0 || ms < best ? ms : best;
             }
         }
+    }
+    if (stream != NULL) {
+        backend->cu->cuStreamDestroy(stream);
     }
     if (start != NULL) {
         backend->cu->cuEventDestroy(start);

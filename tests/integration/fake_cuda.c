@@ -331,12 +331,18 @@ cuMemcpyDtoH(void *to, CUdeviceptr from, size_t bytes)
 VISIBLE CUresult
 cuMemcpy2DAsync(const CUDA_MEMCPY2D *copy, CUstream stream)
 {
-    CUresult result = CUDA_SUCCESS;
+    const char *from =
+        copy->srcMemoryType == CU_MEMORYTYPE_HOST ? copy->srcHost : (const char *)copy->srcDevice;
+    char *to = copy->dstMemoryType == CU_MEMORYTYPE_HOST ? copy->dstHost : (char *)copy->dstDevice;
+    CUresult result = copy->srcPitch < copy->WidthInBytes || copy->dstPitch < copy->WidthInBytes
+                          ? CUDA_ERROR_INVALID_VALUE
+                          : CUDA_SUCCESS;
 
     for (size_t r = 0; r < copy->Height && result == CUDA_SUCCESS; r++) {
-        result =
-            cuMemcpyDtoDAsync(copy->dstDevice + r * copy->dstPitch,
-                              copy->srcDevice + r * copy->srcPitch, copy->WidthInBytes, stream);
+        result = fake_queue(stream, &(op_t){.kind  = OP_COPY,
+                                            .to    = to + r * copy->dstPitch,
+                                            .from  = from + r * copy->srcPitch,
+                                            .bytes = copy->WidthInBytes});
     }
     return result;
 }

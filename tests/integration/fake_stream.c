@@ -234,7 +234,7 @@ fake_cuda_hold_all(int held)
 
 /** The next n calls of a function that is counted fail so. */
 VISIBLE void
-fake_cuda_fail(const char *name, CUresult with, int n)
+fake_cuda_spoil(const char *name, CUresult with, int n)
 {
     pthread_mutex_lock(&fake_lock);
     struct count *c = count_of(name);

@@ -5,6 +5,7 @@
 #include "tests/integration/stream_runner.h"
 
 #include <math.h>
+#include <pthread.h>
 #include <stdlib.h>
 
 /* ---- runs that wait ---- */
@@ -183,6 +184,73 @@ test_steps_beside_a_capture(void **state)
     CU(cuGraphDestroy(graph));
     compare(r, &t, 3);
     attn_step_abort(step);
+    runner_close(r);
+}
+
+/* Of another thread, which captures nothing, while this one does. */
+typedef struct beside {
+    runner_t *r;
+    attn_seq_t seq;
+    bool ok;
+} beside_t;
+
+static void *
+stage_beside(void *arg)
+{
+    beside_t *b = arg;
+    attn_client_t *client;
+    attn_step_t *step;
+
+    b->ok = begin_with(b->r->on_cpu, b->seq, 0, 5, 5, ATTN_MEMORY_CUDA, 0, &step) == ATTN_OK;
+    for (uint32_t l = 0; l < LAYERS && b->ok; l++) {
+        views_t t = gpu_views(b->r, l);
+        b->ok = attn_step_run(step, l, &t.q, &t.k, &t.v, &t.o, (float *)b->r->lse[l]) == ATTN_OK;
+    }
+    b->ok = b->ok && attn_step_commit(step, NULL) == ATTN_OK;
+    b->ok = b->ok && attn_client_open("inproc://cuda:0?slab=1MiB", NULL, &client) == ATTN_OK;
+    if (b->ok) {
+        attn_client_close(client);
+    } else {
+        print_error("%s\n", attn_last_error());
+    }
+    return NULL;
+}
+
+/* Copies through the host, and a client that opens and closes, leave a capture as it is, also of a
+ * stream that waits for the legacy one. */
+static void
+test_staging_beside_a_capture(void **state)
+{
+    runner_t *r  = runner_open(16);
+    sequence_t s = sequence_new(r);
+    beside_t b   = {.r = r};
+    CUstream stream;
+    CUgraph graph = NULL;
+    CUgraphExec exec;
+    pthread_t thread;
+
+    (void)state;
+    OK(attn_seq_create(r->on_cpu, NULL, &b.seq));
+    draw(r, 5);
+    send(r);
+    CU(cuStreamCreate(&stream, CU_STREAM_DEFAULT));
+    attn_step_t *step = begin(r, &s, 5);
+    CU(cuStreamBeginCapture(stream, CU_STREAM_CAPTURE_MODE_GLOBAL));
+    OK(enqueue(r, step, 0, stream));
+    pthread_create(&thread, NULL, stage_beside, &b);
+    pthread_join(thread, NULL);
+    OK(enqueue(r, step, 1, stream));
+    CU(cuStreamEndCapture(stream, &graph));
+    assert_true(b.ok);
+    CU(cuGraphInstantiateWithFlags(&exec, graph, 0));
+    OK(attn_step_replay(step, stream));
+    CU(cuGraphLaunch(exec, stream));
+    OK(attn_step_replayed(step, stream));
+    OK(attn_step_commit(step, NULL));
+    compare(r, &s, 5);
+    CU(cuGraphExecDestroy(exec));
+    CU(cuGraphDestroy(graph));
+    CU(cuStreamDestroy(stream));
     runner_close(r);
 }
 
@@ -433,6 +501,7 @@ main(void)
         cmocka_unit_test(test_layers_on_a_stream),
         cmocka_unit_test(test_a_graph_serves_later_steps),
         cmocka_unit_test(test_steps_beside_a_capture),
+        cmocka_unit_test(test_staging_beside_a_capture),
         cmocka_unit_test(test_two_steps_in_turns),
         cmocka_unit_test(test_what_the_device_finds),
         cmocka_unit_test(test_arguments),

@@ -200,6 +200,57 @@ test_a_deadline_amid_work(void **state)
     runner_close(r);
 }
 
+/* ---- copies for workers elsewhere ---- */
+
+/* They wait for nobody's streams, and no longer than the step's deadline; memory that they are in
+ * is used again when they ended. */
+static void
+test_copies_end_by_the_deadline(void **state)
+{
+    NEEDS_FAKE();
+    runner_t *r = runner_open(16);
+    views_t t   = gpu_views(r, 0);
+    attn_seq_t seq;
+    attn_step_t *step;
+
+    (void)state;
+    OK(attn_seq_create(r->on_cpu, NULL, &seq));
+    draw(r, 2);
+    send(r);
+    fake.hold(NULL, 1);
+    CU(cuMemsetD8Async(r->lse[1], 0, 4, NULL)); /* the legacy stream has something to do */
+    OK(begin_with(r->on_cpu, seq, 0, 2, 2, ATTN_MEMORY_CUDA, 0, &step));
+    OK(attn_step_run(step, 0, &t.q, &t.k, &t.v, &t.o, NULL));
+    attn_step_abort(step);
+    fake.hold(NULL, 0);
+
+    int pieces = fake.count("cuMemHostAlloc");
+    for (uint32_t round = 0; round < 2; round++) {
+        fake.hold_all(1);
+        OK(begin_with(r->on_cpu, seq, 0, 2, 2, ATTN_MEMORY_CUDA, 200, &step));
+        uint64_t start = attn_now_ns();
+        assert_says(attn_step_run(step, 0, &t.q, &t.k, &t.v, &t.o, NULL), ATTN_ERR_DEADLINE,
+                    "did not end before the deadline");
+        assert_in_range(attn_now_ns() - start, 150 * ATTN_NS_PER_MS, 450 * ATTN_NS_PER_MS);
+        assert_says(attn_step_commit(step, NULL), ATTN_ERR_ABORTED, "did not end before");
+        attn_step_abort(step);
+        fake.hold_all(0);
+    }
+
+    /* One that fails ends the step, too. */
+    OK(begin_with(r->on_cpu, seq, 0, 2, 2, ATTN_MEMORY_CUDA, 0, &step));
+    OK(attn_step_run(step, 0, &t.q, &t.k, &t.v, &t.o, NULL));
+    assert_int_equal(fake.count("cuMemHostAlloc"), pieces);
+    fake.spoil("cuEventQuery", CUDA_ERROR_UNKNOWN, 1);
+    assert_says(attn_step_run(step, 0, &t.q, &t.k, &t.v, &t.o, NULL), ATTN_ERR_INTERNAL,
+                "cuEventQuery: CUDA error 999");
+    assert_says(attn_step_run(step, 0, &t.q, &t.k, &t.v, &t.o, NULL), ATTN_ERR_ABORTED,
+                "cuEventQuery");
+    attn_step_abort(step);
+
+    runner_close(r);
+}
+
 /* ---- all of it ---- */
 
 static void
@@ -219,6 +270,7 @@ main(void)
         cmocka_unit_test(test_graphs_and_layers_follow),
         cmocka_unit_test(test_an_abort_amid_work),
         cmocka_unit_test(test_a_deadline_amid_work),
+        cmocka_unit_test(test_copies_end_by_the_deadline),
         cmocka_unit_test(test_nothing_is_left),
     };
     int skipped = runner_driver();

@@ -24,7 +24,7 @@ look_up_fake(void)
         const char *name;
     } wanted[] = {
         {&fake.hold, "fake_cuda_hold"},   {&fake.hold_all, "fake_cuda_hold_all"},
-        {&fake.fail, "fake_cuda_fail"},   {&fake.count, "fake_cuda_count"},
+        {&fake.spoil, "fake_cuda_spoil"}, {&fake.count, "fake_cuda_count"},
         {&fake.alive, "fake_cuda_alive"},
     };
 

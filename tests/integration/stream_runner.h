@@ -33,7 +33,7 @@ extern const cuda_driver_t *cu;
 typedef struct fake {
     void (*hold)(CUstream stream, int held);
     void (*hold_all)(int held);
-    void (*fail)(const char *call, CUresult with, int n);
+    void (*spoil)(const char *call, CUresult with, int n);
     int (*count)(const char *call);
     int (*alive)(int *contexts);
 } fake_t;
