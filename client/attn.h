@@ -511,6 +511,8 @@ typedef void (*attn_done_fn)(void *arg, attn_status_t status, const char *error)
  * attn_step_run() without waiting. Tensor structs are copied; the memory they
  * point to stays untouched by the caller until `done` was called. One run of a
  * step is outstanding at a time.
+ * What is copied from and to a GPU is not waited for either, and holds up no
+ * other step; a run that it does not end for in time is ATTN_ERR_DEADLINE.
  *
  * @return ATTN_OK  `done` is or will be called; on failure it never is
  */

@@ -461,6 +461,7 @@ attn_client_close(attn_client_t *client)
     while (client->steps != NULL) {
         attn_step_abort(client->steps);
     }
+    client_carrier_stop(client);
     client_free(client);
 }
 

@@ -36,6 +36,7 @@ struct attn_client {
 
     atomic_uint_fast64_t runs_cuda, runs_staged; /* with tensors of a GPU: there, and copied */
     struct stages_pool *stages;                  /* what those are copied with; under lock */
+    _Atomic(struct carrier *) carrier;           /* NULL: no submitted run needed one yet */
 };
 
 /* What the client knows of a sequence: the layout as last told, kept current by its own commits. */
@@ -85,6 +86,9 @@ bool step_look_at(attn_step_t *step, uint32_t round); /* false: it was in this r
 void step_reference(attn_step_t *step);
 void step_unreference(attn_step_t *step);
 void step_cancel_overdue(attn_step_t *step, uint64_t now_ns);
+
+/** The thread that carries copies ends: no step is open. */
+void client_carrier_stop(attn_client_t *client);
 
 /** Wait until the steps of the cache that completions aborted are gone. */
 void client_await_aborts(attn_client_t *client, const attn_cache_t *cache);

@@ -9,8 +9,6 @@
 #include "base/status.h"
 #include "client/stages.h"
 
-#include <stdio.h>
-
 static const char *const names[STAGES] = {"q", "k", "v", "o", "lse"};
 
 /* ---- where tensors are ---- */
@@ -193,28 +191,21 @@ strided_of(const attn_tensor_t *whole, const shape_t *shape)
                             .head_bytes  = shape->dim * size};
 }
 
-/* A tensor in a stage: what the workers read is on its way there. */
+/* A tensor in a stage: checked, and with room. */
 static attn_status_t
-stage_tensor(attn_step_t *step, int which, const attn_tensor_t *tensor, const attn_tensor_t **out)
+stage_tensor(attn_step_t *step, int which, const attn_tensor_t *tensor, attn_tensor_t *whole,
+             const attn_tensor_t **out)
 {
     shape_t shape = shape_of(step, which);
-    attn_tensor_t whole;
 
     *out = NULL;
     if (tensor == NULL) {
         return ATTN_OK;
     }
-    attn_status_t status = check_shape(tensor, which, &shape, &whole);
+    attn_status_t status = check_shape(tensor, which, &shape, whole);
     if (status == ATTN_OK) {
         status = stages_room(step->stages, which,
                              shape.rows * shape.heads * shape.dim * attn_dtype_size(shape.dtype));
-    }
-    if (status == ATTN_OK && which != TENSOR_O) {
-        attn_strided_t from = strided_of(&whole, &shape);
-        status = attn_copies_fetch(step->stages->copies, &from, step->stages->pieces[which].at);
-    }
-    if (which == TENSOR_O) {
-        step->o_on_gpu = whole;
     }
     step->staged_tensors[which] = (attn_tensor_t){
         .data = step->stages->pieces[which].at, .dtype = shape.dtype, .memory = ATTN_MEMORY_HOST};
@@ -222,16 +213,21 @@ stage_tensor(attn_step_t *step, int which, const attn_tensor_t *tensor, const at
     return status;
 }
 
+/* All that can be wrong is found before anything is queued. */
 static attn_status_t
 stage_all(attn_step_t *step, const attn_run_t *run, const attn_tensor_t *const tensors[TENSORS],
-          attn_run_t *out)
+          attn_tensor_t whole[TENSORS], attn_run_t *out)
 {
     attn_status_t status;
 
-    if ((status = stage_tensor(step, TENSOR_Q, tensors[TENSOR_Q], &out->q)) != ATTN_OK ||
-        (status = stage_tensor(step, TENSOR_K, tensors[TENSOR_K], &out->k)) != ATTN_OK ||
-        (status = stage_tensor(step, TENSOR_V, tensors[TENSOR_V], &out->v)) != ATTN_OK ||
-        (status = stage_tensor(step, TENSOR_O, tensors[TENSOR_O], &out->o)) != ATTN_OK) {
+    if ((status = stage_tensor(step, TENSOR_Q, tensors[TENSOR_Q], &whole[TENSOR_Q], &out->q)) !=
+            ATTN_OK ||
+        (status = stage_tensor(step, TENSOR_K, tensors[TENSOR_K], &whole[TENSOR_K], &out->k)) !=
+            ATTN_OK ||
+        (status = stage_tensor(step, TENSOR_V, tensors[TENSOR_V], &whole[TENSOR_V], &out->v)) !=
+            ATTN_OK ||
+        (status = stage_tensor(step, TENSOR_O, tensors[TENSOR_O], &step->o_on_gpu, &out->o)) !=
+            ATTN_OK) {
         return status;
     }
     step->lse_on_gpu = out->q != NULL ? run->lse : NULL;
@@ -243,29 +239,49 @@ stage_all(attn_step_t *step, const attn_run_t *run, const attn_tensor_t *const t
     return status;
 }
 
-/* Copies of the tensors, here. What was queued is waited for also where the rest was refused: the
- * caller's memory is the caller's again. */
+static attn_status_t
+fetch_all(attn_step_t *step, const attn_tensor_t *const tensors[TENSORS],
+          const attn_tensor_t whole[TENSORS])
+{
+    attn_status_t status = ATTN_OK;
+
+    for (int i = 0; i < TENSOR_O && status == ATTN_OK; i++) {
+        shape_t shape       = shape_of(step, i);
+        attn_strided_t from = strided_of(&whole[i], &shape);
+        if (tensors[i] != NULL) {
+            status = attn_copies_fetch(step->stages->copies, &from, step->stages->pieces[i].at);
+        }
+    }
+    return status;
+}
+
+/* Copies of the tensors, on their way here. */
 static attn_status_t
 stage_run(attn_step_t *step, int gpu, const attn_run_t *run,
           const attn_tensor_t *const tensors[TENSORS], attn_run_t *out)
 {
+    attn_tensor_t whole[TENSORS];
+
     if (step->stages != NULL && step->stages->gpu != gpu) {
         step_stages_free(step);
     }
     attn_status_t status =
         step->stages == NULL ? stages_take(step->client, gpu, &step->stages) : ATTN_OK;
+    if (status == ATTN_OK) {
+        status = stage_all(step, run, tensors, whole, out);
+    }
     if (status != ATTN_OK) {
         return status;
     }
-    if ((status = stage_all(step, run, tensors, out)) != ATTN_OK) {
-        char sentence[512];
-        snprintf(sentence, sizeof(sentence), "%s", attn_last_error());
-        attn_copies_wait(step->stages->copies, step->deadline_ns);
-        return attn_fail(status, "%s", sentence);
-    }
-    step->staged = out->q != NULL;
-    atomic_fetch_add(&step->client->runs_staged, 1);
-    return attn_copies_wait(step->stages->copies, step->deadline_ns);
+    step->staging = true;
+    step->staged  = out->q != NULL;
+    return fetch_all(step, tensors, whole);
+}
+
+attn_status_t
+step_tensors_wait(attn_step_t *step, uint64_t until_ns)
+{
+    return attn_copies_wait(step->stages->copies, until_ns);
 }
 
 attn_status_t
@@ -282,7 +298,7 @@ step_tensors_return(attn_step_t *step)
                         .at = (uint8_t *)step->lse_on_gpu, .rows = 1, .heads = 1, .head_bytes = bytes};
         status = attn_copies_send(stages->copies, stages->pieces[TENSOR_LSE].at, &to);
     }
-    return status == ATTN_OK ? attn_copies_wait(stages->copies, step->deadline_ns) : status;
+    return status;
 }
 
 attn_status_t
@@ -291,9 +307,10 @@ step_tensors_take(attn_step_t *step, const attn_run_t *run, attn_run_t *out)
     const attn_tensor_t *tensors[TENSORS];
     int worker = step_gpu(step), gpu;
 
-    *out         = *run;
-    step->direct = false;
-    step->staged = false;
+    *out          = *run;
+    step->direct  = false;
+    step->staged  = false;
+    step->staging = false;
     tensors_of(step, run, tensors);
     attn_status_t status = gpu_of_all(tensors, run->lse, &gpu);
     if (status != ATTN_OK || gpu < 0) {

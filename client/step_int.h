@@ -105,8 +105,11 @@ struct attn_step {
     /* Tensors of a GPU: of the run in progress, unless they are enqueued. */
     engine_call_t call; /* what the worker gets of them where they are ... */
     attn_rows_t rows[TENSORS];
-    bool direct; /* ... if it does; else they go through stages */
-    bool staged; /* o and LSE are to go back from there */
+    bool direct;  /* ... if it does; else they go through stages */
+    bool staging; /* they are on their way there */
+    bool staged;  /* o and LSE are to go back from there */
+    attn_run_t staged_run;
+    attn_step_t *carried; /* the next; under the carrier's lock */
     attn_tensor_t staged_tensors[TENSORS], o_on_gpu;
     float *lse_on_gpu;
     struct stages *stages; /* NULL: none were needed yet */
@@ -151,14 +154,27 @@ int step_gpu(const attn_step_t *step);
 
 /**
  * Where a run's tensors are. In the host's memory *out is the run; those of a GPU become
- * step->call if its worker can work there (step->direct), else *out has copies of them.
- * @return ATTN_ERR_INVALID                      some are here and some there
- * @return ATTN_ERR_DEADLINE, ATTN_ERR_INTERNAL  the step is over: they could not be copied
+ * step->call if its worker can work there (step->direct), else *out names copies of them, which are
+ * on their way (step->staging): step_tensors_wait() comes before anything reads them.
+ * @return ATTN_ERR_INVALID   some are here and some there
+ * @return ATTN_ERR_INTERNAL  the driver refused: the step is over; likewise below
  */
 attn_status_t step_tensors_take(attn_step_t *step, const attn_run_t *run, attn_run_t *out);
 
-/** What a run answered goes back where the caller has it. @return likewise */
+/** What a run answered goes back where the caller has it: is on its way, too. */
 attn_status_t step_tensors_return(attn_step_t *step);
+
+/** Wait until the tensors are there; 0 looks. @return ATTN_ERR_DEADLINE  they are not */
+attn_status_t step_tensors_wait(attn_step_t *step, uint64_t until_ns);
+
+/* ---- carrier.c: copies that nobody waits for ---- */
+
+/** A submitted run whose copies are on their way: when they are there, or its deadline is, it goes
+ * on with step_run_carried(), on a thread of the client's. @return ATTN_ERR_NO_MEMORY */
+attn_status_t step_carry(attn_step_t *step);
+
+/** Its copies ended so. The step may be gone afterwards. */
+void step_run_carried(attn_step_t *step, attn_status_t status);
 
 void step_stages_free(attn_step_t *step);
 

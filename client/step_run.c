@@ -274,18 +274,9 @@ share_run(share_t *share, void *q, void *k, void *v, const attn_lists_t *lists)
     }
 }
 
-/* What is wrong with tensors on a GPU, or with the way there and back, ends the step. */
+/* Every share answered: merge, unpack; or what is wrong. */
 static attn_status_t
-run_fails(attn_step_t *step, attn_status_t status)
-{
-    step->dead = step->dead || status == ATTN_ERR_DEADLINE || status == ATTN_ERR_INTERNAL;
-    snprintf(step->sentence, sizeof(step->sentence), "%s", attn_last_error());
-    return status;
-}
-
-/* Every share answered: merge, unpack, and hand over. */
-static attn_status_t
-run_complete(attn_step_t *step)
+run_merge(attn_step_t *step)
 {
     attn_status_t status = step->status;
 
@@ -298,8 +289,7 @@ run_complete(attn_step_t *step)
             rows_copy(&step->o_to, step->o, step->q_rows, step->cache->geometry.q_heads,
                       step->cache->geometry.head_dim_v, false);
         }
-        status = step->staged ? step_tensors_return(step) : ATTN_OK;
-        return status == ATTN_OK ? status : run_fails(step, status);
+        return status;
     }
     /* Wrong arguments leave the step as it was; anything else ended it at some worker. */
     step->dead = !(status == ATTN_ERR_INVALID || status == ATTN_ERR_CONFLICT ||
@@ -308,19 +298,66 @@ run_complete(attn_step_t *step)
     return status;
 }
 
-void
-step_run_finish(attn_step_t *step)
+/* Copies of tensors between a GPU and here that fail, or do not end in time, end the step. */
+static attn_status_t
+copies_fail(attn_step_t *step, attn_status_t status)
 {
-    attn_done_fn done    = step->done;
-    void *arg            = step->done_arg;
-    attn_status_t status = run_complete(step);
+    step->dead = step->dead || status == ATTN_ERR_DEADLINE || status == ATTN_ERR_INTERNAL;
+    snprintf(step->sentence, sizeof(step->sentence), "%s", attn_last_error());
+    return status;
+}
+
+/* The same for a caller who waits, to the end. */
+static attn_status_t
+run_complete(attn_step_t *step)
+{
+    attn_status_t status = run_merge(step);
+
+    if (status != ATTN_OK || !step->staged) {
+        return status;
+    }
+    if ((status = step_tensors_return(step)) == ATTN_OK) {
+        status = step_tensors_wait(step, step->deadline_ns);
+    }
+    return status == ATTN_OK ? status : copies_fail(step, status);
+}
+
+static void
+run_ends(attn_step_t *step, attn_status_t status)
+{
+    attn_done_fn done = step->done;
+    void *arg         = step->done_arg;
     char sentence[512];
 
-    snprintf(sentence, sizeof(sentence), "%s", step->sentence);
+    snprintf(sentence, sizeof(sentence), "%s", status == ATTN_OK ? "" : step->sentence);
     step->done = NULL;
     atomic_fetch_add(&step->calling, 1);
     atomic_store(&step->idle, true); /* before done: it may start the next run */
     step_complete(step, done, arg, status, sentence);
+}
+
+/* May a run go on without its caller? An engine in this process answers inside the call. */
+static bool
+goes_on_alone(const attn_step_t *step, attn_done_fn done)
+{
+    return done != NULL && step->client->rpc != NULL;
+}
+
+void
+step_run_finish(attn_step_t *step)
+{
+    bool alone           = goes_on_alone(step, step->done);
+    attn_status_t status = alone ? run_merge(step) : run_complete(step);
+
+    if (alone && status == ATTN_OK && step->staged) {
+        status = step_tensors_return(step);
+        status = status == ATTN_OK ? step_carry(step) : status;
+        if (status == ATTN_OK) {
+            return;
+        }
+        copies_fail(step, status);
+    }
+    run_ends(step, status);
 }
 
 static attn_status_t
@@ -362,6 +399,85 @@ pack_run(attn_step_t *step, const attn_run_t *run, packed_run_t *p)
     return status;
 }
 
+/* The tensors are here: out to all shares. The call has begun. */
+static void
+run_go(attn_step_t *step, const packed_run_t *p, const attn_lists_t *lists)
+{
+    step->o   = p->o;
+    step->lse = p->lse;
+    for (uint32_t s = 0; s < step->n_shares; s++) {
+        step->shares[s].compute_ns = 0; /* unless something of this layer is this worker's */
+        share_run(&step->shares[s], p->q, p->k, p->v, lists);
+    }
+    step_call_started(step);
+}
+
+/* The tensors of a run came from the GPU. */
+static void
+count_staged(attn_step_t *step)
+{
+    step->staging = false;
+    atomic_fetch_add(&step->client->runs_staged, 1);
+}
+
+void
+step_run_carried(attn_step_t *step, attn_status_t status)
+{
+    packed_run_t p = {0};
+
+    if (!step->staging) { /* they were on the way back */
+        run_ends(step, status == ATTN_OK ? status : copies_fail(step, status));
+        return;
+    }
+    if (status == ATTN_OK) {
+        count_staged(step);
+        status = pack_run(step, &step->staged_run, &p);
+    }
+    if (status == ATTN_OK) {
+        run_go(step, &p, step->staged_run.lists);
+    } else {
+        step->status = copies_fail(step, status);
+        step_call_started(step);
+    }
+}
+
+/* The tensors, here or on their way. What was queued of those that fail is waited for: they are the
+ * caller's again. */
+static attn_status_t
+run_take(attn_step_t *step, const attn_run_t *run, bool waits, attn_run_t *here)
+{
+    attn_status_t status = step_tensors_take(step, run, here);
+
+    if (status == ATTN_OK && step->staging && waits &&
+        (status = step_tensors_wait(step, step->deadline_ns)) == ATTN_OK) {
+        count_staged(step);
+    }
+    if (status != ATTN_OK) {
+        copies_fail(step, status);
+        if (step->staging) {
+            step_tensors_wait(step, step->deadline_ns);
+        }
+        return attn_fail(status, "%s", step->sentence);
+    }
+    return ATTN_OK;
+}
+
+/* As if the call had not been made, where nobody can go on with it. */
+static attn_status_t
+run_carry(attn_step_t *step)
+{
+    attn_status_t status = step_carry(step);
+
+    if (status != ATTN_OK) {
+        copies_fail(step, status);
+        step_tensors_wait(step, step->deadline_ns);
+        step->done = NULL;
+        atomic_store(&step->idle, true);
+        return attn_fail(status, "%s", step->sentence);
+    }
+    return ATTN_OK;
+}
+
 /* Everything but waiting. done NULL: the caller waits. */
 static attn_status_t
 run_start(attn_step_t *step, const attn_run_t *run, attn_done_fn done, void *arg)
@@ -373,28 +489,24 @@ run_start(attn_step_t *step, const attn_run_t *run, attn_done_fn done, void *arg
     if (status == ATTN_OK) {
         status = lists_check(step, run->lists);
     }
-    if (status != ATTN_OK) {
+    if (status != ATTN_OK ||
+        (status = run_take(step, run, !goes_on_alone(step, done), &here)) != ATTN_OK) {
         return status;
     }
-    if ((status = step_tensors_take(step, run, &here)) != ATTN_OK) {
-        return run_fails(step, status);
-    }
     step->o_to.data = NULL;
-    if (!step->direct && (status = pack_run(step, &here, &p)) != ATTN_OK) {
+    if (!step->direct && !step->staging && (status = pack_run(step, &here, &p)) != ATTN_OK) {
         return status;
     }
     step->layer    = run->layer;
-    step->runs_kv  = step->direct ? run->k != NULL : p.k != NULL;
-    step->o        = p.o;
-    step->lse      = p.lse;
+    step->runs_kv  = here.k != NULL && step->new_rows > 0;
     step->done     = done;
     step->done_arg = arg;
     step_call_start(step);
-    for (uint32_t s = 0; s < step->n_shares; s++) {
-        step->shares[s].compute_ns = 0; /* unless something of this layer is this worker's */
-        share_run(&step->shares[s], p.q, p.k, p.v, run->lists);
+    if (step->staging) {
+        step->staged_run = here;
+        return run_carry(step);
     }
-    step_call_started(step);
+    run_go(step, &p, run->lists);
     return ATTN_OK;
 }
 

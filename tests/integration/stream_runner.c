@@ -68,8 +68,8 @@ assert_ok_or_tell(attn_status_t status, int line)
 
 /* ---- a runner ---- */
 
-static void
-open_cache(attn_client_t *client, uint32_t page_size, attn_cache_t **cache_p)
+void
+runner_open_cache(attn_client_t *client, uint32_t page_size, attn_cache_t **cache_p)
 {
     attn_layer_t layers[LAYERS] = {{.causal = true}, {.causal = true, .window = 20}};
     attn_geometry_t g;
@@ -92,8 +92,8 @@ runner_open(uint32_t page_size)
 
     OK(attn_client_open("inproc://cuda:0?slab=16MiB", NULL, &r->gpu));
     OK(attn_client_open("inproc://cpu?threads=1&slab=16MiB", NULL, &r->cpu));
-    open_cache(r->gpu, page_size, &r->on_gpu);
-    open_cache(r->cpu, page_size, &r->on_cpu);
+    runner_open_cache(r->gpu, page_size, &r->on_gpu);
+    runner_open_cache(r->cpu, page_size, &r->on_cpu);
     CU(cuStreamCreate(&r->stream, CU_STREAM_NON_BLOCKING));
     for (uint32_t l = 0; l < LAYERS; l++) {
         CU(cuMemAlloc(&r->rows[l], sizeof(r->host[l])));

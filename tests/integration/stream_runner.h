@@ -67,6 +67,9 @@ int runner_driver(void);
 void assert_ok_or_tell(attn_status_t status, int line);
 void assert_says(attn_status_t status, attn_status_t expected, const char *words);
 
+/** A cache as those of a runner. */
+void runner_open_cache(attn_client_t *client, uint32_t page_size, attn_cache_t **cache_p);
+
 runner_t *runner_open(uint32_t page_size);
 void runner_close(runner_t *r);
 sequence_t sequence_new(runner_t *r);
