@@ -114,7 +114,9 @@ ATTN_API attn_status_t attn_client_open(const char *target, const attn_client_op
                                         attn_client_t **client_p);
 
 /** Close: open steps abort (their submitted runs complete first), sequences made through this
- * client are freed. Not to be called inside a completion. NULL is allowed. */
+ * client are freed. With inproc://cuda:N this waits until the GPU is through with all that was
+ * enqueued, however long that takes: a stream that only the closing thread would let go on is let
+ * go before. Not to be called inside a completion. NULL is allowed. */
 ATTN_API void attn_client_close(attn_client_t *client);
 
 /** One worker as the coordinator sees it. */
@@ -238,7 +240,9 @@ ATTN_API void attn_geometry_init(attn_geometry_t *geometry);
 ATTN_API attn_status_t attn_cache_open(attn_client_t *client, const char *name,
                                        const attn_geometry_t *geometry, attn_cache_t **cache_p);
 
-/** Leave the cache. The last to leave returns its region to the workers. NULL is allowed. */
+/** Leave the cache. The last to leave returns its region to the workers, those of inproc://cuda:N
+ * when the GPU is through with what was enqueued for it: that is waited for a second and no longer.
+ * NULL is allowed. */
 ATTN_API void attn_cache_close(attn_cache_t *cache);
 
 /** The cache's geometry with every default filled in. Valid while the cache is open. */

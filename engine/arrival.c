@@ -146,8 +146,14 @@ store_part(engine_arrival_t *a, const engine_export_t *part, const uint8_t *data
 
     pthread_mutex_lock(&engine->lock);
     attn_status_t status = kv_arrival_enter(a->kv, part->first, part->n, a->pages, a->offsets);
-    if (status == ATTN_OK) { /* so the cache is there, and stays */
-        engine_kv_view(engine, engine_cache_find(engine, part->cache), part->layer, &kv);
+    if (status == ATTN_OK) { /* so the cache is there, and stays, if it is not being closed */
+        const engine_cache_t *cache = engine_cache_find(engine, part->cache);
+        if (cache != NULL) {
+            engine_kv_view(engine, cache, part->layer, &kv);
+        } else {
+            kv_arrival_leave(a->kv);
+            status = ATTN_ERR_NOT_FOUND;
+        }
     }
     pthread_mutex_unlock(&engine->lock);
     if (status != ATTN_OK) {

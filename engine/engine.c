@@ -23,8 +23,6 @@
 #include <string.h>
 #include <time.h>
 
-#define READ_WAIT_NS 50000
-
 #define SLAB_UNIT UINT64_C(4096)
 #define SLAB_LEAST (UINT64_C(1) << 20) /* of one that takes what there is; and its unit */
 
@@ -125,6 +123,7 @@ engine_destroy(engine_t *engine)
         return;
     }
     engine_caches_close(engine);
+    engine_caches_wait(engine);
     HASH_CLEAR(hh, engine->ended_by_id);
     kv_store_destroy(engine->store);
     engine->backend->ops->slab_free(engine->backend, engine->slab, engine->slab_bytes);
@@ -204,8 +203,8 @@ engine_set_epoch(engine_t *engine, uint64_t epoch)
 
 /* ---- caches ---- */
 
-static void
-cache_free(engine_cache_t *cache)
+void
+engine_cache_free(engine_cache_t *cache)
 {
     free(cache->table);
     free(cache->variant_of);
@@ -289,7 +288,7 @@ cache_create(engine_t *engine, uint64_t id, const attn_geometry_t *geometry,
     cache->id            = id;
     attn_status_t status = cache_take_region(engine, cache, geometry);
     if (status != ATTN_OK) {
-        cache_free(cache);
+        engine_cache_free(cache);
         return status;
     }
     *cache_p = cache;
@@ -324,7 +323,10 @@ engine_cache_open(engine_t *engine, uint64_t id, const attn_geometry_t *geometry
 
     pthread_mutex_lock(&engine->lock);
     HASH_FIND(hh, engine->caches, &id, sizeof(id), cache);
-    if (cache != NULL) {
+    if (cache != NULL && cache->closing) {
+        status = attn_fail(ATTN_ERR_BUSY, "cache %llu is being closed on %s",
+                           (unsigned long long)id, engine->name);
+    } else if (cache != NULL) {
         status = cache_join(engine, cache, geometry);
     } else {
         status = cache_create(engine, id, geometry, &cache);
@@ -332,7 +334,7 @@ engine_cache_open(engine_t *engine, uint64_t id, const attn_geometry_t *geometry
             HASH_ADD(hh, engine->caches, id, sizeof(cache->id), cache);
             if (!table_has(hh, cache)) {
                 kv_region_close(engine->store, id);
-                cache_free(cache);
+                engine_cache_free(cache);
                 status = attn_fail(ATTN_ERR_NO_MEMORY, "no memory for a cache");
             }
         }
@@ -350,66 +352,13 @@ engine_cache_find(engine_t *engine, uint64_t id)
     engine_cache_t *cache;
 
     HASH_FIND(hh, engine->caches, &id, sizeof(id), cache);
-    if (cache == NULL) {
-        attn_fail(ATTN_ERR_NOT_FOUND, "no cache %llu on %s", (unsigned long long)id, engine->name);
+    if (cache == NULL || cache->closing) {
+        attn_fail(ATTN_ERR_NOT_FOUND, "no cache %llu on %s%s", (unsigned long long)id, engine->name,
+                  cache == NULL ? ""
+                                : ": it was closed, and goes when the device is through with it");
+        return NULL;
     }
     return cache;
-}
-
-/* The id of one open step of the cache, or 0. */
-static uint64_t
-a_step_of(engine_t *engine, uint64_t cache)
-{
-    for (engine_step_t *s = engine->steps; s != NULL; s = s->hh.next) {
-        if (s->cache->id == cache) {
-            return s->id;
-        }
-    }
-    return 0;
-}
-
-attn_status_t
-engine_cache_close(engine_t *engine, uint64_t id)
-{
-    for (;;) {
-        pthread_mutex_lock(&engine->lock);
-        engine_cache_t *cache = engine_cache_find(engine, id);
-        if (cache == NULL) {
-            pthread_mutex_unlock(&engine->lock);
-            return ATTN_ERR_NOT_FOUND;
-        }
-        uint64_t step        = a_step_of(engine, id);
-        attn_status_t status = step == 0 ? kv_region_close(engine->store, id) : ATTN_ERR_BUSY;
-        if (status == ATTN_OK) {
-            HASH_DEL(engine->caches, cache);
-            pthread_mutex_unlock(&engine->lock);
-            cache_free(cache);
-            if (engine->backend->ops->tracks != NULL) {
-                engine->backend->ops->tracks->forget(engine->backend, id);
-            }
-            return ATTN_OK;
-        }
-        pthread_mutex_unlock(&engine->lock);
-        if (step != 0) {
-            engine_step_abort(engine, step, ENGINE_BY_CACHE);
-        } else { /* it is being read: a part is soon copied */
-            nanosleep(&(struct timespec){.tv_nsec = READ_WAIT_NS}, NULL);
-        }
-    }
-}
-
-void
-engine_caches_close(engine_t *engine)
-{
-    for (;;) {
-        pthread_mutex_lock(&engine->lock);
-        uint64_t id = engine->caches != NULL ? engine->caches->id : 0;
-        pthread_mutex_unlock(&engine->lock);
-        if (id == 0) {
-            return;
-        }
-        engine_cache_close(engine, id);
-    }
 }
 
 void

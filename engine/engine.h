@@ -44,7 +44,8 @@ typedef struct engine_options {
 /** @return ATTN_ERR_UNSUPPORTED device, ATTN_ERR_INVALID slab_bytes below 4,096 or too many
  * threads, ATTN_ERR_NO_MEMORY slab, or less than 1 MiB free beyond the reserve */
 attn_status_t engine_create(const engine_options_t *options, engine_t **engine_p);
-void engine_destroy(engine_t *engine); /* open steps abort; NULL is allowed */
+void engine_destroy(
+    engine_t *engine); /* open steps abort, and the device is waited for; NULL is allowed */
 
 #define ENGINE_TIMES 20u
 #define ENGINE_TIME_LEAST_NS UINT64_C(2000)
@@ -112,11 +113,13 @@ void engine_set_epoch(engine_t *engine, uint64_t epoch);
  * Take a region for a cache. Opening it again with the same geometry is ATTN_OK.
  * @param geometry  complete (directory_geometry_check); copied
  * @return ATTN_ERR_UNSUPPORTED, ATTN_ERR_EXHAUSTED, ATTN_ERR_EXISTS
+ * @return ATTN_ERR_BUSY  one of this id was closed, and is not gone yet
  */
 attn_status_t engine_cache_open(engine_t *engine, uint64_t cache, const attn_geometry_t *geometry,
                                 kv_region_info_t *info);
-/** Open steps on it abort; waits for parts that are being read or stored. @return
- * ATTN_ERR_NOT_FOUND */
+/** Open steps on it abort; waits for parts that are being read or stored, and for the device, a
+ * second in all. What is not over then keeps the cache's memory until engine_tick() finds it so;
+ * for everybody else it is gone. @return ATTN_ERR_NOT_FOUND */
 attn_status_t engine_cache_close(engine_t *engine, uint64_t cache);
 /** Close every cache: the coordinator that made them is gone. */
 void engine_caches_close(engine_t *engine);
@@ -390,8 +393,8 @@ attn_status_t engine_step_graph(engine_t *engine, uint64_t step_id, uint64_t *gr
  * @return ATTN_ERR_DEADLINE also if the device is not through by the step's */
 attn_status_t engine_step_run_device(engine_t *engine, uint64_t step_id, const engine_call_t *call);
 
-/** Abort the steps whose deadline passed, and let chunks go that a move held too long. Call every
- * 100 ms or so. */
+/** Abort the steps whose deadline passed, let chunks go that a move held too long, and caches that
+ * were closed while the device worked for them. Call every 100 ms or so. */
 void engine_tick(engine_t *engine, uint64_t now_ns);
 
 /** kv_store_check() under the lock: for tests. */

@@ -33,6 +33,8 @@ typedef struct engine_cache {
     kv_region_info_t region;
     uint64_t n_released;
     uint64_t released[RELEASED_CHUNKS]; /* ring of ids */
+    bool closing;                       /* for everybody but its steps it is gone: close.c */
+    bool left;                          /* to the ticks, which free it */
     UT_hash_handle hh;
 } engine_cache_t;
 
@@ -65,6 +67,7 @@ typedef struct engine_step {
     attn_track_t *track; /* tensors are in the device's memory; under lock */
     bool on_host;        /* runs came with tensors of the host; under lock */
     char ending[128];    /* it is to abort when the device is through: why; else empty */
+    bool adrift;         /* so it is, and the ticks look; under the engine's lock */
     uint32_t ticked;     /* the last tick that looked at it; under the engine's lock */
 
     attn_dtype_t q_dtype, o_dtype;
@@ -117,6 +120,8 @@ struct engine {
 engine_cache_t *engine_cache_find(engine_t *engine,
                                   uint64_t cache); /* under the lock; sets the sentence */
 
+void engine_cache_free(engine_cache_t *cache);
+
 /* Is the chunk one of the last that were released? Under the lock. */
 bool engine_was_released(const engine_cache_t *cache, uint64_t chunk);
 
@@ -157,6 +162,10 @@ attn_status_t engine_lists_check(const engine_step_t *step, const engine_lists_t
 attn_status_t engine_step_enter(engine_t *engine, uint64_t id, engine_step_t **step_p);
 void engine_step_leave(engine_t *engine, engine_step_t *step);
 
+/** Abort, waiting for the device until until_ns: if it is not through then, the step is adrift
+ * until a tick finds it so. */
+void engine_step_abort_until(engine_t *engine, uint64_t id, const char *reason, uint64_t until_ns);
+
 /** Count an answer that was `ns` in the making. */
 void engine_count_run(engine_t *engine, const engine_step_t *step, uint64_t ns);
 
@@ -173,6 +182,14 @@ attn_status_t engine_track_finish(engine_t *engine, engine_step_t *step);
 
 /** The track goes to others; it waits for what is queued. */
 void engine_track_give(engine_t *engine, engine_step_t *step);
+
+/* ---- close.c ---- */
+
+/** Caches that were closed, and whose last step is over by now, go. */
+void engine_caches_tick(engine_t *engine);
+
+/** Wait until all that were closed are gone. */
+void engine_caches_wait(engine_t *engine);
 
 /* ---- commit.c ---- */
 

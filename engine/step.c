@@ -113,6 +113,7 @@ step_abort_locked(engine_t *engine, engine_step_t *step, const char *reason, uin
     if (!engine_track_settle(engine, step, until_ns)) {
         pthread_mutex_lock(&engine->lock);
         step->deadline_ns = 0;
+        step->adrift      = true;
         pthread_mutex_unlock(&engine->lock);
         return false;
     }
@@ -588,18 +589,25 @@ engine_step_commit(engine_t *engine, uint64_t step_id, const uint32_t *accepted,
                                     &(engine_commit_t){.accepted = accepted, .n = n_accepted});
 }
 
-attn_status_t
-engine_step_abort(engine_t *engine, uint64_t step_id, const char *reason)
+void
+engine_step_abort_until(engine_t *engine, uint64_t id, const char *reason, uint64_t until_ns)
 {
     engine_step_t *step;
 
-    if (step_find(engine, step_id, &step) == ATTN_OK) {
+    if (step_find(engine, id, &step) == ATTN_OK) {
         if (step->state == STEP_OPEN) {
-            bool waits = engine_abort_of(reason) != ENGINE_ABORT_DEADLINE; /* a tick does not */
-            step_abort_locked(engine, step, reason, waits ? attn_now_ns() + ABORT_WAIT_NS : 0);
+            step_abort_locked(engine, step, reason, until_ns);
         }
         engine_step_leave(engine, step);
     }
+}
+
+attn_status_t
+engine_step_abort(engine_t *engine, uint64_t step_id, const char *reason)
+{
+    bool waits = engine_abort_of(reason) != ENGINE_ABORT_DEADLINE; /* a tick does not */
+
+    engine_step_abort_until(engine, step_id, reason, waits ? attn_now_ns() + ABORT_WAIT_NS : 0);
     return ATTN_OK;
 }
 
@@ -632,6 +640,7 @@ engine_tick(engine_t *engine, uint64_t now_ns)
     while ((id = an_overdue_step(engine, now_ns, tick)) != 0) {
         engine_step_abort(engine, id, ENGINE_BY_DEADLINE);
     }
+    engine_caches_tick(engine);
     pthread_mutex_lock(&engine->lock);
     kv_leaving_tick(engine->store, now_ns);
     engine_rate_sample(&engine->rate, now_ns, atomic_load(&engine->kv_bytes));

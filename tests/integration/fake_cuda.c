@@ -151,8 +151,10 @@ cuCtxPopCurrent(CUcontext *context)
 VISIBLE CUresult
 cuMemGetInfo(size_t *free_bytes, size_t *total)
 {
+    pthread_mutex_lock(&fake_lock);
     *total      = device_bytes();
     *free_bytes = device_bytes() / 2 - taken;
+    pthread_mutex_unlock(&fake_lock);
     return CUDA_SUCCESS;
 }
 

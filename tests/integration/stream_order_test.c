@@ -4,6 +4,7 @@
  */
 #include "tests/integration/stream_runner.h"
 
+#include <pthread.h>
 #include <stdlib.h>
 #include <unistd.h>
 
@@ -200,6 +201,85 @@ test_a_deadline_amid_work(void **state)
     runner_close(r);
 }
 
+static uint64_t
+region_bytes(attn_client_t *client)
+{
+    attn_cluster_info_t info;
+
+    OK(attn_cluster_describe(client, &info));
+    uint64_t bytes = info.workers[0].region_bytes;
+    attn_cluster_info_free(&info);
+    return bytes;
+}
+
+static void *
+let_go_soon(void *stream)
+{
+    usleep(300000);
+    fake.hold(stream, 0);
+    return NULL;
+}
+
+/* Closing a cache ends, though the device does not: its memory is nobody's until it is through.
+ * Closing the client waits for it. */
+static void
+test_a_cache_closes_amid_work(void **state)
+{
+    NEEDS_FAKE();
+    runner_t *r  = runner_open(16);
+    sequence_t s = sequence_new(r);
+    CUstream stuck[2];
+    pthread_t thread;
+
+    (void)state;
+    draw(r, 1);
+    send(r);
+    for (uint32_t i = 0; i < 2;
+         i++) { /* two steps of the cache, and one thing that they wrote to */
+        sequence_t t      = sequence_new(r);
+        attn_step_t *step = begin(r, &t, 1);
+        CU(cuStreamCreate(&stuck[i], CU_STREAM_NON_BLOCKING));
+        fake.hold(stuck[i], 1);
+        enqueue_all(r, step, stuck[i]);
+        attn_step_abort(step);
+    }
+    uint64_t start = attn_now_ns(), one = region_bytes(r->gpu);
+    attn_cache_close(r->on_gpu);
+    assert_true(attn_now_ns() - start < 2000 * ATTN_NS_PER_MS);
+
+    /* Another of that name has other memory, and serves. */
+    runner_open_cache(r->gpu, 16, &r->on_gpu);
+    OK(attn_seq_create(r->on_gpu, NULL, &s.gpu));
+    attn_step_t *step = begin(r, &s, 1);
+    enqueue_all(r, step, r->stream);
+    OK(attn_step_commit(step, NULL));
+    compare(r, &s, 1);
+    usleep(700000); /* the figures are told twice a second */
+    assert_int_equal(region_bytes(r->gpu), 2 * one);
+    fake.hold(stuck[0], 0);
+    usleep(700000);
+    assert_int_equal(region_bytes(r->gpu), 2 * one);
+    fake.hold(stuck[1], 0);
+    usleep(700000);
+    assert_int_equal(region_bytes(r->gpu), one);
+
+    step = begin(r, &s, 1);
+    fake.hold(stuck[0], 1);
+    enqueue_all(r, step, stuck[0]);
+    attn_step_abort(step);
+    attn_cache_close(r->on_gpu);
+    pthread_create(&thread, NULL, let_go_soon, stuck[0]);
+    start = attn_now_ns();
+    attn_client_close(r->gpu);
+    assert_in_range(attn_now_ns() - start, 250 * ATTN_NS_PER_MS, 1000 * ATTN_NS_PER_MS);
+    pthread_join(thread, NULL);
+    r->gpu    = NULL;
+    r->on_gpu = NULL;
+    CU(cuStreamDestroy(stuck[0]));
+    CU(cuStreamDestroy(stuck[1]));
+    runner_close(r);
+}
+
 /* ---- copies for workers elsewhere ---- */
 
 /* They wait for nobody's streams, and no longer than the step's deadline; memory that they are in
@@ -270,6 +350,7 @@ main(void)
         cmocka_unit_test(test_graphs_and_layers_follow),
         cmocka_unit_test(test_an_abort_amid_work),
         cmocka_unit_test(test_a_deadline_amid_work),
+        cmocka_unit_test(test_a_cache_closes_amid_work),
         cmocka_unit_test(test_copies_end_by_the_deadline),
         cmocka_unit_test(test_nothing_is_left),
     };
