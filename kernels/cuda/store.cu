@@ -77,16 +77,16 @@ bring_piece(const cuda_bring_t &x, uint64_t i, bool again)
                       c);
     }
     uint4 a = *from;
+    if (again) { /* a NaN differs, too: what is stored stays, and stays stored */
+        uint4 b = *at;
+        return a.x != b.x || a.y != b.y || a.z != b.z || a.w != b.w ? CUDA_DIFFERS : 0;
+    }
     if (has_special(a.x, x.exponent) || has_special(a.y, x.exponent) ||
         has_special(a.z, x.exponent) || has_special(a.w, x.exponent)) {
         return CUDA_NOT_FINITE;
     }
-    if (!again) {
-        *at = a;
-        return 0;
-    }
-    uint4 b = *at;
-    return a.x != b.x || a.y != b.y || a.z != b.z || a.w != b.w ? CUDA_DIFFERS : 0;
+    *at = a;
+    return 0;
 }
 
 /*

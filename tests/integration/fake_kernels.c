@@ -147,12 +147,12 @@ bring_rows(const fake_kernel_t *kernel, uint32_t grid, void *const *args)
         uint8_t *at         = piece_at(page, x->page_size, of_v ? x->v_row_bytes : x->k_row_bytes,
                                        x->offsets[row], head, c);
         from += 16 * c;
-        if (has_special(from, x->exponent)) {
+        if (again && memcmp(at, from, 16) != 0) {
+            x->mark->trouble |= CUDA_DIFFERS;
+        } else if (!again && has_special(from, x->exponent)) {
             x->mark->trouble |= CUDA_NOT_FINITE;
         } else if (!again) {
             memcpy(at, from, 16);
-        } else if (memcmp(at, from, 16) != 0) {
-            x->mark->trouble |= CUDA_DIFFERS;
         }
     }
     x->mark->stored = x->head->serial;

@@ -334,6 +334,44 @@ test_what_the_device_finds(void **state)
     runner_close(r);
 }
 
+/* A layer that is stored stays so, whatever comes for it again: a NaN is another value, as in runs
+ * from the host's memory. */
+static void
+test_a_nan_after_a_layer_was_stored(void **state)
+{
+    runner_t *r  = runner_open(16);
+    sequence_t s = sequence_new(r);
+    attn_step_t *step;
+
+    (void)state;
+    for (uint32_t run = 0; run < 2; run++) {
+        draw(r, 2);
+        send(r);
+        OK(begin_with(r->on_gpu, s.gpu, s.length, 2, 2, run ? ATTN_MEMORY_AUTO : ATTN_MEMORY_CUDA,
+                      0, &step));
+        views_t t = gpu_views(r, 0);
+        OK(attn_step_run(step, 0, &t.q, &t.k, &t.v, &t.o, (float *)r->lse[0]));
+        _Float16 good         = r->host[0][ROW_Q + 5];
+        r->host[0][ROW_Q + 5] = (_Float16)NAN;
+        send(r);
+        if (run) {
+            assert_says(attn_step_run(step, 0, &t.q, &t.k, &t.v, &t.o, NULL), ATTN_ERR_CONFLICT,
+                        "layer 0: k, v differ");
+        } else {
+            OK(enqueue(r, step, 0, r->stream));
+            assert_says(attn_step_commit(step, NULL), ATTN_ERR_CONFLICT, "layer 0: k, v differ");
+        }
+        r->host[0][ROW_Q + 5] = good;
+        send(r);
+        OK(attn_step_run(step, 0, &t.q, NULL, NULL, &t.o, (float *)r->lse[0])); /* it is there */
+        t = gpu_views(r, 1);
+        OK(attn_step_run(step, 1, &t.q, &t.k, &t.v, &t.o, (float *)r->lse[1]));
+        OK(attn_step_commit(step, NULL));
+        compare(r, &s, 2);
+    }
+    runner_close(r);
+}
+
 static void
 test_arguments(void **state)
 {
@@ -504,6 +542,7 @@ main(void)
         cmocka_unit_test(test_staging_beside_a_capture),
         cmocka_unit_test(test_two_steps_in_turns),
         cmocka_unit_test(test_what_the_device_finds),
+        cmocka_unit_test(test_a_nan_after_a_layer_was_stored),
         cmocka_unit_test(test_arguments),
         cmocka_unit_test(test_what_is_told_is_looked_at),
         cmocka_unit_test(test_tensors_of_another_gpu),
