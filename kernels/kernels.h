@@ -283,12 +283,15 @@ typedef struct attn_track_ops {
     attn_status_t (*enqueue)(attn_track_t *track, const attn_track_call_t *call);
 
     /** Around the launch of a graph that was captured of the track. What comes behind before() on
-     * the stream finds the step's tables; what lies between the two, the step waits for. */
+     * the stream finds the step's tables; what lies between the two, the step waits for.
+     * @return ATTN_ERR_INVALID  the stream is being captured, or after() is for another one
+     * @return ATTN_ERR_BUSY     before() was called for another stream, and after() was not yet */
     attn_status_t (*before)(attn_track_t *track, void *stream);
     attn_status_t (*after)(attn_track_t *track, void *stream);
 
     /** Wait until nothing that was queued for the step runs any more. False: until_ns came first.
-     * 0 looks, and does not wait. */
+     * 0 looks, and does not wait. Where the driver failed to say what a stream has, all that the
+     * device has is waited for, as long as it takes. */
     bool (*wait)(attn_track_t *track, uint64_t until_ns);
 
     /**

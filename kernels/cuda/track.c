@@ -367,6 +367,7 @@ take_on(cuda_backend_t *backend, const attn_track_step_t *step, const track_shap
     pthread_mutex_unlock(&backend->lock);
     t->queued    = false;
     t->replaying = false;
+    t->lost      = false;
     if ((status = send_tables(t, step, images)) != ATTN_OK) {
         cuda_track_ops.give(t);
         return status;

@@ -41,6 +41,7 @@ struct attn_track {
     CUevent ready, done;    /* the tables are there; what was queued last has run */
     CUstream last;          /* that something was queued on, if ... */
     bool queued, replaying; /* ... anything was; before() was, and after() not yet */
+    bool lost;              /* something was queued that no event tells of */
 };
 
 /** Bytes of ours to their place, on our own stream: what waits on the legacy one would break off

@@ -34,13 +34,16 @@ follow(attn_track_t *t, CUstream stream)
     return status;
 }
 
-/* All that the stream has now is the step's. */
+/* All that the stream has now is the step's. Where that cannot be noted nobody knows of it. */
 static attn_status_t
 note(attn_track_t *t, CUstream stream)
 {
+    attn_status_t status = CUDA_CALL(cuEventRecord(t->done, stream));
+
     t->queued = true;
     t->last   = stream;
-    return CUDA_CALL(cuEventRecord(t->done, stream));
+    t->lost   = t->lost || status != ATTN_OK;
+    return status;
 }
 
 /* The driver marks the legacy stream by NULL; events follow it as any other. */
@@ -48,6 +51,41 @@ static CUstream
 stream_of(const attn_track_t *t, const attn_track_call_t *call)
 {
     return call->own_stream ? t->stream : (CUstream)call->stream;
+}
+
+static attn_status_t
+is_captured(CUstream stream, bool *captured_p)
+{
+    CUstreamCaptureStatus capturing = CU_STREAM_CAPTURE_STATUS_NONE;
+    attn_status_t status            = CUDA_CALL(cuStreamIsCapturing(stream, &capturing));
+
+    *captured_p = capturing != CU_STREAM_CAPTURE_STATUS_NONE;
+    return status;
+}
+
+/* What is lost has no place in any order. */
+static attn_status_t
+check_lost(const attn_track_t *t)
+{
+    return !t->lost ? ATTN_OK
+                    : attn_fail(ATTN_ERR_INTERNAL,
+                                "the driver recorded no event behind what was queued before: only "
+                                "commit and abort can wait for it");
+}
+
+/* Around the launch of a graph nothing is captured: an event recorded there would be the graph's,
+ * and say nothing of the stream; one waited for would end the capture. */
+static attn_status_t
+check_launch(const attn_track_t *t, CUstream stream, const char *call)
+{
+    bool captured;
+    attn_status_t status = check_lost(t);
+
+    if (status != ATTN_OK || (status = is_captured(stream, &captured)) != ATTN_OK) {
+        return status;
+    }
+    return !captured ? ATTN_OK
+                     : attn_fail(ATTN_ERR_INVALID, "%s: the stream is being captured", call);
 }
 
 attn_status_t
@@ -60,7 +98,7 @@ track_before(attn_track_t *t, void *stream)
         return attn_fail(ATTN_ERR_BUSY, "a graph of this step is launched on another stream: "
                                         "attn_step_replayed() comes first");
     }
-    if (status == ATTN_OK) {
+    if (status == ATTN_OK && (status = check_launch(t, stream, "attn_step_replay()")) == ATTN_OK) {
         status = follow(t, stream);
     }
     if (status == ATTN_OK) {
@@ -80,23 +118,63 @@ track_after(attn_track_t *t, void *stream)
         return attn_fail(ATTN_ERR_INVALID,
                          "attn_step_replayed() is for the stream of the attn_step_replay() before");
     }
-    if (status == ATTN_OK) {
-        status = note(t, stream);
+    if (status != ATTN_OK ||
+        (status = check_launch(t, stream, "attn_step_replayed()")) != ATTN_OK) {
+        return status;
     }
-    t->replaying = t->replaying && status != ATTN_OK;
-    return status;
+    t->replaying = false;
+    return note(t, stream);
 }
 
+/* An error says that nothing runs on only if it is one that stays. After any other nobody knows. */
 static bool
-is_over(const attn_track_t *t, CUevent event)
+is_over(attn_track_t *t, CUevent event)
 {
     CUresult result = t->backend->cu->cuEventQuery(event);
 
-    if (result == CUDA_ERROR_NOT_READY) {
+    if (result != CUDA_ERROR_NOT_READY && cuda_check(result, "cuEventQuery") != ATTN_OK) {
+        t->lost = true;
+    }
+    return result == CUDA_SUCCESS;
+}
+
+/* after() was never called: what the stream has now is waited for, when it is not captured. */
+static bool
+end_replay(attn_track_t *t)
+{
+    bool captured        = false;
+    attn_status_t status = is_captured(t->last, &captured);
+
+    if (status == ATTN_OK && captured) {
         return false;
     }
-    cuda_check(result, "cuEventQuery"); /* after an error nothing runs on */
+    t->replaying = false;
+    if (status == ATTN_OK) {
+        note(t, t->last);
+    } else {
+        t->lost = true; /* it may be gone */
+    }
     return true;
+}
+
+/* Has all ended? What events do not tell of is waited for, with everything else that the device
+ * has: a last resort, without a bound, after a driver that failed or a stream that went too soon.
+ */
+static bool
+look(attn_track_t *t)
+{
+    if (t->replaying && !end_replay(t)) {
+        return false;
+    }
+    if (!t->lost && is_over(t, t->ready) && (!t->queued || is_over(t, t->done))) {
+        return true;
+    }
+    if (t->lost && CUDA_CALL(cuCtxSynchronize()) == ATTN_OK) {
+        t->lost   = false;
+        t->queued = false;
+        return true;
+    }
+    return cuda_broken() != NULL;
 }
 
 bool
@@ -108,11 +186,7 @@ track_wait(attn_track_t *t, uint64_t until_ns)
     if (visit.status != ATTN_OK) {
         return true;
     }
-    if (t->replaying) { /* after() was never called: what the stream has now is waited for */
-        note(t, t->last);
-        t->replaying = false;
-    }
-    while (!is_over(t, t->ready) || (t->queued && !is_over(t, t->done))) {
+    while (!look(t)) {
         uint64_t now = attn_now_ns();
         if (now >= until_ns) {
             return false;
@@ -240,17 +314,17 @@ launch_attend(const attn_track_t *t, uint32_t plan, const attn_track_call_t *cal
 attn_status_t
 track_enqueue(attn_track_t *t, const attn_track_call_t *call)
 {
-    CUstream stream                 = stream_of(t, call);
-    CUstreamCaptureStatus capturing = CU_STREAM_CAPTURE_STATUS_NONE;
-    attn_status_t status            = check_call(t, call);
+    CUstream stream      = stream_of(t, call);
+    bool captures        = false;
+    attn_status_t status = check_call(t, call);
     CUDA_VISIT(t->backend);
 
     if (status != ATTN_OK || (status = visit.status) != ATTN_OK ||
-        (status = CUDA_CALL(cuStreamIsCapturing(stream, &capturing))) != ATTN_OK) {
+        (status = check_lost(t)) != ATTN_OK ||
+        (status = is_captured(stream, &captures)) != ATTN_OK) {
         return status;
     }
-    bool captures = capturing != CU_STREAM_CAPTURE_STATUS_NONE;
-    t->captured   = t->captured || captures;
+    t->captured = t->captured || captures;
     if (!captures && t->replaying) {
         return attn_fail(ATTN_ERR_BUSY, "a graph of this step is being launched: "
                                         "attn_step_replayed() comes before further layers");

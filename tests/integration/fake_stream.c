@@ -209,12 +209,29 @@ fake_queue(CUstream stream, const op_t *op)
 
 /* ---- for tests ---- */
 
-/** Nothing goes on on the stream until it is let go. */
+static void
+drop(ops_t *ops)
+{
+    op_t *op;
+
+    while ((op = ops->first) != NULL) {
+        ops->first = op->next;
+        free(op);
+    }
+    ops->end = &ops->first;
+}
+
+/** Nothing goes on on the stream until it is let go; -1: what it has never runs. */
 VISIBLE void
 fake_cuda_hold(CUstream stream, int held)
 {
+    CUstream on = stream == NULL ? &legacy : stream;
+
     pthread_mutex_lock(&fake_lock);
-    (stream == NULL ? &legacy : stream)->held = held ? HELD : LET_GO;
+    if (held < 0) {
+        drop(&on->ops);
+    }
+    on->held = held > 0 ? HELD : LET_GO;
     pump();
     pthread_mutex_unlock(&fake_lock);
 }
@@ -442,12 +459,7 @@ graph_new(void)
 static void
 graph_free(CUgraph graph)
 {
-    op_t *op;
-
-    while ((op = graph->ops.first) != NULL) {
-        graph->ops.first = op->next;
-        free(op);
-    }
+    drop(&graph->ops);
     free(graph);
 }
 

@@ -201,6 +201,151 @@ test_a_deadline_amid_work(void **state)
     runner_close(r);
 }
 
+static void *
+let_go_soon(void *stream)
+{
+    usleep(300000);
+    fake.hold(stream, 0);
+    return NULL;
+}
+
+/* A graph is not launched, nor told of, while its stream is captured; and a step that ends in
+ * between waits for the end of that, and adds nothing to it. */
+static void
+test_replays_beside_a_capture(void **state)
+{
+    NEEDS_FAKE();
+    runner_t *r  = runner_open(16);
+    sequence_t s = sequence_new(r);
+    attn_step_t *next;
+    CUgraph graph;
+
+    (void)state;
+    draw(r, 1);
+    send(r);
+    attn_step_t *step = begin(r, &s, 1);
+    CUgraphExec exec  = capture(r, step);
+    CU(cuStreamBeginCapture(r->stream, CU_STREAM_CAPTURE_MODE_GLOBAL));
+    assert_says(attn_step_replay(step, r->stream), ATTN_ERR_INVALID,
+                "the stream is being captured");
+    CU(cuStreamEndCapture(r->stream, &graph));
+    CU(cuGraphDestroy(graph));
+    OK(attn_step_replay(step, r->stream));
+    CU(cuGraphLaunch(exec, r->stream));
+    CU(cuStreamBeginCapture(r->stream, CU_STREAM_CAPTURE_MODE_GLOBAL));
+    assert_says(attn_step_replayed(step, r->stream), ATTN_ERR_INVALID, "being captured");
+    CU(cuStreamEndCapture(r->stream, &graph));
+    CU(cuGraphDestroy(graph));
+    OK(attn_step_replayed(step, r->stream));
+    OK(attn_step_commit(step, NULL));
+    compare(r, &s, 1);
+
+    step = begin(r, &s, 1);
+    fake.hold(r->stream, 1);
+    OK(attn_step_replay(step, r->stream));
+    CU(cuGraphLaunch(exec, r->stream));
+    CU(cuStreamBeginCapture(r->stream, CU_STREAM_CAPTURE_MODE_RELAXED));
+    int recorded = fake.count("cuEventRecord");
+    attn_step_abort(step);
+    fake.hold(r->stream, 0);
+    usleep(200000);
+    assert_int_equal(begin_with(r->on_gpu, s.gpu, 1, 1, 1, ATTN_MEMORY_CUDA, 0, &next),
+                     ATTN_ERR_BUSY);
+    assert_int_equal(fake.count("cuEventRecord"), recorded);
+    CU(cuStreamEndCapture(r->stream, &graph));
+    CU(cuGraphDestroy(graph));
+    await_free(r, &s);
+    CU(cuGraphExecDestroy(exec));
+    runner_close(r);
+}
+
+/* What no event tells of is waited for all the same, be it that one cannot be asked, or could not
+ * be recorded, or that its stream is gone. */
+static void
+test_work_that_no_event_tells_of(void **state)
+{
+    NEEDS_FAKE();
+    runner_t *r      = runner_open(16);
+    sequence_t s     = sequence_new(r);
+    CUgraphExec exec = NULL;
+
+    (void)state;
+    draw(r, 1);
+    send(r);
+    for (uint32_t way = 0; way < 3; way++) {
+        attn_step_t *step = begin(r, &s, 1);
+        CUstream stream;
+        pthread_t thread;
+        if (way == 2) {
+            exec = capture(r, step);
+        }
+        CU(cuStreamCreate(&stream, CU_STREAM_NON_BLOCKING));
+        fake.hold(stream, 1);
+        if (way == 0) {
+            enqueue_all(r, step, stream);
+            fake.spoil("cuEventQuery", CUDA_ERROR_INVALID_VALUE, 2); /* either event */
+        } else if (way == 1) {
+            fake.spoil("cuEventRecord", CUDA_ERROR_INVALID_VALUE, 1);
+            assert_says(enqueue(r, step, 0, stream), ATTN_ERR_INTERNAL, "cuEventRecord");
+            assert_says(enqueue(r, step, 1, r->stream), ATTN_ERR_INTERNAL, "recorded no event");
+        } else {
+            OK(attn_step_replay(step, stream));
+            CU(cuGraphLaunch(exec, stream));
+            CU(cuStreamDestroy(stream));
+        }
+        pthread_create(&thread, NULL, let_go_soon, stream);
+        uint64_t start = attn_now_ns();
+        attn_step_abort(step);
+        assert_in_range(attn_now_ns() - start, 250 * ATTN_NS_PER_MS, 1500 * ATTN_NS_PER_MS);
+        pthread_join(thread, NULL);
+        fake.spoil("cuEventQuery", CUDA_SUCCESS, 0);
+        if (way < 2) {
+            CU(cuStreamDestroy(stream));
+        }
+    }
+
+    /* One that cannot be asked once ends well. */
+    attn_step_t *step = begin(r, &s, 1);
+    enqueue_all(r, step, r->stream);
+    fake.spoil("cuEventQuery", CUDA_ERROR_INVALID_VALUE, 1);
+    OK(attn_step_commit(step, NULL));
+    compare(r, &s, 1);
+    CU(cuGraphExecDestroy(exec));
+    runner_close(r);
+}
+
+/* After an error that stays nothing runs on, and nothing waits. It stays for this process, too. */
+static void
+test_a_device_that_fails_for_good(void **state)
+{
+    NEEDS_FAKE();
+    runner_t *r  = runner_open(16);
+    sequence_t s = sequence_new(r);
+
+    (void)state;
+    draw(r, 1);
+    send(r);
+    fake.hold(r->stream, 1);
+    attn_step_t *step = begin(r, &s, 1);
+    enqueue_all(r, step, r->stream);
+    fake.spoil("cuEventQuery", CUDA_ERROR_ILLEGAL_ADDRESS, 1000);
+    fake.spoil("cuStreamSynchronize", CUDA_ERROR_ILLEGAL_ADDRESS, 1000);
+    fake.spoil("cuCtxSynchronize", CUDA_ERROR_ILLEGAL_ADDRESS, 1000);
+    fake.spoil("queue", CUDA_ERROR_ILLEGAL_ADDRESS, 1000);
+    uint64_t start = attn_now_ns();
+    assert_says(attn_step_commit(step, NULL), ATTN_ERR_INTERNAL, "CUDA_ERROR_ILLEGAL_ADDRESS");
+    attn_step_abort(step);
+    fake.hold(r->stream, -1);
+    attn_cache_close(r->on_gpu);
+    assert_true(attn_now_ns() - start < 500 * ATTN_NS_PER_MS);
+    r->on_gpu = NULL;
+    fake.spoil("cuEventQuery", CUDA_SUCCESS, 0);
+    fake.spoil("cuStreamSynchronize", CUDA_SUCCESS, 0);
+    fake.spoil("cuCtxSynchronize", CUDA_SUCCESS, 0);
+    fake.spoil("queue", CUDA_SUCCESS, 0);
+    runner_close(r);
+}
+
 static uint64_t
 region_bytes(attn_client_t *client)
 {
@@ -210,14 +355,6 @@ region_bytes(attn_client_t *client)
     uint64_t bytes = info.workers[0].region_bytes;
     attn_cluster_info_free(&info);
     return bytes;
-}
-
-static void *
-let_go_soon(void *stream)
-{
-    usleep(300000);
-    fake.hold(stream, 0);
-    return NULL;
 }
 
 /* Closing a cache ends, though the device does not: its memory is nobody's until it is through.
@@ -350,8 +487,11 @@ main(void)
         cmocka_unit_test(test_graphs_and_layers_follow),
         cmocka_unit_test(test_an_abort_amid_work),
         cmocka_unit_test(test_a_deadline_amid_work),
+        cmocka_unit_test(test_replays_beside_a_capture),
+        cmocka_unit_test(test_work_that_no_event_tells_of),
         cmocka_unit_test(test_a_cache_closes_amid_work),
         cmocka_unit_test(test_copies_end_by_the_deadline),
+        cmocka_unit_test(test_a_device_that_fails_for_good),
         cmocka_unit_test(test_nothing_is_left),
     };
     int skipped = runner_driver();
