@@ -212,7 +212,8 @@ typedef struct attn_links_info {
     attn_link_info_t *links; /**< [n_links]; free with attn_links_info_free() */
     uint64_t dropped;        /**< messages of UCX's that answered nothing that was waited for: late
                                 ones, and strangers' */
-    uint64_t runs_cuda;      /**< runs whose tensors were used in a GPU's memory, where they were */
+    uint64_t runs_cuda;      /**< runs whose tensors were used in a GPU's memory, where they were;
+                                what is enqueued or replayed is no run */
     uint64_t runs_staged;    /**< and those that were copied through the host's */
 } attn_links_info_t;
 
@@ -580,7 +581,7 @@ ATTN_API attn_status_t attn_step_submit_with(attn_step_t *step, const attn_run_t
  *                               several, or an entry has list_room; the sentence says which
  * @return ATTN_ERR_INVALID      a tensor, the layer, or a step begun without ATTN_MEMORY_CUDA
  * @return ATTN_ERR_BUSY         between attn_step_replay() and attn_step_replayed(), but in a
- * capture
+ *                               capture; and while a submitted run of the step is outstanding
  * @return ATTN_ERR_ABORTED, ATTN_ERR_NOT_FOUND  the step ended (deadline)
  * @return ATTN_ERR_INTERNAL     the driver refused; the sentence names the call
  */

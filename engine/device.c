@@ -82,16 +82,21 @@ results(engine_t *engine, engine_step_t *step)
 attn_status_t
 engine_track_finish(engine_t *engine, engine_step_t *step)
 {
-    attn_status_t status = step->track != NULL ? results(engine, step) : ATTN_OK;
+    return step->track != NULL ? results(engine, step) : ATTN_OK;
+}
 
-    /* Layers of a graph are known from here on only: they count, and took no time of anybody. */
-    for (uint32_t l = 0; step->on_device && status == ATTN_OK && l < step->cache->geometry.layers;
-         l++) {
-        if (step->stored[l]) {
+/* Layers of a graph are known from here on only: they count, and took no time of anybody. Of a step
+ * that stores nothing no layer says that it ran: something was queued, so all did. */
+void
+engine_track_count(engine_t *engine, const engine_step_t *step)
+{
+    bool asked = step->on_device && step->queued && step->sizes.q > 0;
+
+    for (uint32_t l = 0; asked && l < step->cache->geometry.layers; l++) {
+        if (step->n_new_rows == 0 || step->stored[l]) {
             engine_count_run(engine, step, 0);
         }
     }
-    return status;
 }
 
 /* ---- layers ---- */
@@ -135,6 +140,7 @@ enqueue(engine_t *engine, engine_step_t *step, const engine_call_t *call, bool o
     engine_kv_view(engine, step->cache, call->layer, &kv);
     what.kv              = &kv;
     attn_status_t status = tracks_of(engine)->enqueue(step->track, &what);
+    step->queued         = step->queued || what.q != NULL;
     return status == ATTN_OK
                ? ATTN_OK
                : attn_fail_in(status,
@@ -181,6 +187,7 @@ engine_step_replay(engine_t *engine, uint64_t step_id, void *stream, bool launch
     if ((status = check_on_device(step)) == ATTN_OK) {
         const attn_track_ops_t *ops = tracks_of(engine);
         status                      = (launched ? ops->after : ops->before)(step->track, stream);
+        step->queued                = step->queued || status == ATTN_OK;
     }
     engine_step_leave(engine, step);
     return status;

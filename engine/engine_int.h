@@ -65,6 +65,7 @@ typedef struct engine_step {
 
     bool on_device;
     attn_track_t *track; /* tensors are in the device's memory; under lock */
+    bool queued;         /* something was, that asks; under lock */
     bool on_host;        /* runs came with tensors of the host; under lock */
     char ending[128];    /* it is to abort when the device is through: why; else empty */
     bool adrift;         /* so it is, and the ticks look; under the engine's lock */
@@ -179,6 +180,9 @@ bool engine_track_settle(engine_t *engine, engine_step_t *step, uint64_t until_n
 
 /** Wait, and see what became of it: which layers are stored. Of a step without a track ATTN_OK. */
 attn_status_t engine_track_finish(engine_t *engine, engine_step_t *step);
+
+/** Count what it asked for, now that it is committed. */
+void engine_track_count(engine_t *engine, const engine_step_t *step);
 
 /** The track goes to others; it waits for what is queued. */
 void engine_track_give(engine_t *engine, engine_step_t *step);

@@ -569,6 +569,7 @@ engine_step_commit_paths(engine_t *engine, uint64_t step_id, const engine_commit
         /* Its new tokens may be torn: nobody may commit them any more. */
         step_abort_locked(engine, step, "its commit failed", 0);
     } else if (status == ATTN_OK) {
+        engine_track_count(engine, step);
         engine_plans_free(engine, step);
         pthread_mutex_lock(&engine->lock);
         status = kv_step_commit(engine->store, step->kv, here);

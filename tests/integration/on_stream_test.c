@@ -7,6 +7,7 @@
 #include <math.h>
 #include <pthread.h>
 #include <stdlib.h>
+#include <unistd.h>
 
 /* ---- runs that wait ---- */
 
@@ -251,6 +252,43 @@ test_staging_beside_a_capture(void **state)
     CU(cuGraphExecDestroy(exec));
     CU(cuGraphDestroy(graph));
     CU(cuStreamDestroy(stream));
+    runner_close(r);
+}
+
+/* A layer of a step that is committed counts once, however often commit was asked for, and of one
+ * that only asks, too. */
+static void
+test_layers_are_counted(void **state)
+{
+    runner_t *r   = runner_open(16);
+    sequence_t s  = sequence_new(r);
+    uint64_t runs = 0;
+
+    (void)state;
+    draw(r, 3);
+    send(r);
+    for (uint32_t round = 0; round < 3; round++) { /* brings and asks, asks, brings */
+        uint32_t n_q = round == 2 ? 0 : 3, n_new = round == 1 ? 0 : 3;
+        attn_cluster_info_t info;
+        attn_step_t *step;
+        OK(begin_with(r->on_gpu, s.gpu, s.length, n_q, n_new, ATTN_MEMORY_CUDA, 0, &step));
+        for (uint32_t l = 0; l < LAYERS; l++) {
+            views_t t = gpu_views(r, l);
+            OK(attn_step_enqueue(step, l, n_q > 0 ? &t.q : NULL, n_new > 0 ? &t.k : NULL,
+                                 n_new > 0 ? &t.v : NULL, n_q > 0 ? &t.o : NULL, NULL, NULL));
+            if (round == 0 && l == 0) {
+                assert_int_equal(attn_step_commit(step, NULL), ATTN_ERR_INCOMPLETE);
+            }
+        }
+        assert_int_equal(attn_step_commit(step, (uint32_t[]){n_new + 1}), ATTN_ERR_INVALID);
+        OK(attn_step_commit(step, NULL));
+        s.length += n_new;
+        runs += n_q > 0 ? LAYERS : 0;
+        usleep(700000); /* the figures are told twice a second */
+        OK(attn_cluster_describe(r->gpu, &info));
+        assert_int_equal(info.workers[0].runs, runs);
+        attn_cluster_info_free(&info);
+    }
     runner_close(r);
 }
 
@@ -540,6 +578,7 @@ main(void)
         cmocka_unit_test(test_a_graph_serves_later_steps),
         cmocka_unit_test(test_steps_beside_a_capture),
         cmocka_unit_test(test_staging_beside_a_capture),
+        cmocka_unit_test(test_layers_are_counted),
         cmocka_unit_test(test_two_steps_in_turns),
         cmocka_unit_test(test_what_the_device_finds),
         cmocka_unit_test(test_a_nan_after_a_layer_was_stored),

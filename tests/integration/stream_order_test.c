@@ -117,6 +117,49 @@ test_graphs_and_layers_follow(void **state)
     runner_close(r);
 }
 
+static void *
+let_go_soon(void *stream)
+{
+    usleep(300000);
+    fake.hold(stream, 0);
+    return NULL;
+}
+
+static void *
+let_all_go_soon(void *unused)
+{
+    usleep(300000);
+    fake.hold_all(0);
+    return unused;
+}
+
+/* A step is over when its tables say so: a graph that is launched right after it does nothing. */
+static void
+test_a_graph_right_after_its_step(void **state)
+{
+    NEEDS_FAKE();
+    runner_t *r  = runner_open(16);
+    sequence_t s = sequence_new(r);
+    pthread_t thread;
+
+    (void)state;
+    draw(r, 1);
+    send(r);
+    attn_step_t *step = begin(r, &s, 1);
+    CUgraphExec exec  = capture(r, step);
+    OK(attn_step_replay(step, r->stream));
+    OK(attn_step_replayed(step, r->stream));
+    fake.hold_all(1);
+    fake.hold(r->stream, 0);
+    pthread_create(&thread, NULL, let_all_go_soon, NULL);
+    attn_step_abort(step);
+    CU(cuGraphLaunch(exec, r->stream));
+    pthread_join(thread, NULL);
+    assert_true(is_untouched(r, 0) && is_untouched(r, 1));
+    CU(cuGraphExecDestroy(exec));
+    runner_close(r);
+}
+
 /* ---- work that does not end ---- */
 
 static void
@@ -201,14 +244,6 @@ test_a_deadline_amid_work(void **state)
     runner_close(r);
 }
 
-static void *
-let_go_soon(void *stream)
-{
-    usleep(300000);
-    fake.hold(stream, 0);
-    return NULL;
-}
-
 /* A graph is not launched, nor told of, while its stream is captured; and a step that ends in
  * between waits for the end of that, and adds nothing to it. */
 static void
@@ -283,7 +318,7 @@ test_work_that_no_event_tells_of(void **state)
         fake.hold(stream, 1);
         if (way == 0) {
             enqueue_all(r, step, stream);
-            fake.spoil("cuEventQuery", CUDA_ERROR_INVALID_VALUE, 2); /* either event */
+            fake.spoil("cuEventQuery", CUDA_ERROR_INVALID_VALUE, 9); /* both events */
         } else if (way == 1) {
             fake.spoil("cuEventRecord", CUDA_ERROR_INVALID_VALUE, 1);
             assert_says(enqueue(r, step, 0, stream), ATTN_ERR_INTERNAL, "cuEventRecord");
@@ -485,6 +520,7 @@ main(void)
         cmocka_unit_test(test_layers_follow_across_streams),
         cmocka_unit_test(test_layers_follow_begin),
         cmocka_unit_test(test_graphs_and_layers_follow),
+        cmocka_unit_test(test_a_graph_right_after_its_step),
         cmocka_unit_test(test_an_abort_amid_work),
         cmocka_unit_test(test_a_deadline_amid_work),
         cmocka_unit_test(test_replays_beside_a_capture),
