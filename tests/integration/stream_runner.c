@@ -24,8 +24,8 @@ look_up_fake(void)
         const char *name;
     } wanted[] = {
         {&fake.hold, "fake_cuda_hold"},   {&fake.hold_all, "fake_cuda_hold_all"},
-        {&fake.spoil, "fake_cuda_spoil"}, {&fake.count, "fake_cuda_count"},
-        {&fake.alive, "fake_cuda_alive"},
+        {&fake.idle, "fake_cuda_idle"},   {&fake.spoil, "fake_cuda_spoil"},
+        {&fake.count, "fake_cuda_count"}, {&fake.alive, "fake_cuda_alive"},
     };
 
     for (size_t i = 0; i < sizeof(wanted) / sizeof(wanted[0]); i++) {
@@ -90,7 +90,13 @@ runner_open(uint32_t page_size)
 {
     runner_t *r = calloc(1, sizeof(*r));
 
+    if (fake.idle != NULL) {
+        fake.idle(1);
+    }
     OK(attn_client_open("inproc://cuda:0?slab=16MiB", NULL, &r->gpu));
+    if (fake.idle != NULL) {
+        fake.idle(0);
+    }
     OK(attn_client_open("inproc://cpu?threads=1&slab=16MiB", NULL, &r->cpu));
     runner_open_cache(r->gpu, page_size, &r->on_gpu);
     runner_open_cache(r->cpu, page_size, &r->on_cpu);

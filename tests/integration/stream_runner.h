@@ -33,6 +33,7 @@ extern const cuda_driver_t *cu;
 typedef struct fake {
     void (*hold)(CUstream stream, int held);
     void (*hold_all)(int held);
+    void (*idle)(int now);
     void (*spoil)(const char *call, CUresult with, int n);
     int (*count)(const char *call);
     int (*alive)(int *contexts);
