@@ -595,8 +595,9 @@ ATTN_API attn_status_t attn_step_graph(attn_step_t *step, uint64_t *graph_p);
 /** To be called before the launch of a graph on a stream, and after it: the stream finds the step's
  * tables, and the step waits for what the stream has by then. Several graphs may be launched in
  * between, on this stream, before the step's deadline. The stream is there until replayed is
- * called, or the step is over: of one that is destroyed before, nobody knows what it has, and the
- * end of the step waits for all that the GPU has to do.
+ * called, or the step is over. Of one that is destroyed before, nobody knows what it has, and the
+ * end of the step waits for all that the GPU has to do; so it does for CU_STREAM_PER_THREAD,
+ * another stream on each thread, unless replayed was called, on replay's thread.
  * @return as attn_step_enqueue(); ATTN_ERR_BUSY from a second replay on another stream before
  * replayed, ATTN_ERR_INVALID from replayed on another stream than replay's, and from both while
  * the stream is being captured */

@@ -149,10 +149,10 @@ end_replay(attn_track_t *t)
         return false;
     }
     t->replaying = false;
-    if (status == ATTN_OK) {
+    if (status == ATTN_OK && t->last != CU_STREAM_PER_THREAD) {
         note(t, t->last);
     } else {
-        t->lost = true; /* it may be gone */
+        t->lost = true; /* it may be gone, or another thread's */
     }
     return true;
 }

@@ -96,6 +96,34 @@ fake_unsafe(const char *name)
     return result;
 }
 
+/* Under the lock. */
+static CUstream
+stream_new(unsigned flags)
+{
+    CUstream made = calloc(1, sizeof(*made));
+
+    made->alone   = (flags & CU_STREAM_NON_BLOCKING) != 0;
+    made->ops.end = &made->ops.first;
+    made->next    = streams;
+    streams       = made;
+    return made;
+}
+
+/* Of a handle: two stand for streams that nobody made, one of them for another on each thread.
+ * Under the lock. */
+static CUstream
+stream_at(CUstream handle)
+{
+    static _Thread_local CUstream own;
+
+    if (handle == CU_STREAM_PER_THREAD && own == NULL) {
+        own = stream_new(CU_STREAM_DEFAULT);
+    }
+    return handle == CU_STREAM_PER_THREAD                 ? own
+           : handle == NULL || handle == CU_STREAM_LEGACY ? &legacy
+                                                          : handle;
+}
+
 /* What a call with a stream comes to. The legacy stream cannot be used while a stream that waits
  * for it is captured, and that capture is over. */
 static CUresult
@@ -103,7 +131,7 @@ stream_call(const char *name, CUstream *stream)
 {
     CUresult result = fake_call(name);
 
-    *stream = *stream == NULL ? &legacy : *stream;
+    *stream = stream_at(*stream);
     for (CUstream s = streams; s != NULL && *stream == &legacy; s = s->next) {
         if (s->capture != NULL && !s->alone) {
             s->spoilt = true;
@@ -226,9 +254,8 @@ drop(ops_t *ops)
 VISIBLE void
 fake_cuda_hold(CUstream stream, int held)
 {
-    CUstream on = stream == NULL ? &legacy : stream;
-
     pthread_mutex_lock(&fake_lock);
+    CUstream on = stream_at(stream);
     if (held < 0) {
         drop(&on->ops);
     }
@@ -298,14 +325,8 @@ cuThreadExchangeStreamCaptureMode(CUstreamCaptureMode *with)
 VISIBLE CUresult
 cuStreamCreate(CUstream *stream, unsigned flags)
 {
-    CUstream made = calloc(1, sizeof(*made));
-
     pthread_mutex_lock(&fake_lock);
-    made->alone   = (flags & CU_STREAM_NON_BLOCKING) != 0;
-    made->ops.end = &made->ops.first;
-    made->next    = streams;
-    streams       = made;
-    *stream       = made;
+    *stream = stream_new(flags);
     fake_alive++;
     pthread_mutex_unlock(&fake_lock);
     return CUDA_SUCCESS;
@@ -363,7 +384,7 @@ cuStreamWaitEvent(CUstream stream, CUevent event, unsigned flags)
 
     (void)flags;
     pthread_mutex_lock(&fake_lock);
-    CUstream on = stream == NULL ? &legacy : stream;
+    CUstream on = stream_at(stream);
     if ((on->capture != NULL) != event->captured) { /* none of ours has a part in captures */
         on->spoilt = on->capture != NULL;
         result     = CUDA_ERROR_STREAM_CAPTURE_ISOLATION;
@@ -408,7 +429,7 @@ VISIBLE CUresult
 cuEventRecord(CUevent event, CUstream stream)
 {
     pthread_mutex_lock(&fake_lock);
-    CUstream on = stream == NULL ? &legacy : stream;
+    CUstream on = stream_at(stream);
     CUresult result =
         queue("cuEventRecord", stream,
               &(op_t){.kind = OP_RECORD, .event = event, .ticket = event->recorded + 1});
@@ -503,10 +524,10 @@ cuStreamEndCapture(CUstream stream, CUgraph *graph)
 VISIBLE CUresult
 cuStreamIsCapturing(CUstream stream, CUstreamCaptureStatus *status)
 {
-    CUstream on     = stream == NULL ? &legacy : stream;
     CUresult result = CUDA_SUCCESS;
 
     pthread_mutex_lock(&fake_lock);
+    CUstream on = stream_at(stream);
     for (CUstream s = streams; s != NULL && on == &legacy; s = s->next) {
         if (s->capture != NULL && !s->alone) {
             result = CUDA_ERROR_STREAM_CAPTURE_IMPLICIT;

@@ -349,6 +349,43 @@ test_work_that_no_event_tells_of(void **state)
     runner_close(r);
 }
 
+static void *
+abort_step(void *step)
+{
+    uint64_t start = attn_now_ns();
+
+    attn_step_abort(step);
+    return (void *)(uintptr_t)((attn_now_ns() - start) / ATTN_NS_PER_MS);
+}
+
+/* One handle is another stream on each thread: what a graph has there is waited for by whichever
+ * thread ends the step. */
+static void
+test_a_step_that_another_thread_ends(void **state)
+{
+    NEEDS_FAKE();
+    runner_t *r  = runner_open(16);
+    sequence_t s = sequence_new(r);
+    pthread_t thread;
+    void *ms;
+
+    (void)state;
+    draw(r, 1);
+    send(r);
+    attn_step_t *step = begin(r, &s, 1);
+    CUgraphExec exec  = capture(r, step);
+    fake.hold(CU_STREAM_PER_THREAD, 1);
+    OK(attn_step_replay(step, CU_STREAM_PER_THREAD));
+    CU(cuGraphLaunch(exec, CU_STREAM_PER_THREAD));
+    pthread_create(&thread, NULL, abort_step, step);
+    usleep(300000);
+    fake.hold(CU_STREAM_PER_THREAD, 0);
+    pthread_join(thread, &ms);
+    assert_in_range((uintptr_t)ms, 200, 1500);
+    CU(cuGraphExecDestroy(exec));
+    runner_close(r);
+}
+
 /* After an error that stays nothing runs on, and nothing waits. It stays for this process, too. */
 static void
 test_a_device_that_fails_for_good(void **state)
@@ -525,6 +562,7 @@ main(void)
         cmocka_unit_test(test_a_deadline_amid_work),
         cmocka_unit_test(test_replays_beside_a_capture),
         cmocka_unit_test(test_work_that_no_event_tells_of),
+        cmocka_unit_test(test_a_step_that_another_thread_ends),
         cmocka_unit_test(test_a_cache_closes_amid_work),
         cmocka_unit_test(test_copies_end_by_the_deadline),
         cmocka_unit_test(test_a_device_that_fails_for_good),
