@@ -51,14 +51,15 @@ engine_track_take(engine_t *engine, engine_step_t *step)
 bool
 engine_track_settle(engine_t *engine, engine_step_t *step, uint64_t until_ns)
 {
-    return step->track == NULL || tracks_of(engine)->wait(step->track, until_ns);
+    return step->track == NULL || (tracks_of(engine)->wait(step->track, until_ns) &&
+                                   tracks_of(engine)->clear(step->track, until_ns));
 }
 
 void
 engine_track_give(engine_t *engine, engine_step_t *step)
 {
     if (step->track != NULL) {
-        tracks_of(engine)->wait(step->track, UINT64_MAX);
+        engine_track_settle(engine, step, UINT64_MAX);
         tracks_of(engine)->give(step->track);
         step->track = NULL;
     }

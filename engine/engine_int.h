@@ -175,7 +175,8 @@ void engine_count_run(engine_t *engine, const engine_step_t *step, uint64_t ns);
 /** Its track, from its plans. */
 attn_status_t engine_track_take(engine_t *engine, engine_step_t *step);
 
-/** Wait for what is queued of it, if anything is; false: until_ns came first (0: no wait). */
+/** It is over: wait for what is queued of it, if anything is, and until graphs of it do nothing.
+ * False: until_ns came first (0: no wait to speak of). */
 bool engine_track_settle(engine_t *engine, engine_step_t *step, uint64_t until_ns);
 
 /** Wait, and see what became of it: which layers are stored. Of a step without a track ATTN_OK. */

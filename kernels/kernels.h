@@ -303,7 +303,12 @@ typedef struct attn_track_ops {
      */
     attn_status_t (*results)(attn_track_t *track, uint8_t *stored);
 
-    /** The step is over, after wait(). */
+    /** After wait(), the step is over: have the track say so to graphs of it that are launched all
+     * the same. False: it does not say so yet at until_ns, or a millisecond from now; call again.
+     */
+    bool (*clear)(attn_track_t *track, uint64_t until_ns);
+
+    /** The track is for others: after clear() was true. */
     void (*give)(attn_track_t *track);
 
     /** The cache is closed, and no step of it is open: its tracks go, and their graphs with them.

@@ -9,6 +9,7 @@
 #include "kernels/cuda/track_int.h"
 
 #include "base/checked.h"
+#include "base/clock.h"
 #include "base/status.h"
 
 #include <assert.h>
@@ -16,7 +17,8 @@
 #include <string.h>
 
 #define TRACKS_MAX 256u
-#define SPARE_TRACKS 8u /* that no graph was captured of */
+#define SPARE_TRACKS 8u         /* that no graph was captured of */
+#define CLEAR_NS ATTN_NS_PER_MS /* how long clear() waits at least: it takes some microseconds */
 
 /* ---- making and freeing ---- */
 
@@ -257,7 +259,7 @@ sweep(cuda_backend_t *backend, const uint64_t *cache, uint32_t spares)
     while (going != NULL) {
         attn_track_t *t = going;
         going           = t->next;
-        backend->cu->cuStreamSynchronize(t->stream); /* what give() queued */
+        backend->cu->cuStreamSynchronize(t->stream); /* nothing, unless clear() failed */
         track_free(t);
     }
 }
@@ -368,7 +370,9 @@ take_on(cuda_backend_t *backend, const attn_track_step_t *step, const track_shap
     t->queued    = false;
     t->replaying = false;
     t->lost      = false;
+    t->clearing  = false;
     if ((status = send_tables(t, step, images)) != ATTN_OK) {
+        cuda_track_ops.clear(t, UINT64_MAX);
         cuda_track_ops.give(t);
         return status;
     }
@@ -418,26 +422,40 @@ fill(attn_track_t *t, CUdeviceptr at, uint8_t byte, uint64_t n)
     }
 }
 
+static void
+fill_tables(attn_track_t *t)
+{
+    fill(t, t->device, 0, sizeof(cuda_head_t));
+    for (uint32_t i = 0; i < t->shape.n_plans; i++) {
+        const cuda_image_t *image = &t->views[i].image;
+        uint64_t pieces           = image->classes[0].pieces; /* all classes', up to the pages */
+        fill(t, t->blocks[i].device + pieces, 0xff, image->pages - pieces);
+        fill(t, t->blocks[i].device + image->items, 0, image->refs - image->items);
+    }
+}
+
 /*
  * Nothing is open any more, so that a graph that is launched all the same does nothing: its first
- * kernels see it in the head, its others have no piece and no item. It is so when this returns, for
- * the step's pages may be another's then. What fails here fails again when the track is taken.
+ * kernels see it in the head, its others have no piece and no item. What fails here fails again
+ * when the track is taken.
  */
+static bool
+track_clear(attn_track_t *t, uint64_t until_ns)
+{
+    uint64_t soon = attn_now_ns() + CLEAR_NS;
+    CUDA_VISIT(t->backend);
+
+    if (!t->clearing && visit.status == ATTN_OK) {
+        fill_tables(t);
+        t->lost = CUDA_CALL(cuEventRecord(t->ready, t->stream)) != ATTN_OK;
+    }
+    t->clearing = true;
+    return track_wait(t, attn_max(until_ns, soon));
+}
+
 static void
 track_give(attn_track_t *t)
 {
-    CUDA_VISIT(t->backend);
-
-    if (visit.status == ATTN_OK) {
-        fill(t, t->device, 0, sizeof(cuda_head_t));
-        for (uint32_t i = 0; i < t->shape.n_plans; i++) {
-            const cuda_image_t *image = &t->views[i].image;
-            uint64_t pieces = image->classes[0].pieces; /* all classes', up to the pages */
-            fill(t, t->blocks[i].device + pieces, 0xff, image->pages - pieces);
-            fill(t, t->blocks[i].device + image->items, 0, image->refs - image->items);
-        }
-        t->backend->cu->cuStreamSynchronize(t->stream);
-    }
     pthread_mutex_lock(&t->backend->lock);
     t->busy = false;
     pthread_mutex_unlock(&t->backend->lock);
@@ -472,6 +490,7 @@ const attn_track_ops_t cuda_track_ops = {
     .after   = track_after,
     .wait    = track_wait,
     .results = track_results,
+    .clear   = track_clear,
     .give    = track_give,
     .forget  = track_forget,
 };

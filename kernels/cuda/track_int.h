@@ -38,10 +38,11 @@ struct attn_track {
     cuda_block_t *blocks;    /* [n_plans]: of a view; where its tables begin */
 
     CUstream stream;        /* our own */
-    CUevent ready, done;    /* the tables are there; what was queued last has run */
+    CUevent ready, done;    /* the tables are there, or cleared; what was queued last has run */
     CUstream last;          /* that something was queued on, if ... */
     bool queued, replaying; /* ... anything was; before() was, and after() not yet */
     bool lost;              /* something was queued that no event tells of */
+    bool clearing;          /* and what clears the tables was, too */
 };
 
 /** Bytes of ours to their place, on our own stream: what waits on the legacy one would break off

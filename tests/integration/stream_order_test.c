@@ -156,6 +156,18 @@ test_a_graph_right_after_its_step(void **state)
     CU(cuGraphLaunch(exec, r->stream));
     pthread_join(thread, NULL);
     assert_true(is_untouched(r, 0) && is_untouched(r, 1));
+
+    /* An abort does not wait for that without an end: then the pages wait. */
+    step = begin(r, &s, 1);
+    fake.hold_all(1);
+    fake.hold(r->stream, 0);
+    uint64_t start = attn_now_ns();
+    attn_step_abort(step);
+    assert_in_range(attn_now_ns() - start, 900 * ATTN_NS_PER_MS, 2500 * ATTN_NS_PER_MS);
+    assert_int_equal(begin_with(r->on_gpu, s.gpu, 0, 1, 1, ATTN_MEMORY_CUDA, 0, &step),
+                     ATTN_ERR_BUSY);
+    fake.hold_all(0);
+    await_free(r, &s);
     CU(cuGraphExecDestroy(exec));
     runner_close(r);
 }
