@@ -361,6 +361,35 @@ test_work_that_no_event_tells_of(void **state)
     runner_close(r);
 }
 
+/* A run that fails after a part of it was queued returns when that has ended: the buffers are the
+ * caller's then. */
+static void
+test_a_run_that_fails_half_way(void **state)
+{
+    NEEDS_FAKE();
+    runner_t *r  = runner_open(16);
+    sequence_t s = sequence_new(r);
+    views_t t    = gpu_views(r, 1);
+    attn_step_t *step;
+    pthread_t thread;
+
+    (void)state;
+    draw(r, 1);
+    send(r);
+    OK(begin_with(r->on_gpu, s.gpu, 0, 1, 1, ATTN_MEMORY_AUTO, 0, &step));
+    OK(attn_step_run(step, 1, &t.q, &t.k, &t.v, &t.o, NULL));
+    fake.hold_all(1);
+    fake.spoil("cuEventRecord", CUDA_ERROR_INVALID_VALUE, 1);
+    pthread_create(&thread, NULL, let_all_go_soon, NULL);
+    uint64_t start = attn_now_ns();
+    assert_says(attn_step_run(step, 1, &t.q, &t.k, &t.v, &t.o, NULL), ATTN_ERR_INTERNAL,
+                "cuEventRecord");
+    assert_in_range(attn_now_ns() - start, 250 * ATTN_NS_PER_MS, 1500 * ATTN_NS_PER_MS);
+    pthread_join(thread, NULL);
+    attn_step_abort(step);
+    runner_close(r);
+}
+
 static void *
 abort_step(void *step)
 {
@@ -574,6 +603,7 @@ main(void)
         cmocka_unit_test(test_a_deadline_amid_work),
         cmocka_unit_test(test_replays_beside_a_capture),
         cmocka_unit_test(test_work_that_no_event_tells_of),
+        cmocka_unit_test(test_a_run_that_fails_half_way),
         cmocka_unit_test(test_a_step_that_another_thread_ends),
         cmocka_unit_test(test_a_cache_closes_amid_work),
         cmocka_unit_test(test_copies_end_by_the_deadline),
