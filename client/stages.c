@@ -74,6 +74,26 @@ take_kept(struct stages_pool *pool, int gpu)
     return stages;
 }
 
+/* What clients left when they closed: freed when somebody copies anew, if it has ended. */
+static pthread_mutex_t left_lock = PTHREAD_MUTEX_INITIALIZER;
+static stages_t *left;
+
+static void
+free_left(void)
+{
+    pthread_mutex_lock(&left_lock);
+    for (stages_t **at = &left; *at != NULL;) {
+        stages_t *stages = *at;
+        if (attn_copies_wait(stages->copies, 0) == ATTN_ERR_DEADLINE) {
+            at = &stages->next;
+        } else {
+            *at = stages->next;
+            stages_free(stages);
+        }
+    }
+    pthread_mutex_unlock(&left_lock);
+}
+
 /* Those adrift that have come to an end. */
 static void
 gather_adrift(attn_client_t *client)
@@ -108,6 +128,7 @@ stages_take(attn_client_t *client, int gpu, stages_t **stages_p)
 {
     stages_t *stages = NULL;
 
+    free_left();
     gather_adrift(client);
     pthread_mutex_lock(&client->lock);
     if (client->stages == NULL) {
@@ -188,6 +209,10 @@ client_stages_free(attn_client_t *client)
             attn_log(ATTN_LOG_WARN, "client.copies", "name=\"%s\" gpu=%d bytes=%llu reason=\"%s\"",
                      client->name, stages->gpu, (unsigned long long)bytes_of(stages),
                      attn_last_error());
+            pthread_mutex_lock(&left_lock);
+            stages->next = left;
+            left         = stages;
+            pthread_mutex_unlock(&left_lock);
         } else {
             stages_free(stages);
         }

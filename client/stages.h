@@ -30,8 +30,8 @@ attn_status_t stages_room(stages_t *stages, uint32_t piece, uint64_t bytes);
  * allowed. */
 void stages_give(attn_client_t *client, stages_t *stages);
 
-/** All go. Copies that are under way are waited for, a second at most, and then left alone: their
- * memory is the driver's until the process ends. */
+/** All go. Copies that are under way are waited for, a second at most, and then left alone: whoever
+ * takes stages later frees what has ended. */
 void client_stages_free(attn_client_t *client);
 
 #endif

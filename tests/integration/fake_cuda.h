@@ -18,7 +18,7 @@ typedef struct op {
     op_kind_t kind;
     const fake_kernel_t *kernel;
     uint32_t grid;
-    unsigned char args[2][FAKE_ARGS_MAX];
+    _Alignas(16) unsigned char args[2][FAKE_ARGS_MAX];
     void *to;
     const void *from;
     size_t bytes;

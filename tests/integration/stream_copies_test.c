@@ -231,7 +231,8 @@ test_late_copies_end(void **state)
         fake.hold_all(0);
     }
 
-    /* The client may close while copies are late: it leaves them to the driver after a second. */
+    /* The client may close while copies are late: it leaves them after a second, to the next. */
+    int contexts, alive = fake.alive(&contexts);
     OK(begin_with(x.cache, x.seq, 0, 2, 2, ATTN_MEMORY_CUDA, 0, &step));
     fake.hold_all(1);
     submit(&c, step, x.r, 0, NULL);
@@ -241,7 +242,16 @@ test_late_copies_end(void **state)
     attn_client_close(x.client);
     assert_in_range(now_ms() - start, 900, 3000);
     fake.hold_all(0);
-    runner_close(x.r);
+    x.client = open_client(cluster.coordinator.address, 5000);
+    runner_open_cache(x.client, 16, &x.cache);
+    OK(attn_seq_create(x.cache, NULL, &x.seq));
+    OK(begin_with(x.cache, x.seq, 0, 2, 2, ATTN_MEMORY_CUDA, 0, &step));
+    submit(&c, step, x.r, 0, NULL);
+    await(&c, 5000);
+    attn_step_abort(step);
+    assert_int_equal(fake.alive(&contexts), alive);
+    remote_close(&x);
+    assert_int_equal(fake.alive(&contexts), 0);
 }
 
 static int
