@@ -16,43 +16,58 @@
 /* Sinks beyond this overflow the range of exponents. */
 #define SINK_MAX 5e8f
 
-/* States of a segment of the merge kernel, and segments at most. */
-#define MERGE_SEGMENT 16u
+/* States of a segment of the merge kernel at least, and segments at most. */
+#define MERGE_SEGMENT 4u
 #define MERGE_WARPS 16u
 
 /* Larger tables leave no memory for the next ones. */
 #define IMAGE_KEPT_BYTES (UINT64_C(16) << 20)
 
+/* Levels of stacks that the ring leaves room for. */
+#define LEVELS 4u
+
 #define STATIC_SHARED 1536u /* of attend.cu, and some room */
 
-/* Floats of a state on a consumer warp's stack (stack::WORDS of stack.cuh). */
+/* Bytes of a level of all stacks of a CTA, in shared memory or beyond it. */
 static uint64_t
-stack_words(uint32_t columns, uint32_t d_v)
+level_bytes(const cuda_class_t *class, uint32_t d_v)
 {
-    uint64_t n = columns / 8;
-    return (d_v / 16 * n * 4 + n * 4) * 32;
+    return (uint64_t)CUDA_STATE_BYTES(d_v / CUDA_WARPS, class->rows / 8, class->pairs) *
+           CUDA_WARPS * class->teams;
 }
 
-/* Levels of a stack that shared memory has room for beside the ring. */
-static uint32_t
-shared_levels(const cuda_backend_t *backend, uint32_t columns, uint32_t d_v)
+/* Stages of the rings, and levels of the stacks beside them, in what shared memory there is beside
+ * `near`. Every second leaf needs one level, every fourth two: the first ones are worth a stage. */
+static void
+divide_shared(const cuda_backend_t *backend, const cuda_class_t *class, uint64_t near, uint32_t d_k,
+              cuda_args_t *x)
 {
-    uint64_t room  = (uint64_t)backend->shared_bytes - CUDA_STAGES * CUDA_STAGE - STATIC_SHARED;
-    uint64_t level = stack_words(columns, d_v) * sizeof(float) * CUDA_WARPS;
-    return (uint32_t)(room / level);
+    uint64_t room  = (uint64_t)backend->shared_bytes - STATIC_SHARED - near;
+    uint64_t level = level_bytes(class, x->head_dim_v);
+    uint64_t pair  = 2ull * CUDA_STAGE(d_k, x->head_dim_v) * class->teams; /* K and V */
+    uint64_t ring  = attn_max(room - attn_min(LEVELS * level, room / 8), pair);
+
+    x->stages = (uint32_t)(2 * attn_min(ring / pair, CUDA_STAGES_MAX / 2 / class->teams));
+    x->levels = (uint32_t)((room - x->stages / 2 * pair) / level);
+}
+
+/* Bytes of the stacks beyond shared memory of the classes before one: all run side by side. */
+static uint64_t
+deep_before(const cuda_image_t *image, uint32_t end, uint32_t d_v)
+{
+    uint64_t deep = 0;
+
+    for (uint32_t c = 0; c < end; c++) {
+        const cuda_class_t *class = &image->classes[c];
+        deep += (uint64_t) class->grid * image->depth * level_bytes(class, d_v);
+    }
+    return deep;
 }
 
 uint64_t
 cuda_deep_bytes(const cuda_image_t *image, uint32_t d_v)
 {
-    uint64_t deep = 0;
-
-    for (uint32_t c = 0; c < CUDA_CLASSES; c++) {
-        const cuda_class_t *class = &image->classes[c];
-        deep = attn_max(deep, (uint64_t) class->grid * CUDA_WARPS * image->depth *
-                                  stack_words(class->columns, d_v) * sizeof(float));
-    }
-    return deep;
+    return deep_before(image, CUDA_CLASSES, d_v);
 }
 
 /* Offsets of everything in the block: the image first. */
@@ -379,22 +394,30 @@ launch_split(const attn_workspace_t *w, const attn_kv_t *kv, const attn_rows_t *
 }
 
 static attn_status_t
-launch_class(const attn_workspace_t *w, const cuda_class_t *class, bool general, cuda_args_t *x,
-             CUstream stream)
+launch_class(const attn_workspace_t *w, uint32_t c, bool general, cuda_args_t *x, CUstream stream)
 {
-    uint8_t *base  = (uint8_t *)(uintptr_t)w->block->device;
-    uint32_t teams = CUDA_WARPS / class->row_blocks;
+    const cuda_class_t *class = &w->image.classes[c];
+    uint8_t *base             = (uint8_t *)(uintptr_t)w->block->device;
+    uint32_t d_k = w->plan->problem.head_dim_k, d_v = x->head_dim_v;
+    uint64_t near  = CUDA_NEAR_BYTES((uint64_t) class->rows, d_k) * class->teams;
+    uint64_t least = 2ull * CUDA_STAGE(d_k, d_v) * class->teams + STATIC_SHARED;
 
-    x->pieces       = (const cuda_piece_t *)(const void *)(base + class->pieces);
-    x->row_blocks   = class->row_blocks;
-    x->stages       = CUDA_STAGES / teams;
-    x->levels       = shared_levels(w->backend, class->columns, x->head_dim_v);
-    x->deep_levels  = w->image.depth;
-    uint64_t shared = CUDA_STAGES * CUDA_STAGE + (uint64_t)CUDA_WARPS * x->levels *
-                                                     stack_words(class->columns, x->head_dim_v) *
-                                                     sizeof(float);
-    return cuda_launch(w->shape->attend[class->columns / 16][general], class->grid, 1, CUDA_THREADS,
-                       (uint32_t)shared, false, stream, (void *[]){x});
+    x->pieces      = (const cuda_piece_t *)(const void *)(base + class->pieces);
+    x->deep        = base + w->deep + deep_before(&w->image, c, d_v);
+    x->deep_levels = w->image.depth;
+    x->teams       = class->teams;
+    x->pairs       = class->pairs;
+    x->near_q      = near + least <= (uint64_t)w->backend->shared_bytes;
+    if (!x->near_q) { /* its place is there, with nothing in it, and nobody looks */
+        near -= (uint64_t) class->rows * d_k * 2;
+        general = true;
+    }
+    divide_shared(w->backend, class, near, d_k, x);
+    uint64_t shared = (uint64_t) class->teams * x->stages * CUDA_STAGE(d_k, d_v) +
+                      x->levels * level_bytes(class, d_v) + near;
+    return cuda_launch(w->shape->attend[c][general], class->grid, 1,
+                       CUDA_THREADS(class->rows, d_k, d_v), (uint32_t)shared,
+                       w->backend->major >= 9, stream, (void *[]){x});
 }
 
 /* What the device says of the first row that went wrong. */
@@ -474,20 +497,22 @@ cuda_attend_prepare(attn_workspace_t *w, const attn_kv_t *kv, const attn_layer_t
     return upload_all(w, layer, q, x);
 }
 
-/* The states of the largest item are cut into segments of some batches, as shared memory allows. */
+/* The states of the largest item are cut into segments, as shared memory allows. The lists of those
+ * become lists of a quarter as many, and so on: at most one more than a third of them in all. */
 static attn_status_t
 launch_merge(const attn_workspace_t *w, cuda_args_t *x, CUstream stream)
 {
-    uint32_t d = x->head_dim_v, size;
+    uint32_t refs = w->image.item_refs, state = (x->head_dim_v + 3) * (uint32_t)sizeof(float), size;
 
-    x->segments = (uint32_t)attn_min(attn_div_up(w->image.item_refs, MERGE_SEGMENT), MERGE_WARPS);
+    x->depth    = (uint32_t)attn_min(refs, 2 * (uint64_t)w->image.depth) + 1;
+    x->segments = (uint32_t)attn_min(attn_div_up(refs, MERGE_SEGMENT), MERGE_WARPS);
     do {
-        uint32_t per = (uint32_t)attn_div_up(w->image.item_refs, x->segments) + 1;
-        x->depth     = (uint32_t)attn_max(attn_min(per, 2 * w->image.depth), w->image.depth + 2);
-        size         = x->segments * x->depth * (d + 3) * (uint32_t)sizeof(float);
+        uint32_t per     = (uint32_t)attn_div_up(refs, x->segments);
+        x->segment_depth = (uint32_t)attn_min(per + 1, x->depth);
+        size = (x->segments * x->segment_depth + (x->segments / 3 + 2) * x->depth) * state;
     } while (size > (uint32_t)w->backend->shared_bytes && --x->segments > 0);
     assert(x->segments > 0);
-    return cuda_launch(w->backend->merge[d / 128], w->image.n_items, w->image.item_rows,
+    return cuda_launch(w->backend->merge[x->head_dim_v / 128], w->image.n_items, w->image.item_rows,
                        32 * x->segments, size, w->backend->major >= 9, stream, (void *[]){x});
 }
 
@@ -499,12 +524,14 @@ cuda_attend_launch(const attn_workspace_t *w, const attn_kv_t *kv, const attn_ro
         w->image.general || x->q_parts > 1 || x->softcap > 0 || x->window > 0 || x->slopes != NULL;
     attn_status_t status = ATTN_OK;
 
+    x->beside = 0;
     if (x->q_parts > 1) {
         status = launch_split(w, kv, q, x, stream);
     }
     for (uint32_t c = 0; c < CUDA_CLASSES && status == ATTN_OK; c++) {
         if (w->image.classes[c].grid > 0) {
-            status = launch_class(w, &w->image.classes[c], general, x, stream);
+            status    = launch_class(w, c, general, x, stream);
+            x->beside = 1;
         }
     }
     if (status == ATTN_OK && w->image.n_items > 0) {

@@ -9,9 +9,6 @@
 #include <pthread.h>
 #include <stdatomic.h>
 
-/** Stages of all teams of a CTA together: what is left of shared memory holds stacks. */
-#define CUDA_STAGES 20u
-
 /** Workspaces that are gone and whose tables' memory is kept. */
 #define CUDA_IMAGES_KEPT 8u
 
@@ -26,7 +23,7 @@ typedef struct cuda_shape {
     attn_dtype_t dtype;
     uint32_t d_k, d_v;
     CUmodule module;
-    CUfunction attend[2][2]; /**< [columns 8, 16][plain, general] */
+    CUfunction attend[CUDA_CLASSES][2]; /**< [class][plain, general] */
 } cuda_shape_t;
 
 /** Device memory and pinned host memory of the same size, taken and given back as one. */

@@ -23,6 +23,52 @@ shared_of(const void *p)
     return (uint32_t)__cvta_generic_to_shared(p);
 }
 
+/* What the compiler is not to compute anew wherever it is used. */
+__device__ __forceinline__ uint32_t
+kept(uint32_t x)
+{
+    asm volatile("" : "+r"(x));
+    return x;
+}
+
+template <class V>
+__device__ __forceinline__ V
+load_near(uint32_t at)
+{
+    V v;
+    if constexpr (sizeof(V) == 16) {
+        asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(*(uint32_t *)&v.x), "=r"(*(uint32_t *)&v.y), "=r"(*(uint32_t *)&v.z),
+                       "=r"(*(uint32_t *)&v.w)
+                     : "r"(at));
+    } else if constexpr (sizeof(V) == 8) {
+        asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];"
+                     : "=r"(*(uint32_t *)&v.x), "=r"(*(uint32_t *)&v.y)
+                     : "r"(at));
+    } else {
+        asm volatile("ld.shared.b32 %0, [%1];" : "=r"(*(uint32_t *)&v) : "r"(at));
+    }
+    return v;
+}
+
+template <class V>
+__device__ __forceinline__ void
+store_near(uint32_t at, const V &v)
+{
+    if constexpr (sizeof(V) == 16) {
+        asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(at),
+                     "r"(*(const uint32_t *)&v.x), "r"(*(const uint32_t *)&v.y),
+                     "r"(*(const uint32_t *)&v.z), "r"(*(const uint32_t *)&v.w)
+                     : "memory");
+    } else if constexpr (sizeof(V) == 8) {
+        asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(at), "r"(*(const uint32_t *)&v.x),
+                     "r"(*(const uint32_t *)&v.y)
+                     : "memory");
+    } else {
+        asm volatile("st.shared.b32 [%0], %1;" ::"r"(at), "r"(*(const uint32_t *)&v) : "memory");
+    }
+}
+
 __device__ __forceinline__ void
 barrier_init(uint32_t bar, uint32_t count)
 {
@@ -105,6 +151,13 @@ __device__ __forceinline__ void
 copies_arrive(uint32_t bar)
 {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(bar) : "memory");
+}
+
+/* What is read here soon comes near. */
+__device__ __forceinline__ void
+fetch_ahead(const void *at)
+{
+    asm volatile("prefetch.global.L1 [%0];" ::"l"(at));
 }
 
 /* ---- kernels that follow each other ---- */
@@ -245,6 +298,26 @@ merge_le(float &l_into, int &e_into, float l_from, int e_from)
         s.drop_from = true;
     }
     return s;
+}
+
+/*
+ * Exponents no further apart than DIFFERENCE_MAX, or both of nothing: then a merge is
+ * into * 2^.. + from * 2^.., one of the two factors 1. Nothing has the exponent -2^31, others are
+ * no larger than 2^30 + 1: a difference that wraps is far.
+ */
+__device__ __forceinline__ bool
+exponents_near(int e_into, int e_from)
+{
+    return (uint32_t)e_from - (uint32_t)e_into + DIFFERENCE_MAX <= 2u * DIFFERENCE_MAX;
+}
+
+__device__ __forceinline__ void
+near_scales(int e_into, int e_from, float &into, float &from)
+{
+    int distance = e_from - e_into;
+
+    into = power_of(min(-distance, 0));
+    from = power_of(min(distance, 0));
 }
 
 __device__ __forceinline__ float

@@ -11,10 +11,10 @@
 #include <string.h>
 
 static const cuda_class_t classes[CUDA_CLASSES] = {
-    {.columns = 8, .row_blocks = 1},
-    {.columns = 16, .row_blocks = 1},
-    {.columns = 16, .row_blocks = 2},
-    {.columns = 16, .row_blocks = 4},
+    {.rows = 8},
+    {.rows = 16},
+    {.rows = 32},
+    {.rows = 64},
 };
 
 static uint32_t
@@ -340,6 +340,7 @@ room_of(const builder_t *b, const cuda_image_t *image)
 
     for (uint32_t c = 0; c < CUDA_CLASSES; c++) {
         room.pieces[c] = image_pieces(&b->cuts[c]);
+        room.pairs[c]  = image->classes[c].pairs;
     }
     return room;
 }
@@ -355,7 +356,7 @@ cuda_room_holds(const cuda_room_t *room, const cuda_room_t *needed)
                  room->depth >= needed->depth && room->general == needed->general;
 
     for (uint32_t c = 0; c < CUDA_CLASSES; c++) {
-        holds = holds && room->pieces[c] >= needed->pieces[c];
+        holds = holds && room->pieces[c] >= needed->pieces[c] && room->pairs[c] >= needed->pairs[c];
     }
     return holds;
 }
@@ -390,6 +391,7 @@ cuda_room_above(const cuda_room_t *needed)
 
     for (uint32_t c = 0; c < CUDA_CLASSES; c++) {
         room.pieces[c] = above(needed->pieces[c], 256);
+        room.pairs[c]  = needed->pairs[c];
     }
     return room;
 }
@@ -404,7 +406,8 @@ cuda_image_place(cuda_image_t *image, const cuda_room_t *room, uint32_t ctas)
     image->item_refs = room->item_refs;
     image->depth     = room->depth;
     for (uint32_t c = 0; c < CUDA_CLASSES; c++) {
-        image->classes[c].grid = room->pieces[c] > 0 ? ctas : 0;
+        image->classes[c].grid  = room->pieces[c] > 0 ? ctas : 0;
+        image->classes[c].pairs = room->pairs[c];
     }
     lay_out(image->memory, image);
 }
@@ -439,6 +442,9 @@ build(builder_t *b, uint32_t ctas)
     for (uint32_t w = 0; w < plan->n_works && !b->no_memory; w++) {
         const attn_work_t *work = &plan->works[w];
         work_t to               = {.class = class_of(work->rows)};
+        cuda_class_t *class     = &b->image->classes[to.class];
+
+        class->pairs = attn_max(class->pairs, to.class > 0 ? 4 : (work->rows + 1) / 2);
         add_leaves(b, work, &to);
         add_queries(b, work, &to);
         PUSH(b, b->works, to);
@@ -475,6 +481,10 @@ begin_anew(builder_t *b, const attn_plan_t *plan, bool steady, cuda_image_t *ima
 #undef EMPTY
     *image = (cuda_image_t){.memory = b, .depth = plan->max_depth + 1};
     memcpy(image->classes, classes, sizeof(classes));
+    for (uint32_t c = 0; c < CUDA_CLASSES; c++) {
+        image->classes[c].teams =
+            CUDA_TEAMS(classes[c].rows, plan->problem.head_dim_k, plan->problem.head_dim_v);
+    }
     for (uint32_t i = 0; i < plan->problem.n; i++) {
         image->changes = image->changes || plan->problem.entries[i].lists_change;
     }

@@ -16,12 +16,25 @@
 #define CUDA_LEAF 64
 #define CUDA_NONE 0xffffffffu
 
-/** Consumer warps of a CTA; each has a producer warp of its own, or shares one with its team. */
+/** Consumer warps of a team; two producer warps fill its ring. */
 #define CUDA_WARPS 4
-#define CUDA_THREADS (2 * CUDA_WARPS * 32)
 
-/** Bytes of a stage of the ring that leaves come through. */
-#define CUDA_STAGE 8192
+/** Teams of a CTA of attend.cu, for so many rows: two where registers suffice. */
+#define CUDA_TEAMS(rows, d_k, d_v) ((rows) == 8 || ((rows) == 16 && (d_k) + (d_v) <= 256) ? 2 : 1)
+#define CUDA_THREADS(rows, d_k, d_v) (CUDA_TEAMS(rows, d_k, d_v) * (CUDA_WARPS + 2) * 32)
+
+/** The rings that leaves come through: bytes of a stage, K or V of a leaf, and stages at most of
+ * all rings of a CTA. */
+#define CUDA_STAGE(d_k, d_v) (CUDA_LEAF * 2 * ((d_k) > (d_v) ? (d_k) : (d_v)))
+#define CUDA_STAGES_MAX 32
+
+/** A state of a warp with so many columns of A, 8 n rows of which two each of so many pairs are
+ * used (stack.cuh). */
+#define CUDA_STATE_BYTES(columns, n, pairs) ((n) * (pairs) * (8 * (columns) + 16))
+
+/** Shared memory of a team for so many rows beside ring and stacks (rows.cuh). */
+#define CUDA_NEAR_BYTES(rows, d_k)                                                                 \
+    ((rows) * (((rows) > 16 ? 2 * (d_k) : 0) + 2 * CUDA_LEAF + 8 + 2 * 4 * CUDA_WARPS + 5 * 4))
 
 typedef struct cuda_leaf {
     uint32_t page;    /**< index into the page table, of the leaf's first page */
@@ -114,14 +127,18 @@ typedef struct cuda_args {
 
     float *slot_a, *slot_l; /**< states between the kernels: [slots][head_dim_v] */
     int32_t *slot_e;
-    float *deep; /**< [consumer warps of the grid][deep_levels]: stacks beyond shared memory */
+    uint8_t *deep; /**< [consumer warps of the grid][deep_levels]: stacks beyond shared memory */
     uint32_t deep_levels; /**< of it: states that a warp has room for there */
 
-    uint32_t row_blocks;       /**< consumer warps of a team */
+    uint32_t beside;           /**< the kernel before is another class of the same attend */
+    uint32_t teams;            /**< of a CTA */
+    uint32_t near_q;           /**< q of many rows is copied to shared memory */
     uint32_t stages;           /**< of a team's ring */
+    uint32_t pairs;            /**< of rows that a state has room for */
     uint32_t levels;           /**< of a warp's stack in shared memory */
     uint32_t bulk;             /**< pages are copied whole; otherwise in pieces of 16 bytes */
     uint32_t depth;            /**< of the merge kernel's stacks */
+    uint32_t segment_depth;    /**< of those of its segments */
     uint32_t segments;         /**< that it folds side by side */
     unsigned long long *error; /**< the first row that failed, or all ones */
 } cuda_args_t;

@@ -14,8 +14,9 @@
 
 #include <assert.h>
 
-/* A cut may miss its place by so small a part of a team's stretch. */
-#define CUT_FRACTION 64u
+/* What a leaf costs a team, and a state of a reduction the merge, as seen on an H200. */
+#define LEAF_COST 10u
+#define STATE_COST 1u
 
 /* The line of a block on its way to its teams. */
 typedef struct line {
@@ -36,7 +37,8 @@ typedef struct place {
 static void
 set_end(line_t *line)
 {
-    line->end = attn_div_up(line->total * (line->team + 1), line->cut->teams);
+    uint64_t grains = attn_div_up(line->total, line->grain);
+    line->end       = attn_div_up(grains * (line->team + 1), line->cut->teams) * line->grain;
 }
 
 /* Level of the node with the leaf behind a place and the one before it in its work. */
@@ -183,7 +185,7 @@ cut_unit(builder_t *b, line_t *line, uint32_t w, uint32_t head)
         uint64_t room = line->end - line->done, grain = line->grain;
         uint32_t n = work->n_leaves, cut = n, at = place.at;
         if (room < n - at) {
-            cut = (uint32_t)((at + room + grain / 2) / grain * grain);
+            cut = (uint32_t)((at + room + (grain - 1) / 2) / grain * grain);
             cut = cut <= at ? (uint32_t)attn_min(at + grain, n) : cut < n ? cut : n;
         }
         add_piece(b, line, w, head, &place, cut);
@@ -219,13 +221,47 @@ leaves_of_class(builder_t *b, uint32_t class)
     return total * b->plan->problem.kv_heads;
 }
 
+/*
+ * Cuts on multiples of a larger power of two leave fewer states, and teams less even. Where all
+ * works are such multiples a team has at most its share rounded up; elsewhere half of one beyond
+ * it, which is to be no more than an eighth.
+ */
+static uint64_t
+best_grain(const builder_t *b, uint32_t class, const line_t *line)
+{
+    uint64_t share = attn_div_up(line->total, line->cut->teams), units = 0, any = 0;
+    uint64_t best = 1, least = UINT64_MAX;
+
+    for (uint32_t w = 0; w < b->plan->n_works; w++) {
+        if (b->works.at[w].class == class) {
+            units += line->cut->heads;
+            any |= attn_max(b->works.at[w].n_leaves, 1);
+        }
+    }
+    for (uint64_t grain = 1; grain <= share; grain *= 2) {
+        bool even = any % grain == 0;
+        if (!even && grain > attn_max(share / 4, 1)) {
+            break;
+        }
+        uint64_t most   = even ? attn_div_up(share, grain) * grain : share + grain / 2;
+        uint64_t levels = 64 - (uint64_t)__builtin_clzll(most / grain);
+        uint64_t states = (line->total / units / most + 2) * levels;
+        uint64_t cost   = most * LEAF_COST + states * STATE_COST;
+        if (cost < least) {
+            least = cost;
+            best  = grain;
+        }
+    }
+    return best;
+}
+
 void
 image_cut_class(builder_t *b, uint32_t class, uint32_t ctas)
 {
     cuda_class_t *to = &b->image->classes[class];
     cut_t *cut       = &b->cuts[class];
     uint32_t heads   = b->plan->problem.kv_heads;
-    line_t line      = {.cut = cut, .total = leaves_of_class(b, class), .grain = 1};
+    line_t line      = {.cut = cut, .total = leaves_of_class(b, class)};
 
     *cut = (cut_t){0};
     if (line.total == 0) {
@@ -233,16 +269,14 @@ image_cut_class(builder_t *b, uint32_t class, uint32_t ctas)
     }
     /* Few leaves go to as many CTAs as there are, one to each of their teams after the other. */
     to->grid       = b->steady ? ctas : (uint32_t)attn_min(ctas, line.total);
-    uint32_t teams = to->grid * (CUDA_WARPS / to->row_blocks);
+    uint32_t teams = to->grid * to->teams;
     *cut           = (cut_t){.blocks = common_divisor(teams, heads), .first = b->pieces.n};
     cut->heads     = heads / cut->blocks;
     cut->teams     = teams / cut->blocks;
     line.total /= cut->blocks;
-    line.last = CUDA_NONE;
+    line.last  = CUDA_NONE;
+    line.grain = best_grain(b, class, &line);
     set_end(&line);
-    while (line.grain * 2 * CUT_FRACTION <= line.total / cut->teams) {
-        line.grain *= 2;
-    }
     if (!RESERVE(b, b->pieces, cut->teams) ||
         !RESERVE(b, b->units, (uint64_t)b->plan->n_works * cut->heads)) {
         return;

@@ -9,16 +9,18 @@
 #define CUDA_CLASSES 4
 
 typedef struct cuda_class {
-    uint32_t columns;    /**< of a consumer warp: 8 or 16 */
-    uint32_t row_blocks; /**< consumer warps of a team */
-    uint32_t grid;       /**< CTAs; 0: no work of this class */
-    uint64_t pieces;     /**< offset in the block */
+    uint32_t rows;   /**< of a piece at most */
+    uint32_t pairs;  /**< of rows that a piece has at most, of those of 8; of others 4 */
+    uint32_t teams;  /**< of a CTA */
+    uint32_t grid;   /**< CTAs; 0: no work of this class */
+    uint64_t pieces; /**< offset in the block */
 } cuda_class_t;
 
 /** What each table has room for, in its records, and what kernels are launched for. */
 typedef struct cuda_room {
     uint64_t leaves, queries, items, refs, present, masks, pages;
     uint64_t pieces[CUDA_CLASSES]; /**< 0: no launch of that class */
+    uint32_t pairs[CUDA_CLASSES];
     uint64_t slots;
     uint32_t item_rows, item_refs, depth;
     bool general;

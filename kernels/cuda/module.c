@@ -93,8 +93,10 @@ cuda_shape_exists(attn_dtype_t dtype, uint32_t d_k, uint32_t d_v)
 static attn_status_t
 load_shape(cuda_backend_t *backend, cuda_shape_t *shape)
 {
-    static const char *const names[2][2] = {{"attend_8", "attend_8_general"},
-                                            {"attend_16", "attend_16_general"}};
+    static const char *const names[CUDA_CLASSES][2] = {{"attend_8", "attend_8_general"},
+                                                       {"attend_16", "attend_16_general"},
+                                                       {"attend_32", "attend_32_general"},
+                                                       {"attend_64", "attend_64_general"}};
     char name[64];
     CUmodule module;
 
@@ -104,7 +106,7 @@ load_shape(cuda_backend_t *backend, cuda_shape_t *shape)
     if (status != ATTN_OK) {
         return status;
     }
-    for (int c = 0; c < 2; c++) {
+    for (int c = 0; c < CUDA_CLASSES; c++) {
         for (int g = 0; g < 2 && status == ATTN_OK; g++) {
             status = CUDA_CALL(cuModuleGetFunction(&shape->attend[c][g], module, names[c][g]));
             if (status == ATTN_OK) {

@@ -1,8 +1,9 @@
 /*
- * producer.cuh: how leaves come to a team: the ring of stages in shared memory, and the warp that
- * fills it. Whole pages come by bulk copies where their rows keep the order that the stage wants
- * (pages of a multiple of 8 tokens, on devices that have bulk copies), others in pieces of 16
- * bytes. The page numbers of the next leaf are on their way while this one's copies are queued.
+ * producer.cuh: how leaves come to a team: the ring of stages in shared memory, and the two warps
+ * that fill it, one with K and one with V in turns. Whole pages come by bulk copies where their
+ * rows keep the order that a stage wants (pages of a multiple of 8 tokens, on devices that have
+ * bulk copies), others in pieces of 16 bytes. The page numbers of the next two leaves are on their
+ * way while this one's copies are queued, and so is the next piece.
  */
 #ifndef ATTN_KERNELS_CUDA_PRODUCER_CUH
 #define ATTN_KERNELS_CUDA_PRODUCER_CUH
@@ -12,26 +13,32 @@
 #define LEAF CUDA_LEAF
 #define BLOCKS (LEAF / 16)
 
-/* Tokens of a stage: what fits, in whole blocks of 16. */
-__host__ __device__ constexpr int
-stage_tokens(int d)
-{
-    return CUDA_STAGE / (2 * d) >= LEAF ? LEAF : CUDA_STAGE / (2 * d) / 16 * 16;
-}
+/* ---- the ring: K of a leaf, V of it, K of the next ... ---- */
 
-/* ---- the ring ---- */
-
-struct ring {
+template <int STAGE> struct ring {
     uint32_t data, full, empty; /* shared addresses */
     uint32_t stages, at, phase;
 
     __device__ __forceinline__ void
     next()
     {
-        if (++at == stages) {
+        at++;
+        if (at == stages) {
             at = 0;
             phase ^= 1;
         }
+    }
+
+    __device__ __forceinline__ uint32_t
+    stage() const
+    {
+        return data + at * STAGE;
+    }
+
+    __device__ __forceinline__ void
+    await_full() const
+    {
+        barrier_wait(full + 8 * at, phase);
     }
 };
 
@@ -48,14 +55,23 @@ present_of(const cuda_args_t &x, const cuda_piece_t &piece, uint32_t i, uint32_t
 
 /* ---- producer ---- */
 
-template <int DK, int DV> struct producer {
+/* Where a leaf lies. Lane i has page numbers i and 32 + i. */
+struct place {
+    uint32_t tokens, offset, low, high;
+};
+
+/* Of the K of leaves, or of the V: D is its head dim. */
+template <int D, int STAGE> struct producer {
     const cuda_args_t &x;
-    ring r;
+    ring<STAGE> r;
+    const uint8_t *pool;
+    uint64_t stride; /* of its pages */
     int lane;
 
     __device__
-    producer(const cuda_args_t &args, const ring &on, int l)
-        : x(args), r(on), lane(l)
+    producer(const cuda_args_t &args, const ring<STAGE> &on, const uint8_t *of, uint64_t pages_by,
+             int l)
+        : x(args), r(on), pool(of), stride(pages_by), lane(l)
     {
     }
 
@@ -65,136 +81,142 @@ template <int DK, int DV> struct producer {
         return x.page_shift != CUDA_NONE ? token >> x.page_shift : token / x.page_size;
     }
 
-    /* Rows [first, first + n) of the leaf to a stage, whole pages at a time. */
-    template <int D>
+    /* The leaf's rows to the stage, whole pages at a time. */
     __device__ __forceinline__ void
-    bulk(const uint8_t *head, uint64_t stride, const cuda_leaf_t &leaf, uint64_t present,
-         uint32_t id, uint32_t first, uint32_t n)
+    bulk(const uint8_t *head, const place &leaf, uint64_t present)
     {
-        const uint32_t row = D * 2, from = leaf.offset + first;
-        uint32_t page  = page_of(from) + lane;
-        uint32_t begin = max(page * x.page_size, from),
-                 end   = min((page + 1) * x.page_size, from + n);
+        constexpr uint32_t row = D * 2;
+        uint32_t page = page_of(leaf.offset) + lane, first = page * x.page_size;
+        uint32_t begin = max(first, leaf.offset),
+                 end   = min(first + x.page_size, leaf.offset + leaf.tokens);
         uint32_t bytes = 0;
-        uint32_t mine  = __shfl_sync(~0u, id, page & 31);
+        uint32_t mine  = __shfl_sync(~0u, leaf.low, page & 31);
 
         if (begin < end) {
             uint64_t part = present >> (begin - leaf.offset) << (64 - (end - begin));
             bytes         = part != 0 ? (end - begin) * row : 0;
         }
-        uint32_t total = __reduce_add_sync(~0u, bytes);
+        uint32_t total = present == ~0ull >> (LEAF - leaf.tokens) ? leaf.tokens * row
+                                                                  : __reduce_add_sync(~0u, bytes);
         uint32_t bar   = r.full + 8 * r.at;
         if (lane == 0) {
             barrier_expect(bar, total);
         }
         __syncwarp();
         if (bytes > 0) {
-            copy_bulk(r.data + r.at * CUDA_STAGE + (begin - from) * row,
-                      head + mine * stride + (uint64_t)(begin - page * x.page_size) * row, bytes,
-                      bar);
+            copy_bulk(r.stage() + (begin - leaf.offset) * row,
+                      head + mine * stride + (uint64_t)(begin - first) * row, bytes, bar);
         }
     }
 
-    /* The same in pieces of 16 bytes, for pages of any size; ALL: each row is present. */
-    template <int D, bool SHIFT, bool ALL>
+    /* The same in pieces of 16 bytes, for pages of any size. Lane i finds row i, and that of 32 +
+     * i; to copy, a lane has the same piece of every row. */
     __device__ __forceinline__ void
-    gather_rows(const uint8_t *head, uint32_t stride, const cuda_leaf_t &leaf, uint64_t present,
-                uint32_t low, uint32_t high, uint32_t first, uint32_t n)
+    gather(const uint8_t *head, const place &leaf, uint64_t present)
     {
-        constexpr uint32_t pieces = D / 8; /* of a row */
-        const uint32_t base = r.data + r.at * CUDA_STAGE, total = n * pieces;
+        constexpr uint32_t pieces = D / 8, rows = 32 / pieces; /* of a row; at once */
+        const uint32_t c = lane % pieces, mine = lane / pieces;
 
+        for (uint32_t half = 0; half < leaf.tokens; half += 32) {
+            uint32_t at = half + lane, token = leaf.offset + min(at, leaf.tokens - 1);
+            uint32_t page = page_of(token), within = token - page * x.page_size;
+            uint32_t id   = __shfl_sync(~0u, leaf.low, page & 31);
+            uint32_t more = __shfl_sync(~0u, leaf.high, page & 31);
+            uint64_t from = (uint64_t)head + (page < 32 ? id : more) * stride + within * (D * 2);
+            uint32_t low = (uint32_t)from, high = (uint32_t)(from >> 32);
+
+            /* Rows begin at multiples of 16: there is room for how this one is swizzled, and
+             * whether it is to be copied. */
+            low |= (within & 7) | (at < leaf.tokens && (present >> at & 1) ? 8 : 0);
 #pragma unroll 8
-        for (uint32_t i = lane; i < (total + 31) / 32 * 32; i += 32) {
-            uint32_t at = min(i, total - 1) / pieces, c = i % pieces;
-            uint32_t token = leaf.offset + first + at;
-            uint32_t page  = SHIFT ? token >> x.page_shift : token / x.page_size;
-            uint32_t place = SHIFT ? token & (x.page_size - 1) : token - page * x.page_size;
-            uint32_t id    = __shfl_sync(~0u, low, page & 31);
-            if (leaf.tokens > 32) { /* pages beyond the first 32: only with small ones */
-                uint32_t more = __shfl_sync(~0u, high, page & 31);
-                id            = page < 32 ? id : more;
+            for (uint32_t i = 0; i < 32; i += rows) {
+                uint32_t row = i + mine, to = half + row;
+                uint32_t of = __shfl_sync(~0u, low, row), over = __shfl_sync(~0u, high, row);
+                if ((of & 8) != 0 && mine < rows) {
+                    copy_16(r.stage() + to * (D * 2) + ((c ^ (to & 7)) << 4),
+                            (const uint8_t *)((uint64_t)over << 32 | (of & ~15u)) +
+                                ((c ^ (of & 7)) << 4));
+                }
             }
-            if (i < total && (ALL || (present >> (first + at) & 1))) {
-                copy_16(base + at * (D * 2) + ((c ^ ((first + at) & 7)) << 4),
-                        head + (uint64_t)id * stride + place * (D * 2) + ((c ^ (place & 7)) << 4));
-            }
-        }
-    }
-
-    template <int D>
-    __device__ __forceinline__ void
-    gather(const uint8_t *head, uint64_t stride, const cuda_leaf_t &leaf, uint64_t present,
-           uint32_t low, uint32_t high, uint32_t first, uint32_t n)
-    {
-        if (present != ~0ull >> (LEAF - leaf.tokens)) {
-            gather_rows<D, false, false>(head, stride, leaf, present, low, high, first, n);
-        } else if (x.page_shift != CUDA_NONE) {
-            gather_rows<D, true, true>(head, stride, leaf, present, low, high, first, n);
-        } else {
-            gather_rows<D, false, true>(head, stride, leaf, present, low, high, first, n);
         }
         copies_arrive(r.full + 8 * r.at);
     }
 
-    template <int D>
-    __device__ __forceinline__ void
-    rows(const uint8_t *head, uint64_t stride, const cuda_leaf_t &leaf, uint64_t present,
-         uint32_t low, uint32_t high)
+    __device__ __forceinline__ place
+    place_of(uint32_t first_page, uint32_t tokens, uint32_t offset) const
     {
-        constexpr uint32_t most = stage_tokens(D);
-        for (uint32_t first = 0; first < leaf.tokens; first += most) {
-            uint32_t n = min(most, leaf.tokens - first);
-            barrier_wait(r.empty + 8 * r.at, r.phase ^ 1);
-            if (x.bulk) {
-                bulk<D>(head, stride, leaf, present, low, first, n);
-            } else {
-                gather<D>(head, stride, leaf, present, low, high, first, n);
-            }
-            r.next();
-        }
+        uint32_t n = page_of(offset + tokens - 1) + 1;
+        return {tokens, offset, x.pages[first_page + min((uint32_t)lane, n - 1)],
+                n > 32 ? x.pages[first_page + min((uint32_t)lane + 32, n - 1)] : 0};
     }
 
-    __device__ __forceinline__ void
-    ids_of(const cuda_leaf_t &leaf, uint32_t &low, uint32_t &high) const
+    __device__ __forceinline__ place
+    place_of(const cuda_leaf_t &leaf) const
     {
-        uint32_t n = page_of(leaf.offset + leaf.tokens - 1) + 1;
-        low        = x.pages[leaf.page + min((uint32_t)lane, n - 1)];
-        high       = n > 32 ? x.pages[leaf.page + min((uint32_t)lane + 32, n - 1)] : 0;
+        return place_of(leaf.page, leaf.tokens, leaf.offset);
+    }
+
+    __device__ __forceinline__ place
+    begin_of(const cuda_piece_t &piece) const
+    {
+        return piece.n_leaves > 0 ? place_of(piece.page, piece.tokens, piece.offset) : place{};
+    }
+
+    /* All leaves of a piece; where the first one lies is known. Returns the next piece's. */
+    __device__ __forceinline__ place
+    run(const cuda_piece_t &piece, place now, const cuda_piece_t &follows)
+    {
+        const uint32_t n          = piece.n_leaves;
+        const cuda_leaf_t *leaves = x.leaves + piece.leaf_first;
+        const uint8_t *head       = pool + (uint64_t)piece.kv_head * x.page_size * (D * 2);
+
+        if (n == 0) {
+            return begin_of(follows);
+        }
+        cuda_leaf_t second = leaves[min(2u, n - 1)], third = leaves[min(3u, n - 1)];
+        place next = place_of(leaves[min(1u, n - 1)]), begins = {};
+        for (uint32_t i = 0; i < n; i++) {
+            place after = place_of(second);
+            second      = third;
+            third       = leaves[min(i + 4, n - 1)];
+            if (i + 2 == n || n == 1) {
+                begins = begin_of(follows);
+            }
+            uint64_t present = present_of(x, piece, i, now.tokens);
+            if (present != 0) {
+                barrier_wait(r.empty + 8 * r.at, r.phase ^ 1);
+                if (x.bulk) {
+                    bulk(head, now, present);
+                } else {
+                    gather(head, now, present);
+                }
+                r.next(); /* the other's */
+                r.next();
+            }
+            now  = next;
+            next = after;
+        }
+        return begins;
     }
 
     __device__ void
-    run(const cuda_piece_t &piece)
+    walk(const cuda_piece_t &first)
     {
-        if (piece.n_leaves == 0) {
-            return;
-        }
-        const cuda_leaf_t *leaves = x.leaves + piece.leaf_first;
-        const uint8_t *k          = x.k + (uint64_t)piece.kv_head * x.page_size * (DK * 2);
-        const uint8_t *v          = x.v + (uint64_t)piece.kv_head * x.page_size * (DV * 2);
-        cuda_leaf_t leaf          = {}, next;
-        uint32_t low, high;
+        cuda_piece_t at = first;
+        place begins    = begin_of(at);
 
-        leaf.page   = piece.page;
-        leaf.tokens = (uint16_t)piece.tokens;
-        leaf.offset = (uint16_t)piece.offset;
-        ids_of(leaf, low, high);
-        next = leaves[min(1u, piece.n_leaves - 1)];
-        for (uint32_t i = 0; i < piece.n_leaves; i++) {
-            cuda_leaf_t after = leaves[min(i + 2, piece.n_leaves - 1)];
-            uint32_t next_low = 0, next_high = 0;
-            if (i + 1 < piece.n_leaves) {
-                ids_of(next, next_low, next_high);
+        for (;;) {
+            bool last         = at.next == CUDA_NONE;
+            cuda_piece_t next = x.pieces[last ? 0 : at.next];
+            next.n_leaves     = last ? 0 : next.n_leaves;
+            begins            = run(at, begins, next);
+            if (last) {
+                break;
             }
-            uint64_t present = present_of(x, piece, i, leaf.tokens);
-            if (present != 0) {
-                rows<DK>(k, x.k_page_stride, leaf, present, low, high);
-                rows<DV>(v, x.v_page_stride, leaf, present, low, high);
-            }
-            leaf = next;
-            next = after;
-            low  = next_low;
-            high = next_high;
+            at = next;
+        }
+        if (!x.bulk) {
+            asm volatile("cp.async.wait_all;" ::: "memory");
         }
     }
 };

@@ -1,208 +1,232 @@
 /*
  * stack.cuh: the state of a consumer warp's rows, and the stack on which states of leaves wait for
  * what they merge with (docs/numerics.md, "The tree").
+ *
+ * A state waits for the rest of one node of the tree, on that node's level. Those that wait are
+ * each inside the right half of the node before: their levels fall from the bottom of the stack to
+ * its top, no two are equal, and a bit for each level says all that there is to know. States that
+ * are complete as they are, since the node above them begins outside of the piece, never come here.
  */
 #ifndef ATTN_KERNELS_CUDA_STACK_CUH
 #define ATTN_KERNELS_CUDA_STACK_CUH
 
 #include "kernels/cuda/device.cuh"
 
-#define NO_LEVEL 64u
-
-template <int DV, int NB> struct state {
-    float a[DV / 16][NB][4]; /* rows 16 i + lane / 4 (+ 8) of A, columns 2 (lane % 4) (+ 1) */
+/* COLUMNS of A are this warp's. */
+template <int COLUMNS, int NB> struct state {
+    float a[COLUMNS / 16][NB][4]; /* rows 16 i + lane / 4 (+ 8) of A, columns 2 (lane % 4) (+ 1) */
     float l[NB][2];
     int e[NB][2];
 };
 
-template <int DV, int NB>
+template <int COLUMNS, int NB>
 __device__ __forceinline__ void
-set_empty(state<DV, NB> &c)
+set_empty(state<COLUMNS, NB> &c)
 {
 #pragma unroll
     for (int n = 0; n < NB; n++) {
         c.l[n][0] = c.l[n][1] = 0.0f;
         c.e[n][0] = c.e[n][1] = EMPTY_E;
 #pragma unroll
-        for (int i = 0; i < DV / 16; i++) {
+        for (int i = 0; i < COLUMNS / 16; i++) {
             c.a[i][n][0] = c.a[i][n][1] = c.a[i][n][2] = c.a[i][n][3] = 0.0f;
         }
     }
 }
 
-/* A state lies as [DV / 16 x NB + NB][32 lanes][4] floats, in shared memory or beyond it. */
-template <int DV, int NB> struct stack {
-    static constexpr int WORDS = (DV / 16 * NB * 4 + NB * 4) * 32; /* of a state */
+/*
+ * A state lies as [COLUMNS / 16][NB] of [8][pairs] float4, a lane's rows of two columns, and
+ * [NB][pairs] of their l and e, in shared memory or beyond it. There are pairs of rows, 4 but for
+ * few rows: lanes of others have nothing here.
+ */
+template <int COLUMNS, int NB> struct stack {
+    using state_t = state<COLUMNS, NB>;
 
     int lane;
-    uint32_t levels;   /* states that shared memory has room for */
-    uint32_t near_at;  /* shared address: [levels][WORDS] */
-    float *deep;       /* global: [deep_levels][WORDS] */
-    uint32_t busy;     /* levels in shared memory that hold a state */
-    uint8_t *place_of; /* shared: [64]; where a state lies: a level, or NO_LEVEL */
-    uint8_t *level_of; /* shared: [64]; of the node with the state and the one below it */
-    uint8_t *highest;  /* shared: [64]; the highest of those up to here */
+    uint32_t pairs;
+    uint32_t levels;  /* the lowest ones lie in shared memory: every second leaf needs the first */
+    uint32_t near_at; /* shared address: [levels] */
+    uint8_t *deep;    /* global: [deep_levels] */
+    uint64_t have;    /* bit i: a state waits on level i + 1 */
 
-    __device__ __forceinline__ float4
-    get(uint32_t near, uint32_t i, int word) const
+    __device__ __forceinline__ uint32_t
+    row_pairs() const
     {
-        float4 v;
-        if (near != NO_LEVEL) {
-            asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-                         : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-                         : "r"(near_at + near * (WORDS * 4) + lane * 16 + word * 512));
-        } else {
-            v = ((const float4 *)(deep + (uint64_t)i * WORDS))[lane + word * 32];
-        }
-        return v;
+        return NB > 1 ? 4 : pairs;
+    }
+
+    /* Bytes of a state. */
+    __device__ __forceinline__ uint32_t
+    size() const
+    {
+        return CUDA_STATE_BYTES(COLUMNS, NB, row_pairs());
+    }
+
+    __device__ __forceinline__ bool
+    waits_below(uint32_t level) const
+    {
+        return have != 0 && (uint32_t)__ffsll((long long)have) < level;
+    }
+
+    /* States on the levels of `have` beyond shared memory lie there from the highest one on. */
+    __device__ __forceinline__ uint8_t *
+    deep_of(uint64_t above) const
+    {
+        return deep + __popcll(above >> levels) * size();
     }
 
     __device__ __forceinline__ void
-    put(uint32_t near, uint32_t i, int word, float a, float b, float c, float d)
+    push(uint32_t level, const state_t &c)
     {
-        if (near != NO_LEVEL) {
-            asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(
-                             near_at + near * (WORDS * 4) + lane * 16 + word * 512),
-                         "f"(a), "f"(b), "f"(c), "f"(d)
-                         : "memory");
+        const uint32_t bit = level - 1;
+
+        if (bit < levels) {
+            const uint32_t at = near_at + bit * size();
+            put([&](uint32_t by, const float4 &v) { store_near(at + by, v); }, c);
         } else {
-            ((float4 *)(deep + (uint64_t)i * WORDS))[lane + word * 32] = make_float4(a, b, c, d);
+            uint8_t *at = deep_of(have);
+            put([&](uint32_t by, const float4 &v) { *(float4 *)(at + by) = v; }, c);
         }
-    }
-
-    /*
-     * State i goes to the stack, before a leaf that it shares a node of `level` with. The lowest
-     * levels are merged most often, every second leaf the first: they lie in shared memory.
-     */
-    __device__ __forceinline__ void
-    push(uint32_t i, uint32_t level, const state<DV, NB> &c)
-    {
-        uint32_t near = level - 1;
-
-        if (near >= levels || (busy >> near & 1)) {
-            near = NO_LEVEL;
-        } else {
-            busy |= 1u << near;
-        }
-        if (lane == 0) {
-            place_of[i] = (uint8_t)near;
-        }
-        if (near != NO_LEVEL) {
-            put_state(near, i, c);
-        } else {
-            put_state(NO_LEVEL, i, c);
-        }
-    }
-
-    __device__ __forceinline__ void
-    put_state(uint32_t near, uint32_t i, const state<DV, NB> &c)
-    {
-#pragma unroll
-        for (int n = 0; n < NB; n++) {
-#pragma unroll
-            for (int k = 0; k < DV / 16; k++) {
-                put(near, i, k * NB + n, c.a[k][n][0], c.a[k][n][1], c.a[k][n][2], c.a[k][n][3]);
-            }
-            put(near, i, DV / 16 * NB + n, c.l[n][0], c.l[n][1], __int_as_float(c.e[n][0]),
-                __int_as_float(c.e[n][1]));
-        }
-    }
-
-    /* c = merge(state i of the stack, c): state i leaves it. */
-    __device__ __forceinline__ void
-    merge_below(uint32_t i, state<DV, NB> &c)
-    {
-        uint32_t near = place_of[i];
-
-        if (near != NO_LEVEL) {
-            busy &= ~(1u << near);
-            merge_from(near, i, c);
-        } else {
-            merge_from(NO_LEVEL, i, c);
-        }
+        have |= 1ull << bit;
         __syncwarp();
     }
 
+    /* c = merge(the topmost, c): it leaves the stack. */
     __device__ __forceinline__ void
-    merge_from(uint32_t near, uint32_t i, state<DV, NB> &c)
+    merge_top(state_t &c)
     {
-        merge_scales scales[NB][2];
-        bool drop = false;
+        const uint32_t bit = __ffsll((long long)have) - 1;
 
-#pragma unroll
-        for (int n = 0; n < NB; n++) {
-            float4 le  = get(near, i, DV / 16 * NB + n);
-            float l[2] = {le.x, le.y};
-            int e[2]   = {__float_as_int(le.z), __float_as_int(le.w)};
-#pragma unroll
-            for (int j = 0; j < 2; j++) {
-                scales[n][j] = merge_le(l[j], e[j], c.l[n][j], c.e[n][j]);
-                c.l[n][j]    = l[j];
-                c.e[n][j]    = e[j];
-                drop         = drop || scales[n][j].drop_into || scales[n][j].drop_from;
-            }
-        }
-        if (__any_sync(~0u, drop)) {
-            merge_columns<true>(near, i, scales, c);
+        have &= have - 1;
+        if (bit < levels) {
+            const uint32_t at = near_at + bit * size();
+            merge([&](uint32_t by) { return load_near<float4>(at + by); }, c);
         } else {
-            merge_columns<false>(near, i, scales, c);
+            const uint8_t *at = deep_of(have);
+            merge([&](uint32_t by) { return *(const float4 *)(at + by); }, c);
         }
     }
 
-    template <bool DROP>
+    /* The topmost in place of c. */
     __device__ __forceinline__ void
-    merge_columns(uint32_t near, uint32_t i, const merge_scales (&scales)[NB][2], state<DV, NB> &c)
-    {
-#pragma unroll
-        for (int k = 0; k < DV / 16; k++) {
-#pragma unroll
-            for (int n = 0; n < NB; n++) {
-                float4 v      = get(near, i, k * NB + n);
-                float into[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-                for (int j = 0; j < 4; j++) {
-                    const merge_scales &s = scales[n][j & 1];
-                    if (DROP) {
-                        c.a[k][n][j] = merge_a(s, into[j], c.a[k][n][j]);
-                    } else {
-                        c.a[k][n][j] =
-                            __fadd_rn(__fmul_rn(into[j], s.into), __fmul_rn(c.a[k][n][j], s.from));
-                    }
-                }
-            }
-        }
-    }
-
-    __device__ __forceinline__ void
-    load(uint32_t i, state<DV, NB> &c)
+    take_top(state_t &c)
     {
         set_empty(c);
-        merge_below(i, c);
+        merge_top(c);
     }
 
-    /* Merge what folds before a leaf comes at `next` (attn_fold_pops()). c is the topmost of n. */
-    __device__ __forceinline__ void
-    fold(uint32_t &n, uint32_t left, uint32_t next, state<DV, NB> &c)
+  private:
+    __device__ __forceinline__ bool
+    has_lane() const
     {
-        while (n >= 2) {
-            uint32_t level = level_of[n - 1], bound = max((uint32_t)highest[n - 2], left);
-            if (level >= next || level >= bound) {
-                return;
+        return NB > 1 || lane % 4 < (int)pairs;
+    }
+
+    __device__ __forceinline__ uint32_t
+    a_of(int k, int n) const
+    {
+        return (((k * NB + n) * 8 + lane / 4) * row_pairs() + lane % 4) * 16;
+    }
+
+    __device__ __forceinline__ uint32_t
+    le_of(int n) const
+    {
+        return (COLUMNS / 16 * NB * 8 * pairs + n * row_pairs() + lane % 4) * 16;
+    }
+
+    template <class F>
+    __device__ __forceinline__ void
+    put(F to, const state_t &c) const
+    {
+        if (!has_lane()) {
+            return;
+        }
+#pragma unroll
+        for (int n = 0; n < NB; n++) {
+#pragma unroll
+            for (int k = 0; k < COLUMNS / 16; k++) {
+                to(a_of(k, n), make_float4(c.a[k][n][0], c.a[k][n][1], c.a[k][n][2], c.a[k][n][3]));
             }
-            merge_below(n - 2, c);
-            n--;
+            if (lane < 4) {
+                to(le_of(n), make_float4(c.l[n][0], c.l[n][1], __int_as_float(c.e[n][0]),
+                                         __int_as_float(c.e[n][1])));
+            }
         }
     }
 
-    /* State n begins, with a leaf that shares a node of `level` with the one before. */
+    template <class F>
     __device__ __forceinline__ void
-    begin(uint32_t n, uint32_t level)
+    merge(F from, state_t &c) const
     {
-        if (lane == 0) {
-            level_of[n] = (uint8_t)level;
-            highest[n]  = n == 0 ? 0 : max((uint32_t)highest[n - 1], level);
+#pragma unroll
+        for (int n = 0; n < NB; n++) {
+            float l[2] = {c.l[n][0], c.l[n][1]};
+            int e[2]   = {c.e[n][0], c.e[n][1]};
+            float4 a[COLUMNS / 16];
+
+            if (has_lane()) {
+                float4 le = from(le_of(n));
+                l[0] = le.x, l[1] = le.y;
+                e[0] = __float_as_int(le.z), e[1] = __float_as_int(le.w);
+#pragma unroll
+                for (int k = 0; k < COLUMNS / 16; k++) {
+                    a[k] = from(a_of(k, n));
+                }
+            }
+            bool near = exponents_near(e[0], c.e[n][0]) && exponents_near(e[1], c.e[n][1]);
+            if (__all_sync(~0u, near)) {
+                merge_near(a, n, l, e, c);
+            } else {
+                merge_far(a, n, l, e, c);
+            }
         }
-        __syncwarp();
+    }
+
+    __device__ __forceinline__ static void
+    merge_near(const float4 (&a)[COLUMNS / 16], int n, const float (&l)[2], const int (&e)[2],
+               state_t &c)
+    {
+        float into[2], by[2];
+
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            near_scales(e[j], c.e[n][j], into[j], by[j]);
+            c.l[n][j] = __fadd_rn(__fmul_rn(l[j], into[j]), __fmul_rn(c.l[n][j], by[j]));
+            c.e[n][j] = max(e[j], c.e[n][j]);
+        }
+#pragma unroll
+        for (int k = 0; k < COLUMNS / 16; k++) {
+            float of[4] = {a[k].x, a[k].y, a[k].z, a[k].w};
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                c.a[k][n][j] =
+                    __fadd_rn(__fmul_rn(of[j], into[j & 1]), __fmul_rn(c.a[k][n][j], by[j & 1]));
+            }
+        }
+    }
+
+    __device__ __forceinline__ static void
+    merge_far(const float4 (&a)[COLUMNS / 16], int n, const float (&l)[2], const int (&e)[2],
+              state_t &c)
+    {
+        merge_scales s[2];
+
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            float into_l = l[j];
+            int into_e   = e[j];
+            s[j]         = merge_le(into_l, into_e, c.l[n][j], c.e[n][j]);
+            c.l[n][j]    = into_l;
+            c.e[n][j]    = into_e;
+        }
+#pragma unroll
+        for (int k = 0; k < COLUMNS / 16; k++) {
+            float of[4] = {a[k].x, a[k].y, a[k].z, a[k].w};
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                c.a[k][n][j] = merge_a(s[j & 1], of[j], c.a[k][n][j]);
+            }
+        }
     }
 };
 

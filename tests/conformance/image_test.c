@@ -366,13 +366,13 @@ play_class(const stage_t *s, uint32_t class, uint64_t *total)
     const cuda_piece_t *pieces = TABLE(s, cuda_piece_t, c->pieces);
     uint64_t most              = 0;
 
-    for (uint32_t team = 0; team < c->grid * (CUDA_WARPS / c->row_blocks); team++) {
+    for (uint32_t team = 0; team < c->grid * c->teams; team++) {
         uint64_t leaves = 0;
         for (uint32_t at = team; at != CUDA_NONE; at = pieces[at].next) {
             if (pieces[at].kv_head == CUDA_NONE) {
                 break;
             }
-            assert_in_range(pieces[at].rows, 1, 8 * c->columns / 8 * c->row_blocks);
+            assert_in_range(pieces[at].rows, 1, c->rows);
             for (uint32_t row = 0; row < pieces[at].rows; row++) {
                 play_row(s, &pieces[at], row);
             }
@@ -454,10 +454,10 @@ static void
 check_even(const stage_t *s, uint32_t class, uint64_t most, uint64_t total)
 {
     const cuda_class_t *c = &s->image.classes[class];
-    uint64_t teams        = (uint64_t)c->grid * (CUDA_WARPS / c->row_blocks);
+    uint64_t teams        = (uint64_t)c->grid * c->teams;
 
     if (c->grid > 0) {
-        assert_in_range(most, 0, total / teams + 2 + total / teams / 16);
+        assert_in_range(most, 0, total / teams + 2 + total / teams / 8);
     }
 }
 

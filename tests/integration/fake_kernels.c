@@ -244,7 +244,7 @@ attend(const fake_kernel_t *kernel, uint32_t grid, void *const *args)
 {
     (void)kernel;
     const cuda_args_t *x = args[0];
-    uint32_t teams = grid * (CUDA_WARPS / x->row_blocks), d_v = x->head_dim_v;
+    uint32_t d_v         = x->head_dim_v;
 
     /* A launch of a later class goes on with what those before it added. */
     if (sums.o != x->o || sums.pieces >= (const void *)x->pieces) {
@@ -252,7 +252,7 @@ attend(const fake_kernel_t *kernel, uint32_t grid, void *const *args)
     }
     sums.o      = x->o;
     sums.pieces = x->pieces;
-    for (uint32_t team = 0; team < teams; team++) {
+    for (uint32_t team = 0; team < grid * x->teams; team++) {
         const cuda_piece_t *piece = &x->pieces[team];
         while (piece->kv_head != CUDA_NONE) {
             for (uint32_t row = 0; row < piece->rows; row++) {
@@ -285,8 +285,12 @@ fake_kernel_find(const char *name)
         {"split_queries", {sizeof(cuda_split_t)}, split_queries},
         {"attend_8", {sizeof(cuda_args_t)}, attend},
         {"attend_16", {sizeof(cuda_args_t)}, attend},
+        {"attend_32", {sizeof(cuda_args_t)}, attend},
+        {"attend_64", {sizeof(cuda_args_t)}, attend},
         {"attend_8_general", {sizeof(cuda_args_t)}, attend},
         {"attend_16_general", {sizeof(cuda_args_t)}, attend},
+        {"attend_32_general", {sizeof(cuda_args_t)}, attend},
+        {"attend_64_general", {sizeof(cuda_args_t)}, attend},
         {"merge_64", {sizeof(cuda_args_t)}, merge},
         {"merge_128", {sizeof(cuda_args_t)}, merge},
         {"merge_256", {sizeof(cuda_args_t)}, merge},
