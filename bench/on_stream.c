@@ -187,7 +187,7 @@ on_stream_measure(uint32_t layers, uint32_t length, uint32_t q_heads, uint32_t k
     attn_status_t status = r.cu != NULL ? ATTN_OK : ATTN_ERR_UNSUPPORTED;
 
     if (status == ATTN_OK) {
-        status = attn_client_open("inproc://cuda:0?slab=256MiB", NULL, &r.client);
+        status = attn_client_open("inproc://cuda:0?slab=1GiB", NULL, &r.client);
     }
     if (status != ATTN_OK) {
         return status;
