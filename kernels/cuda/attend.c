@@ -16,8 +16,10 @@
 /* Sinks beyond this overflow the range of exponents. */
 #define SINK_MAX 5e8f
 
-/* States of a segment of the merge kernel at least, and segments at most. */
-#define MERGE_SEGMENT 4u
+/* States of a segment of the merge kernel at least, of few rows or of more than there are
+ * processors for, and segments at most. */
+#define MERGE_SEGMENT_FEW 4u
+#define MERGE_SEGMENT_MANY 8u
 #define MERGE_WARPS 16u
 
 /* Larger tables leave no memory for the next ones. */
@@ -503,9 +505,11 @@ static attn_status_t
 launch_merge(const attn_workspace_t *w, cuda_args_t *x, CUstream stream)
 {
     uint32_t refs = w->image.item_refs, state = (x->head_dim_v + 3) * (uint32_t)sizeof(float), size;
+    bool few = (uint64_t)w->image.n_items * w->image.item_rows <= (uint64_t)w->backend->processors;
 
     x->depth    = (uint32_t)attn_min(refs, 2 * (uint64_t)w->image.depth) + 1;
-    x->segments = (uint32_t)attn_min(attn_div_up(refs, MERGE_SEGMENT), MERGE_WARPS);
+    x->segments = (uint32_t)attn_min(
+        attn_div_up(refs, few ? MERGE_SEGMENT_FEW : MERGE_SEGMENT_MANY), MERGE_WARPS);
     do {
         uint32_t per     = (uint32_t)attn_div_up(refs, x->segments);
         x->segment_depth = (uint32_t)attn_min(per + 1, x->depth);

@@ -15,7 +15,7 @@
 #include <assert.h>
 
 /* What a leaf costs a team, and a state of a reduction the merge, as seen on an H200. */
-#define LEAF_COST 10u
+#define LEAF_COST 4u
 #define STATE_COST 1u
 
 /* The line of a block on its way to its teams. */
