@@ -220,10 +220,11 @@ static void
 add_reductions(builder_t *b)
 {
     uint32_t group = b->plan.group;
-    uint32_t heads = group < ATTN_WORK_ROWS ? group : ATTN_WORK_ROWS;
-    uint32_t most  = ATTN_WORK_ROWS / heads; /* queries */
+    bool wide      = b->plan.many != b->plan.few;
 
     for (uint32_t e = 0; e < b->problem->n; e++) {
+        uint32_t rows  = wide && !b->entries.at[e].few ? ATTN_MANY_ROWS : ATTN_WORK_ROWS;
+        uint32_t heads = group < rows ? group : rows, most = rows / heads; /* queries */
         uint32_t n_q = b->problem->entries[e].n_q;
         uint32_t n = n_q <= most ? n_q > 0 : (n_q + most - 1) / most, q = 0;
         for (uint32_t i = 0; i < n; i++) {

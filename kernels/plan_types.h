@@ -29,8 +29,14 @@
  * may take arithmetic of their own. All members of a work are of one sort. */
 #define ATTN_FEW_ROWS 64u
 
-/** No work has more packed rows. */
+/** No work has more packed rows ... */
 #define ATTN_WORK_ROWS 64u
+
+/** ... but those of larger requests, where these have a leaf size of their own: a backend with one
+ * has kernels for so many rows. */
+#ifndef ATTN_MANY_ROWS
+#define ATTN_MANY_ROWS 128u
+#endif
 
 /** Leaves leaf_first to leaf_end - 1 of run `run` of an entry. */
 typedef struct attn_span {
