@@ -1,10 +1,12 @@
 /*
  * image.h: a plan as the GPU reads it. Host code (image.c) writes these records into one block,
- * uploaded in one copy; kernels (attend.cu, merge.cu) only read them. Shared by C and CUDA.
+ * uploaded in one copy; kernels (attend.cu, prefill.cu, merge.cu) only read them. Shared by C and
+ * CUDA.
  *
- *     leaf    64 positions of a work: where its first page is listed, how far it is filled
+ *     leaf    positions of a work, 64 or up to a chunk: where its first page is listed, its length
  *     query   a query of a work: its row of q, where it stands, where its answer goes
  *     piece   a contiguous range of leaves of a work, for one KV head: what one team computes
+ *     tile    the same of a request of many rows, for the prefill kernel: up to 128 rows
  *     item    a row tile of one reduction and KV head whose states are folded by the merge kernel
  */
 #ifndef ATTN_KERNELS_CUDA_IMAGE_H
@@ -12,7 +14,7 @@
 
 #include <stdint.h>
 
-/** Tokens of a leaf, of requests of any size. */
+/** Tokens of a leaf: of requests of few rows, and on devices without wgmma of any. */
 #define CUDA_LEAF 64
 #define CUDA_NONE 0xffffffffu
 
@@ -36,10 +38,51 @@
 #define CUDA_NEAR_BYTES(rows, d_k)                                                                 \
     ((rows) * (((rows) > 16 ? 2 * (d_k) : 0) + 2 * CUDA_LEAF + 8 + 2 * 4 * CUDA_WARPS + 5 * 4))
 
+/*
+ * The prefill kernel (sm_90a), for requests of many rows. A CTA has a producer warpgroup and
+ * CUDA_MANY_GROUPS consumer warpgroups of 64 rows each; K and V come in tiles of so many tokens
+ * through rings of so many stages. The numbers may be set for measuring variants: the tokens of a
+ * tile and of a leaf are part of the arithmetic, the others are not.
+ */
+#ifndef CUDA_MANY_LEAF
+#define CUDA_MANY_LEAF 8192u
+#endif
+#ifndef CUDA_MANY_GROUPS
+#define CUDA_MANY_GROUPS 2u
+#endif
+#ifndef CUDA_MANY_TILE
+#define CUDA_MANY_TILE 128u
+#endif
+#define CUDA_MANY_ROWS (64u * CUDA_MANY_GROUPS)
+#define CUDA_MANY_THREADS (128u * (CUDA_MANY_GROUPS + 1))
+
+/** Tokens of a tile: with 256 columns the sums leave no registers for 128. */
+#define CUDA_MANY_TOKENS(d_v) ((d_v) > 128 ? 64u : CUDA_MANY_TILE)
+
+/** Bytes of a tile of Q, and of K and V together. */
+#define CUDA_MANY_Q(d_k) (CUDA_MANY_ROWS * (d_k)*2u)
+#define CUDA_MANY_KV(d_k, d_v) (CUDA_MANY_TOKENS(d_v) * ((d_k) + (d_v)) * 2u)
+
+/** Stages of each ring: what fits, two to four. */
+#define CUDA_MANY_FIT(d_k, d_v) ((204800u - CUDA_MANY_Q(d_k)) / CUDA_MANY_KV(d_k, d_v))
+#define CUDA_MANY_STAGES(d_k, d_v)                                                                 \
+    (CUDA_MANY_FIT(d_k, d_v) < 2 ? 2u : CUDA_MANY_FIT(d_k, d_v) > 4 ? 4u : CUDA_MANY_FIT(d_k, d_v))
+
+/** Shared memory that a launch asks for; its first tile begins at a multiple of 1,024. */
+#define CUDA_MANY_SHARED(d_k, d_v)                                                                 \
+    (1024u + CUDA_MANY_Q(d_k) + CUDA_MANY_STAGES(d_k, d_v) * CUDA_MANY_KV(d_k, d_v))
+
+/** States that a consumer's stack holds at most: two a level of the tree, of which positions of 31
+ * bits have no more than 25 above leaves of 64, and one. */
+#define CUDA_MANY_LEVELS 64
+
+/** Bytes of a state of 64 rows, on a consumer warpgroup's stack. */
+#define CUDA_MANY_STATE(d_v) (((d_v) / 8 + 1) * 2048u)
+
 typedef struct cuda_leaf {
     uint32_t page;    /**< index into the page table, of the leaf's first page */
     int32_t position; /**< of its first token */
-    uint16_t tokens;  /**< 1 to CUDA_LEAF: those that exist */
+    uint16_t tokens;  /**< those that exist: 1 to CUDA_LEAF, or to CUDA_MANY_LEAF */
     uint16_t offset;  /**< of its first token in that page */
     uint32_t level;   /**< of the lowest node with this leaf and the one before it in its work */
 } cuda_leaf_t;
@@ -75,6 +118,30 @@ typedef struct cuda_piece {
     uint32_t n_lists;    /**< token sets of a leaf */
 } cuda_piece_t;
 
+/** A piece for the prefill kernel. The first tile of CTA b is number b; one for KV head CUDA_NONE
+ * has nothing to do, and is the only one. */
+typedef struct cuda_tile {
+    cuda_leaf_t leaf; /**< the first */
+    uint32_t next;    /**< the CTA's next tile, or CUDA_NONE */
+    uint32_t kv_head; /**< of all that follows see cuda_piece_t */
+    uint32_t leaf_first, n_leaves;
+    uint32_t levels;
+    uint32_t slot;
+    uint32_t states;
+    uint32_t query_first;
+    uint32_t rows;
+    uint32_t head_first, n_heads;
+    uint32_t present_at; /**< [leaves][x.leaf_sets][n_lists] */
+    uint32_t n_lists;
+    int32_t see_first, see_end; /**< positions that its rows can see */
+    int32_t position;           /**< of its first query; without masks they follow each other */
+} __attribute__((aligned(16))) cuda_tile_t;
+
+/** A tensor map of the driver: pages as boxes of tokens, in the order of tile.h. */
+typedef struct cuda_map {
+    uint64_t words[16];
+} __attribute__((aligned(64))) cuda_map_t;
+
 /** A state of an item, in ascending key. */
 typedef struct cuda_ref {
     uint32_t slot;  /**< of the item's row 0 */
@@ -95,6 +162,7 @@ typedef struct cuda_args {
     const cuda_leaf_t *leaves;
     const cuda_query_t *queries;
     const cuda_piece_t *pieces;
+    const cuda_tile_t *tiles;
     const cuda_item_t *items;
     const cuda_ref_t *refs;
     const uint32_t *pages;
@@ -137,6 +205,8 @@ typedef struct cuda_args {
     uint32_t pairs;            /**< of rows that a state has room for */
     uint32_t levels;           /**< of a warp's stack in shared memory */
     uint32_t bulk;             /**< pages are copied whole; otherwise in pieces of 16 bytes */
+    uint32_t box;              /**< tokens of a copy of the prefill kernel: 8 to 64 */
+    uint32_t leaf_sets;        /**< token sets of a leaf of many rows, of one list: each of 64 */
     uint32_t depth;            /**< of the merge kernel's stacks */
     uint32_t segment_depth;    /**< of those of its segments */
     uint32_t segments;         /**< that it folds side by side */
