@@ -258,10 +258,10 @@ cache_take_region(engine_t *engine, engine_cache_t *cache, const attn_geometry_t
     if (status != ATTN_OK) {
         return status;
     }
-    if (g->chunk_size < attn_max(engine->leaf_few, engine->leaf_many)) {
+    if (g->chunk_size < engine->leaf_few) { /* a leaf of many rows ends where its chunk does */
         return attn_fail(ATTN_ERR_INVALID,
                          "chunk_size is %u tokens: at least %u, a leaf of this backend",
-                         g->chunk_size, (uint32_t)attn_max(engine->leaf_few, engine->leaf_many));
+                         g->chunk_size, engine->leaf_few);
     }
     if (!attn_mul(page_layer_bytes(g), g->layers, &page_bytes)) {
         return attn_fail(ATTN_ERR_TOO_LARGE, "a page of this geometry exceeds 2^64 bytes");

@@ -333,7 +333,8 @@ typedef struct attn_backend_ops {
      * for few and many rows ("cpu-avx2/1/128-128"). Equal kinds give equal bits. Static. */
     const char *(*kind)(const attn_backend_t *backend);
 
-    /** Tokens of a leaf: of requests up to 64 packed rows, and of larger ones. Powers of two. */
+    /** Tokens of a leaf: of requests up to 64 packed rows, and of larger ones. Powers of two. The
+     * latter may be more than a chunk: then a chunk is the leaf. */
     void (*leaf_sizes)(const attn_backend_t *backend, uint32_t *few, uint32_t *many);
 
     uint32_t (*parallelism)(
