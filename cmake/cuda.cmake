@@ -34,11 +34,19 @@ foreach(arch ${ATTN_CUDA_ARCHS})
   endif()
 endforeach()
 
-# attn_cuda(NAME file definitions...): NAME.fatbin in the binary folder.
+# What needs wgmma has one architecture; on others it is not loaded.
+set(cuda_wide_codes -gencode=arch=compute_90a,code=sm_90a)
+
+# attn_cuda(NAME file definitions...): NAME.fatbin in the binary folder. WIDE: for sm_90a alone.
 function(attn_cuda name file)
+  cmake_parse_arguments(PARSE_ARGV 2 arg "WIDE" "" "")
+  if(arg_WIDE)
+    set(cuda_codes ${cuda_wide_codes})
+  endif()
   add_custom_command(
     OUTPUT ${CMAKE_CURRENT_BINARY_DIR}/${name}.fatbin
-    COMMAND ${ATTN_NVCC} -std=c++17 -O3 -fatbin ${cuda_small} -I${PROJECT_SOURCE_DIR} ${cuda_codes} ${ARGN}
+    COMMAND ${ATTN_NVCC} -std=c++17 -O3 -fatbin ${cuda_small} -I${PROJECT_SOURCE_DIR} ${cuda_codes}
+            ${arg_UNPARSED_ARGUMENTS}
             -MD -MF ${CMAKE_CURRENT_BINARY_DIR}/${name}.d -MT ${name}.fatbin
             -o ${CMAKE_CURRENT_BINARY_DIR}/${name}.fatbin ${CMAKE_CURRENT_SOURCE_DIR}/${file}
     DEPENDS ${file}

@@ -69,7 +69,8 @@ deep_before(const cuda_image_t *image, uint32_t end, uint32_t d_v)
 uint64_t
 cuda_deep_bytes(const cuda_image_t *image, uint32_t d_v)
 {
-    return deep_before(image, CUDA_CLASSES, d_v);
+    return deep_before(image, CUDA_CLASSES, d_v) +
+           (uint64_t)image->many_grid * CUDA_MANY_GROUPS * image->many_depth * CUDA_MANY_STATE(d_v);
 }
 
 /* Offsets of everything in the block: the image first. */
@@ -360,6 +361,9 @@ cuda_attend_fill(const attn_workspace_t *w, const attn_kv_t *kv, const attn_laye
         .slot_e        = AT(w->slot_e),
         .deep          = AT(w->deep),
         .bulk          = w->backend->major >= 9 && page % 8 == 0,
+        .tiles         = AT(i->many_tiles),
+        .leaf_sets     = i->leaf_sets,
+        .box           = (uint32_t)attn_min(page & (0u - page), CUDA_LEAF),
         .error         = AT(w->error),
     };
     if (w->q_dtype != kv->dtype) {
@@ -420,6 +424,54 @@ launch_class(const attn_workspace_t *w, uint32_t c, bool general, cuda_args_t *x
     return cuda_launch(w->shape->attend[c][general], class->grid, 1,
                        CUDA_THREADS(class->rows, d_k, d_v), (uint32_t)shared,
                        w->backend->major >= 9, stream, (void *[]){x});
+}
+
+/*
+ * Pages as boxes for the copy engine, in the order of tile.h: 64 elements of 8 tokens, all parts of
+ * 64 of these tokens, all 8 tokens of a head after the other, pages. A box is x->box tokens.
+ */
+static attn_status_t
+make_map(const attn_kv_t *kv, const cuda_args_t *x, bool values, cuda_map_t *map)
+{
+    uint64_t row = (values ? kv->head_dim_v : kv->head_dim_k) * 2ull, parts = row / 128;
+    cuuint64_t sizes[5]   = {64, 8, parts, (uint64_t)kv->kv_heads * kv->page_size / 8, kv->n_pages};
+    cuuint64_t strides[4] = {row, 128, 8 * row, values ? x->v_page_stride : x->k_page_stride};
+    cuuint32_t box[5]     = {64, 8, (cuuint32_t)parts, x->box / 8, 1};
+    cuuint32_t steps[5]   = {1, 1, 1, 1, 1};
+    CUtensorMap made;
+
+    _Static_assert(sizeof(made) == sizeof(*map), "a map of the driver");
+    attn_status_t status = CUDA_CALL(cuTensorMapEncodeTiled(
+        &made, CU_TENSOR_MAP_DATA_TYPE_UINT16, 5, (void *)(uintptr_t)(values ? x->v : x->k), sizes,
+        strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_NONE,
+        CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE));
+    memcpy(map, &made, sizeof(*map));
+    return status;
+}
+
+/* The first of an attend: it begins when all before it on the stream is over, and what follows
+ * begins beside it. */
+static attn_status_t
+launch_many(const attn_workspace_t *w, const attn_kv_t *kv, bool general, cuda_args_t *x,
+            CUstream stream)
+{
+    cuda_map_t k_map = {{0}}, v_map = {{0}};
+    int mode             = x->q_parts > 1 ? 2 : general ? 1 : 0;
+    attn_status_t status = ATTN_OK;
+
+    if (x->bulk) {
+        status = make_map(kv, x, false, &k_map);
+        status = status == ATTN_OK ? make_map(kv, x, true, &v_map) : status;
+    }
+    if (status != ATTN_OK) {
+        return status;
+    }
+    x->deep = (uint8_t *)(uintptr_t)w->block->device + w->deep +
+              deep_before(&w->image, CUDA_CLASSES, x->head_dim_v);
+    x->deep_levels = w->image.many_depth;
+    return cuda_launch(w->shape->prefill[mode], w->image.many_grid, 1, CUDA_MANY_THREADS,
+                       CUDA_MANY_SHARED(kv->head_dim_k, kv->head_dim_v), false, stream,
+                       (void *[]){x, &k_map, &v_map});
 }
 
 /* What the device says of the first row that went wrong. */
@@ -505,9 +557,10 @@ static attn_status_t
 launch_merge(const attn_workspace_t *w, cuda_args_t *x, CUstream stream)
 {
     uint32_t refs = w->image.item_refs, state = (x->head_dim_v + 3) * (uint32_t)sizeof(float), size;
+    uint64_t depth = attn_max(w->image.depth, w->image.many_depth);
     bool few = (uint64_t)w->image.n_items * w->image.item_rows <= (uint64_t)w->backend->processors;
 
-    x->depth    = (uint32_t)attn_min(refs, 2 * (uint64_t)w->image.depth) + 1;
+    x->depth    = (uint32_t)attn_min(refs, 2 * depth) + 1;
     x->segments = (uint32_t)attn_min(
         attn_div_up(refs, few ? MERGE_SEGMENT_FEW : MERGE_SEGMENT_MANY), MERGE_WARPS);
     do {
@@ -531,6 +584,10 @@ cuda_attend_launch(const attn_workspace_t *w, const attn_kv_t *kv, const attn_ro
     x->beside = 0;
     if (x->q_parts > 1) {
         status = launch_split(w, kv, q, x, stream);
+    }
+    if (status == ATTN_OK && w->image.many_grid > 0) {
+        status    = launch_many(w, kv, general, x, stream);
+        x->beside = 1;
     }
     for (uint32_t c = 0; c < CUDA_CLASSES && status == ATTN_OK; c++) {
         if (w->image.classes[c].grid > 0) {

@@ -5,6 +5,7 @@
  *     driver.c    libcuda at run time; module.c  the embedded kernels
  *     image.c     a plan as tables for the device
  *     attend.c    one layer of a step: upload, launches, answer
+ *     attend.cu   for requests of few rows, and of any on devices without wgmma; prefill.cu for others
  *     store.c     append, compare, read, move, copy
  *     track.c     the same without the host, on streams of callers, for graphs
  *     *.cu        the kernels; image.h, store.h, device.cuh: what they share
@@ -69,6 +70,13 @@ attribute(const cuda_backend_t *backend, CUdevice_attribute which)
     return value;
 }
 
+/* Tokens of a leaf of requests of many rows. */
+static uint32_t
+many_leaf(const cuda_backend_t *backend)
+{
+    return backend->wide ? CUDA_MANY_LEAF : CUDA_LEAF;
+}
+
 static attn_status_t
 load_modules(cuda_backend_t *backend)
 {
@@ -106,8 +114,9 @@ open_device(cuda_backend_t *backend, uint32_t ordinal)
                          "cuda:%u (%s) has compute capability %d.%d: 8.0 is the least", ordinal,
                          backend->name, backend->major, backend->minor);
     }
-    snprintf(backend->kind, sizeof(backend->kind), "cuda-sm%d%d/%d/%d-%d", backend->major,
-             backend->minor, KERNEL_VERSION, CUDA_LEAF, CUDA_LEAF);
+    backend->wide = backend->major == 9;
+    snprintf(backend->kind, sizeof(backend->kind), "cuda-sm%d%d/%d/%d-%u", backend->major,
+             backend->minor, KERNEL_VERSION, CUDA_LEAF, many_leaf(backend));
     if ((status = CUDA_CALL(cuDevicePrimaryCtxRetain(&backend->context, backend->device))) !=
         ATTN_OK) {
         return status;
@@ -152,9 +161,8 @@ cuda_kind(const attn_backend_t *backend)
 static void
 cuda_leaf_sizes(const attn_backend_t *backend, uint32_t *few, uint32_t *many)
 {
-    (void)backend;
     *few  = CUDA_LEAF;
-    *many = CUDA_LEAF;
+    *many = many_leaf((const cuda_backend_t *)backend);
 }
 
 /* Plans come uncut: image.c cuts them for the device. */

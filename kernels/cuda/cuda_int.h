@@ -22,8 +22,9 @@
 typedef struct cuda_shape {
     attn_dtype_t dtype;
     uint32_t d_k, d_v;
-    CUmodule module;
+    CUmodule module, wide;
     CUfunction attend[CUDA_CLASSES][2]; /**< [class][plain, general] */
+    CUfunction prefill[3]; /**< [plain, general, queries of parts]; where the device has wgmma */
 } cuda_shape_t;
 
 /** Device memory and pinned host memory of the same size, taken and given back as one. */
@@ -42,6 +43,7 @@ typedef struct cuda_backend {
     CUcontext context;
     int ordinal, major, minor, processors, shared_bytes;
     atomic_int cut_for; /**< multiprocessors that plans are cut for */
+    bool wide;          /**< has wgmma: requests of many rows go to the prefill kernel */
     char kind[64], name[96];
 
     CUmodule store_module, merge_module;

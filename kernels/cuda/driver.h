@@ -47,6 +47,7 @@
     X(cuEventSynchronize)                                                                          \
     X(cuEventQuery)                                                                                \
     X(cuEventElapsedTime)                                                                          \
+    X(cuTensorMapEncodeTiled)                                                                      \
     X(cuModuleLoadData)                                                                            \
     X(cuModuleUnload)                                                                              \
     X(cuModuleGetFunction)                                                                         \

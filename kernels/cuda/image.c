@@ -1,6 +1,6 @@
 /*
- * A plan becomes tables: leaves with their pages, the queries of each work, pieces (image_cut.c),
- * and items. The tables of the next plan are made in the memory of these.
+ * A plan becomes tables: leaves with their pages, the queries of each work, pieces (image_cut.c)
+ * or tiles (image_tiles.c), and items. The tables of the next plan are made in the memory of these.
  */
 #include "kernels/cuda/image_int.h"
 
@@ -18,8 +18,13 @@ static const cuda_class_t classes[CUDA_CLASSES] = {
 };
 
 static uint32_t
-class_of(uint32_t rows)
+class_of(const attn_plan_t *plan, const attn_work_t *work)
 {
+    uint32_t rows = work->rows;
+
+    if (plan->many != plan->few && !plan->entries[plan->members[work->member_first].entry].few) {
+        return CUDA_MANY;
+    }
     return rows <= 8 ? 0 : rows <= 16 ? 1 : rows <= 32 ? 2 : 3;
 }
 
@@ -39,7 +44,7 @@ image_room(builder_t *b, void *at, uint64_t *room, uint64_t wanted, size_t size)
 
 /* ---- leaves ---- */
 
-/* The tokens of a leaf that a list has, or that are dense, as a set of bits. */
+/* The tokens of a leaf, or of 64 of one, that a list has or that are dense, as a set of bits. */
 static uint64_t
 tokens_of_list(const attn_problem_t *problem, const attn_problem_entry_t *entry, uint32_t list,
                const attn_leaf_t *leaf)
@@ -112,19 +117,21 @@ add_span_leaves(builder_t *b, const span_t *span, uint32_t tokens, const attn_kv
     b->leaves.n += span->leaf_end - span->leaf_first;
 }
 
-/* The token sets of a span's leaves, one of each list. */
+/* The token sets of a span's leaves: of each 64 tokens of a leaf, one of each list. */
 static void
 add_present(builder_t *b, const attn_problem_entry_t *entry, const span_t *span, uint32_t tokens,
-            const attn_kv_run_t *run)
+            uint32_t sets, const attn_kv_run_t *run)
 {
     const attn_problem_t *problem = &b->plan->problem;
 
-    for (uint32_t i = span->leaf_first; i < span->leaf_end; i++) {
-        attn_leaf_t leaf = {.run = run, .first = i * tokens};
-        leaf.position    = (int64_t)run->chunk * problem->chunk_size + leaf.first;
-        leaf.tokens      = (uint32_t)attn_min(run->length - leaf.first, tokens);
+    for (uint64_t i = 0; i < (uint64_t)(span->leaf_end - span->leaf_first) * sets; i++) {
+        uint32_t first   = (span->leaf_first + (uint32_t)(i / sets)) * tokens;
+        attn_leaf_t part = {.run = run, .first = first + (uint32_t)(i % sets) * CUDA_LEAF};
+        uint32_t end     = (uint32_t)attn_min(run->length, first + tokens);
+        part.position    = (int64_t)run->chunk * problem->chunk_size + part.first;
+        part.tokens      = part.first < end ? (uint32_t)attn_min(end - part.first, CUDA_LEAF) : 0;
         for (uint32_t list = 0; list < entry->n_lists; list++) {
-            PUSH(b, b->present, tokens_of_list(problem, entry, list, &leaf));
+            PUSH(b, b->present, part.tokens == 0 ? 0 : tokens_of_list(problem, entry, list, &part));
         }
     }
 }
@@ -141,6 +148,7 @@ add_leaves(builder_t *b, const attn_work_t *work, work_t *to)
     to->span_first = (uint32_t)b->spans.n;
     to->present_at = CUDA_NONE;
     to->n_lists    = entry->n_lists;
+    to->sets       = to->class == CUDA_MANY ? b->image->leaf_sets : 1;
     if (entry->n_lists > 0) {
         to->present_at    = (uint32_t)b->present.n;
         b->image->general = true;
@@ -162,7 +170,7 @@ add_leaves(builder_t *b, const attn_work_t *work, work_t *to)
                                                         : attn_key_lca(to->last_key, key | walk.leaf)};
         add_span_leaves(b, &span, tokens, run, place_pages(b, index, run));
         if (entry->n_lists > 0) {
-            add_present(b, entry, &span, tokens, run);
+            add_present(b, entry, &span, tokens, to->sets, run);
         }
         PUSH(b, b->spans, span);
         to->n_leaves += walk.leaf_end - walk.leaf;
@@ -318,25 +326,28 @@ lay_out(const builder_t *b, cuda_image_t *image)
     for (uint32_t c = 0; c < CUDA_CLASSES; c++) {
         image->classes[c].pieces = take(image, image->room.pieces[c], sizeof(cuda_piece_t));
     }
-    image->pages = take(image, image->room.pages, sizeof(uint32_t));
+    image->many_tiles = TAKE(tiles);
+    image->pages      = take(image, image->room.pages, sizeof(uint32_t));
 }
 
 /* Room for what there is. */
 static cuda_room_t
 room_of(const builder_t *b, const cuda_image_t *image)
 {
-    cuda_room_t room = {.leaves    = b->leaves.n,
-                        .queries   = b->queries.n,
-                        .items     = b->items.n,
-                        .refs      = b->refs.n,
-                        .present   = b->present.n,
-                        .masks     = b->masks.n,
-                        .pages     = b->n_pages,
-                        .slots     = image->slots,
-                        .item_rows = image->item_rows,
-                        .item_refs = image->item_refs,
-                        .depth     = image->depth,
-                        .general   = image->general};
+    cuda_room_t room = {.leaves     = b->leaves.n,
+                        .queries    = b->queries.n,
+                        .items      = b->items.n,
+                        .refs       = b->refs.n,
+                        .present    = b->present.n,
+                        .masks      = b->masks.n,
+                        .pages      = b->n_pages,
+                        .tiles      = b->tiles.n,
+                        .slots      = image->slots,
+                        .item_rows  = image->item_rows,
+                        .item_refs  = image->item_refs,
+                        .depth      = image->depth,
+                        .many_depth = image->many_depth,
+                        .general    = image->general};
 
     for (uint32_t c = 0; c < CUDA_CLASSES; c++) {
         room.pieces[c] = image_pieces(&b->cuts[c]);
@@ -353,7 +364,9 @@ cuda_room_holds(const cuda_room_t *room, const cuda_room_t *needed)
                  room->present >= needed->present && room->masks >= needed->masks &&
                  room->pages >= needed->pages && room->slots >= needed->slots &&
                  room->item_rows >= needed->item_rows && room->item_refs >= needed->item_refs &&
-                 room->depth >= needed->depth && room->general == needed->general;
+                 room->depth >= needed->depth && room->tiles >= needed->tiles &&
+                 (room->tiles > 0) == (needed->tiles > 0) && /* as q and o are to lie */
+                 room->many_depth >= needed->many_depth && room->general == needed->general;
 
     for (uint32_t c = 0; c < CUDA_CLASSES; c++) {
         holds = holds && room->pieces[c] >= needed->pieces[c] && room->pairs[c] >= needed->pairs[c];
@@ -376,18 +389,20 @@ above(uint64_t n, uint64_t least)
 cuda_room_t
 cuda_room_above(const cuda_room_t *needed)
 {
-    cuda_room_t room = {.leaves    = above(needed->leaves, 256),
-                        .queries   = above(needed->queries, 16),
-                        .items     = above(needed->items, 64),
-                        .refs      = above(needed->refs, 1024),
-                        .present   = above(needed->present, 256),
-                        .masks     = above(needed->masks, 256),
-                        .pages     = above(needed->pages, 1024),
-                        .slots     = above(needed->slots, 4096),
-                        .item_rows = (uint32_t)above(needed->item_rows, 1),
-                        .item_refs = (uint32_t)above(needed->item_refs, 32),
-                        .depth     = (needed->depth + 4) / 4 * 4,
-                        .general   = needed->general};
+    cuda_room_t room = {.leaves     = above(needed->leaves, 256),
+                        .queries    = above(needed->queries, 16),
+                        .items      = above(needed->items, 64),
+                        .refs       = above(needed->refs, 1024),
+                        .present    = above(needed->present, 256),
+                        .masks      = above(needed->masks, 256),
+                        .pages      = above(needed->pages, 1024),
+                        .tiles      = above(needed->tiles, 256),
+                        .slots      = above(needed->slots, 4096),
+                        .item_rows  = (uint32_t)above(needed->item_rows, 1),
+                        .item_refs  = (uint32_t)above(needed->item_refs, 32),
+                        .depth      = (needed->depth + 4) / 4 * 4,
+                        .many_depth = (uint32_t)above(needed->many_depth, 1), /* they are large */
+                        .general    = needed->general};
 
     for (uint32_t c = 0; c < CUDA_CLASSES; c++) {
         room.pieces[c] = above(needed->pieces[c], 256);
@@ -399,12 +414,14 @@ cuda_room_above(const cuda_room_t *needed)
 void
 cuda_image_place(cuda_image_t *image, const cuda_room_t *room, uint32_t ctas)
 {
-    image->room      = *room;
-    image->slots     = room->slots;
-    image->n_items   = (uint32_t)room->items;
-    image->item_rows = room->item_rows;
-    image->item_refs = room->item_refs;
-    image->depth     = room->depth;
+    image->room       = *room;
+    image->slots      = room->slots;
+    image->n_items    = (uint32_t)room->items;
+    image->item_rows  = room->item_rows;
+    image->item_refs  = room->item_refs;
+    image->depth      = room->depth;
+    image->many_depth = room->many_depth;
+    image->many_grid  = room->tiles > 0 ? ctas : 0;
     for (uint32_t c = 0; c < CUDA_CLASSES; c++) {
         image->classes[c].grid  = room->pieces[c] > 0 ? ctas : 0;
         image->classes[c].pairs = room->pairs[c];
@@ -441,16 +458,21 @@ build(builder_t *b, uint32_t ctas)
     add_masks(b);
     for (uint32_t w = 0; w < plan->n_works && !b->no_memory; w++) {
         const attn_work_t *work = &plan->works[w];
-        work_t to               = {.class = class_of(work->rows)};
-        cuda_class_t *class     = &b->image->classes[to.class];
+        work_t to               = {.class = class_of(plan, work)};
 
-        class->pairs = attn_max(class->pairs, to.class > 0 ? 4 : (work->rows + 1) / 2);
+        if (to.class != CUDA_MANY) {
+            cuda_class_t *class = &b->image->classes[to.class];
+            class->pairs        = attn_max(class->pairs, to.class > 0 ? 4 : (work->rows + 1) / 2);
+        }
         add_leaves(b, work, &to);
         add_queries(b, work, &to);
         PUSH(b, b->works, to);
     }
     for (uint32_t c = 0; c < CUDA_CLASSES && !b->no_memory; c++) {
         image_cut_class(b, c, ctas);
+    }
+    if (!b->no_memory) {
+        image_deal_tiles(b, ctas);
     }
     for (uint32_t i = 0; i < plan->n_reductions && !b->no_memory; i++) {
         add_items(b, &plan->reductions[i]);
@@ -464,6 +486,9 @@ build(builder_t *b, uint32_t ctas)
     DO(leaves)                                                                                     \
     DO(queries)                                                                                    \
     DO(works)                                                                                      \
+    DO(many)                                                                                       \
+    DO(loads)                                                                                      \
+    DO(tiles)                                                                                      \
     DO(units)                                                                                      \
     DO(left) DO(pieces) DO(items) DO(refs) DO(lists) DO(page_at) DO(present) DO(masks) DO(mask_at)
 
@@ -479,7 +504,11 @@ begin_anew(builder_t *b, const attn_plan_t *plan, bool steady, cuda_image_t *ima
 #define EMPTY(v) b->v.n = 0;
     EACH_VECTOR(EMPTY)
 #undef EMPTY
-    *image = (cuda_image_t){.memory = b, .depth = plan->max_depth + 1};
+    *image = (cuda_image_t){.memory     = b,
+                            .depth      = plan->max_depth + 1,
+                            .many_depth = 1,
+                            .leaf_sets  = (uint32_t)attn_div_up(
+                                 attn_min(plan->many, plan->problem.chunk_size), CUDA_LEAF)};
     memcpy(image->classes, classes, sizeof(classes));
     for (uint32_t c = 0; c < CUDA_CLASSES; c++) {
         image->classes[c].teams =
@@ -541,6 +570,7 @@ cuda_image_write_tables(const cuda_image_t *image, uint8_t *to)
     PUT(b->refs, image->refs)
     PUT(b->present, image->present)
     PUT(b->masks, image->masks)
+    PUT(b->tiles, image->many_tiles)
 #undef PUT
     /* Where a room has more than there is, kernels find nothing to do: items without a row, teams
      * without a piece. */

@@ -28,12 +28,6 @@ typedef struct line {
     uint32_t last;        /* the team's last piece, or CUDA_NONE */
 } line_t;
 
-/* A place between two leaves of a work: before leaf `at` of it, which lies in a span. */
-typedef struct place {
-    const span_t *span;
-    uint32_t at;
-} place_t;
-
 static void
 set_end(line_t *line)
 {
@@ -49,15 +43,15 @@ level_at(const place_t *place)
     return leaf == place->span->leaf_first ? place->span->level : 1 + (uint32_t)__builtin_ctz(leaf);
 }
 
-/* The states that leaves from one place to another leave, a subtree at a time (plan_cut.c). */
-static void
-fold_piece(builder_t *b, const place_t *from, uint32_t end, uint32_t left, uint32_t right,
-           attn_fold_t *fold)
+/* The states that leaves from one place to another leave, a subtree at a time (plan_cut.c), and how
+ * deep a stack becomes meanwhile. */
+static uint32_t
+fold_piece(const place_t *from, uint32_t end, uint32_t left, uint32_t right, attn_fold_t *fold)
 {
     uint32_t depth = 0;
 
     attn_fold_init(fold, left);
-    for (const span_t *span = from->span; span->at < end; span++) {
+    for (const span_t *span = from->span; from->at < end && span->at < end; span++) {
         uint32_t leaf = span->leaf_first + (span == from->span ? from->at - span->at : 0);
         uint32_t stop = (uint32_t)attn_min(span->leaf_end, span->leaf_first + (end - span->at));
         while (leaf < stop) {
@@ -77,27 +71,24 @@ fold_piece(builder_t *b, const place_t *from, uint32_t end, uint32_t left, uint3
     }
     while (attn_fold_pops(fold, right)) {
     }
-    b->image->depth = depth > b->image->depth ? depth : b->image->depth;
+    return depth;
 }
 
 /* Room in memory for what a piece leaves there. */
 static void
-leave_states(builder_t *b, cut_t *cut, unit_t *unit, const place_t *from, uint32_t end,
+leave_states(builder_t *b, cut_t *cut, unit_t *unit, const place_t *from, const attn_fold_t *fold,
              cuda_piece_t *piece)
 {
-    attn_fold_t fold;
-
-    fold_piece(b, from, end, piece->levels & 255, piece->levels >> 8, &fold);
-    if (!RESERVE(b, b->left, fold.n)) {
+    if (!RESERVE(b, b->left, fold->n)) {
         return;
     }
     piece->slot = (uint32_t)(b->image->slots + cut->slots);
-    for (uint32_t i = 0; i < fold.n; i++) {
-        uint32_t level = i > 0 ? attn_key_lca(fold.keys[i - 1], fold.keys[i]) : level_at(from);
+    for (uint32_t i = 0; i < fold->n; i++) {
+        uint32_t level = i > 0 ? attn_key_lca(fold->keys[i - 1], fold->keys[i]) : level_at(from);
         b->left.at[b->left.n++] = (left_t){.slot = piece->slot + i * piece->rows, .level = level};
     }
-    unit->n_left += fold.n;
-    cut->slots += (uint64_t)fold.n * piece->rows;
+    unit->n_left += fold->n;
+    cut->slots += (uint64_t)fold->n * piece->rows;
 }
 
 /* To the team whose turn it is; others follow when it has its stretch. */
@@ -123,9 +114,31 @@ give_piece(builder_t *b, line_t *line, const cuda_piece_t *piece, uint64_t leave
     }
 }
 
-/* Leaves of a head of a work, from a place on, as a piece. */
+/* What a piece leaves in memory, and how deep its stack becomes. The plan knows that of a whole
+ * work; but the prefill kernel's stacks are large, and seldom as deep. */
 static void
-add_piece(builder_t *b, line_t *line, uint32_t w, uint32_t head, const place_t *from, uint32_t end)
+leave_piece(builder_t *b, cut_t *cut, uint32_t w, uint32_t head, const place_t *from, uint32_t end,
+            cuda_piece_t *piece)
+{
+    const work_t *work = &b->works.at[w];
+    bool many = work->class == CUDA_MANY, whole = from->at == 0 && end == work->n_leaves;
+    uint32_t *depth = many ? &b->image->many_depth : &b->image->depth, deep;
+    attn_fold_t fold;
+
+    whole = whole && b->plan->works[w].n_out == 0;
+    if (whole && !many) {
+        return;
+    }
+    deep   = fold_piece(from, end, piece->levels & 255, piece->levels >> 8, &fold);
+    *depth = deep > *depth ? deep : *depth;
+    if (!whole) {
+        leave_states(b, cut, &b->units.at[work->unit_first + head], from, &fold, piece);
+    }
+}
+
+cuda_piece_t
+image_make_piece(builder_t *b, cut_t *cut, uint32_t w, uint32_t head, const place_t *from,
+                 uint32_t end)
 {
     const attn_work_t *planned = &b->plan->works[w];
     const work_t *work         = &b->works.at[w];
@@ -162,12 +175,18 @@ add_piece(builder_t *b, line_t *line, uint32_t w, uint32_t head, const place_t *
         piece.offset            = leaf->offset;
     }
     if (work->present_at != CUDA_NONE) {
-        piece.present_at += first * work->n_lists;
+        piece.present_at += first * work->sets * work->n_lists;
     }
-    if (first > 0 || end < work->n_leaves || planned->n_out > 0) {
-        leave_states(b, line->cut, &b->units.at[work->unit_first + head], from, end, &piece);
-    }
-    give_piece(b, line, &piece, attn_max(end - first, 1));
+    leave_piece(b, cut, w, head, from, end, &piece);
+    return piece;
+}
+
+/* Leaves of a head of a work, from a place on, to a team. */
+static void
+add_piece(builder_t *b, line_t *line, uint32_t w, uint32_t head, const place_t *from, uint32_t end)
+{
+    cuda_piece_t piece = image_make_piece(b, line->cut, w, head, from, end);
+    give_piece(b, line, &piece, attn_max(end - from->at, 1));
 }
 
 /* A head of a work: one piece, or as many as the ends of stretches make of it. */
@@ -189,10 +208,7 @@ cut_unit(builder_t *b, line_t *line, uint32_t w, uint32_t head)
             cut = cut <= at ? (uint32_t)attn_min(at + grain, n) : cut < n ? cut : n;
         }
         add_piece(b, line, w, head, &place, cut);
-        place.at = cut;
-        while (cut < n && place.span->at + (place.span->leaf_end - place.span->leaf_first) <= cut) {
-            place.span++;
-        }
+        image_move(&place, cut, n);
     }
 }
 

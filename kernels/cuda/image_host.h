@@ -21,8 +21,9 @@ typedef struct cuda_room {
     uint64_t leaves, queries, items, refs, present, masks, pages;
     uint64_t pieces[CUDA_CLASSES]; /**< 0: no launch of that class */
     uint32_t pairs[CUDA_CLASSES];
+    uint64_t tiles; /**< 0: no launch of the prefill kernel */
     uint64_t slots;
-    uint32_t item_rows, item_refs, depth;
+    uint32_t item_rows, item_refs, depth, many_depth;
     bool general;
 } cuda_room_t;
 
@@ -32,10 +33,14 @@ typedef struct cuda_image {
     uint64_t bytes;
     uint64_t leaves, queries, items, refs, pages, present, masks;
     cuda_class_t classes[CUDA_CLASSES];
+    uint32_t many_grid;          /**< CTAs of the prefill kernel; 0: nothing for it */
+    uint64_t many_tiles;         /**< offset in the block */
+    uint32_t leaf_sets;          /**< token sets of a leaf of many rows, of one list */
     uint32_t n_items, item_rows; /**< rows of the largest item */
     uint32_t item_refs;          /**< states of the largest */
     uint64_t slots;              /**< states between the kernels */
     uint32_t depth;              /**< of a stack */
+    uint32_t many_depth;         /**< of a stack of the prefill kernel */
     bool general;                /**< has masks or lists */
     bool changes; /**< lists may be put in place of others: made anew for each attend */
     cuda_room_t room;

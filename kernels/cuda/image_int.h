@@ -1,5 +1,5 @@
-/* image_int.h: between image.c, which makes tables, and image_cut.c, which cuts works into pieces.
- */
+/* image_int.h: between image.c, which makes tables, image_cut.c, which cuts works into pieces, and
+ * image_tiles.c, which deals works of many rows to CTAs. */
 #ifndef ATTN_KERNELS_CUDA_IMAGE_INT_H
 #define ATTN_KERNELS_CUDA_IMAGE_INT_H
 
@@ -33,12 +33,22 @@ typedef struct span {
     uint32_t level;                /**< of the first one, as in cuda_leaf_t */
 } span_t;
 
+/** The class of works for the prefill kernel, behind those of image_host.h. */
+#define CUDA_MANY CUDA_CLASSES
+
+/** A place between two leaves of a work: before leaf `at` of it, which lies in a span. */
+typedef struct place {
+    const span_t *span;
+    uint32_t at;
+} place_t;
+
 /** A work on its way into pieces. */
 typedef struct work {
     uint32_t query_first, leaf_first, n_leaves, present_at, n_lists;
     uint32_t span_first, span_end;
     uint32_t unit_first; /**< of its heads in the first block of them */
     uint32_t class;
+    uint32_t sets;                /**< token sets of a leaf, of one list */
     uint64_t first_key, last_key; /**< of its first and last leaf */
 } work_t;
 
@@ -65,6 +75,18 @@ typedef struct cut {
     uint64_t slots;         /**< of a block */
 } cut_t;
 
+/** A tile before it is dealt. */
+typedef struct many {
+    cuda_tile_t tile;
+    uint64_t cost;
+} many_t;
+
+/** A CTA that tiles are dealt to. */
+typedef struct load {
+    uint64_t cost;
+    uint32_t last; /**< its last tile */
+} load_t;
+
 /** Pages of a run, to be copied. */
 typedef struct page_list {
     const uint32_t *from;
@@ -83,7 +105,10 @@ struct cuda_image_memory {
     VECTOR(unit_t) units;
     VECTOR(left_t) left;
     VECTOR(cuda_piece_t) pieces; /**< of first blocks */
-    cut_t cuts[CUDA_CLASSES];
+    cut_t cuts[CUDA_CLASSES + 1];
+    VECTOR(many_t) many;
+    VECTOR(load_t) loads;
+    VECTOR(cuda_tile_t) tiles;
     VECTOR(cuda_item_t) items;
     VECTOR(cuda_ref_t) refs;
     VECTOR(page_list_t) lists; /**< of pages */
@@ -98,6 +123,26 @@ typedef struct cuda_image_memory builder_t;
 
 /** Memory for at least `wanted` of a vector. */
 void *image_room(builder_t *b, void *at, uint64_t *room, uint64_t wanted, size_t size);
+
+/** A place one leaf on, and past the spans that end there. */
+static inline void
+image_move(place_t *place, uint32_t to, uint32_t n_leaves)
+{
+    place->at = to;
+    while (to < n_leaves &&
+           place->span->at + (place->span->leaf_end - place->span->leaf_first) <= to) {
+        place->span++;
+    }
+}
+
+/** Leaves [from, end) of a head of a work as a piece, with room for the states it leaves if it is
+ * not all of the work. */
+cuda_piece_t image_make_piece(builder_t *b, cut_t *cut, uint32_t w, uint32_t head,
+                              const place_t *from, uint32_t end);
+
+/** Deal the works of many rows to so many CTAs: fills tiles, units, left, and what the image says
+ * of tiles. */
+void image_deal_tiles(builder_t *b, uint32_t ctas);
 
 /** Cut all works of a class for so many CTAs: fills cuts, pieces, units and left. */
 void image_cut_class(builder_t *b, uint32_t class, uint32_t ctas);

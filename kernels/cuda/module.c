@@ -5,7 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* The shapes that the build compiles (CMakeLists.txt): attend_TYPE_DK_DV. */
+/* The shapes that the build compiles (CMakeLists.txt): attend_TYPE_DK_DV, prefill_TYPE_DK_DV. */
 static const struct {
     attn_dtype_t dtype;
     uint32_t d_k, d_v;
@@ -69,6 +69,9 @@ cuda_modules_unload(cuda_backend_t *backend)
         if (backend->shapes[i].module != NULL) {
             backend->cu->cuModuleUnload(backend->shapes[i].module);
         }
+        if (backend->shapes[i].wide != NULL) {
+            backend->cu->cuModuleUnload(backend->shapes[i].wide);
+        }
     }
     free(backend->shapes);
     if (backend->store_module != NULL) {
@@ -88,6 +91,30 @@ cuda_shape_exists(attn_dtype_t dtype, uint32_t d_k, uint32_t d_v)
         }
     }
     return false;
+}
+
+/* The kernels for many rows, of a module of their own. */
+static attn_status_t
+load_prefill(const cuda_backend_t *backend, cuda_shape_t *shape, const char *type)
+{
+    static const char *const names[3] = {"prefill_plain", "prefill_general", "prefill_parts"};
+    char name[64];
+
+    snprintf(name, sizeof(name), "prefill_%s_%u_%u", type, shape->d_k, shape->d_v);
+    attn_status_t status = load(name, &shape->wide);
+    for (int i = 0; i < 3 && status == ATTN_OK; i++) {
+        status = CUDA_CALL(cuModuleGetFunction(&shape->prefill[i], shape->wide, names[i]));
+        if (status == ATTN_OK) {
+            status = CUDA_CALL(cuFuncSetAttribute(shape->prefill[i],
+                                                  CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+                                                  (int)CUDA_MANY_SHARED(shape->d_k, shape->d_v)));
+        }
+    }
+    if (status != ATTN_OK && shape->wide != NULL) {
+        backend->cu->cuModuleUnload(shape->wide);
+        shape->wide = NULL;
+    }
+    return status;
 }
 
 static attn_status_t
@@ -115,6 +142,9 @@ load_shape(cuda_backend_t *backend, cuda_shape_t *shape)
                     backend->shared_bytes));
             }
         }
+    }
+    if (status == ATTN_OK && backend->wide) {
+        status = load_prefill(backend, shape, shape->dtype == ATTN_BF16 ? "bf16" : "f16");
     }
     if (status != ATTN_OK) {
         backend->cu->cuModuleUnload(module);

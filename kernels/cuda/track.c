@@ -428,7 +428,7 @@ fill_tables(attn_track_t *t)
     fill(t, t->device, 0, sizeof(cuda_head_t));
     for (uint32_t i = 0; i < t->shape.n_plans; i++) {
         const cuda_image_t *image = &t->views[i].image;
-        uint64_t pieces           = image->classes[0].pieces; /* all classes', up to the pages */
+        uint64_t pieces = image->classes[0].pieces; /* all classes', tiles, up to the pages */
         fill(t, t->blocks[i].device + pieces, 0xff, image->pages - pieces);
         fill(t, t->blocks[i].device + image->items, 0, image->refs - image->items);
     }

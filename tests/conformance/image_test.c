@@ -48,11 +48,23 @@ merge(uint64_t a, uint64_t b)
     return a == 0 ? b : b == 0 ? a : mix(mix(1, a), b);
 }
 
-/* The state of a leaf: which row, which tokens (a set), and in which page each of these lies. */
-static uint64_t
-leaf_symbol(uint64_t row, int64_t position, uint64_t tokens, uint64_t pages)
+/* Which tokens of a leaf there are: sets of 64, one after the other. */
+typedef struct tokens {
+    uint64_t any, symbol;
+} tokens_t;
+
+static void
+add_set(tokens_t *tokens, uint64_t set)
 {
-    return tokens == 0 ? 0 : mix(mix(mix(row, (uint64_t)position), tokens), pages);
+    tokens->any |= set;
+    tokens->symbol = mix(tokens->symbol, set);
+}
+
+/* The state of a leaf: which row, which tokens, and in which page each of these lies. */
+static uint64_t
+leaf_symbol(uint64_t row, int64_t position, const tokens_t *tokens, uint64_t pages)
+{
+    return tokens->any == 0 ? 0 : mix(mix(mix(row, (uint64_t)position), tokens->symbol), pages);
 }
 
 /* ---- problems ---- */
@@ -214,11 +226,11 @@ is_listed(const batch_t *b, uint32_t e, uint32_t kv_head, uint32_t chunk, uint32
  * that it does not see are empty. So here they are known to be those of the whole tile.
  */
 static uint32_t
-leaves_of(const batch_t *b, uint32_t e, uint32_t kv_head, uint64_t row, int64_t see_first,
-          int64_t see_end, const attn_node_t *node, node_t *nodes)
+leaves_of(const batch_t *b, uint32_t e, uint32_t leaf, uint32_t kv_head, uint64_t row,
+          int64_t see_first, int64_t see_end, const attn_node_t *node, node_t *nodes)
 {
     const attn_problem_entry_t *entry = &b->entries[e];
-    uint32_t n = 0, leaves = b->problem.chunk_size / CUDA_LEAF;
+    uint32_t n = 0, leaves = b->problem.chunk_size / leaf;
 
     for (uint32_t r = 0; r < entry->n_runs; r++) {
         const attn_kv_run_t *run = &entry->runs[r];
@@ -226,20 +238,25 @@ leaves_of(const batch_t *b, uint32_t e, uint32_t kv_head, uint64_t row, int64_t 
         if (node != NULL && chunk_key >> node->level != node->index) {
             continue;
         }
-        for (uint32_t first = 0; first < run->length; first += CUDA_LEAF) {
+        for (uint32_t first = 0; first < run->length; first += leaf) {
             int64_t position = (int64_t)run->chunk * b->problem.chunk_size + first;
-            uint32_t tokens  = run->length - first < CUDA_LEAF ? run->length - first : CUDA_LEAF;
-            uint64_t pages = 0, present = 0;
-            if (position + CUDA_LEAF <= see_first || position >= see_end) {
+            uint32_t end     = run->length - first < leaf ? run->length : first + leaf;
+            uint64_t pages   = 0;
+            tokens_t tokens  = {0};
+            if (position + leaf <= see_first || position >= see_end) {
                 continue;
             }
-            for (uint32_t t = first; t < first + tokens; t++) {
-                pages = mix(pages, (uint64_t)run->pages[t / b->problem.page_size] << 32 |
-                                       t % b->problem.page_size);
-                present |= (uint64_t)is_listed(b, e, kv_head, run->chunk, t) << (t - first);
+            for (uint32_t at = first; at < end; at += CUDA_LEAF) {
+                uint64_t set = 0;
+                for (uint32_t t = at; t < end && t < at + CUDA_LEAF; t++) {
+                    pages = mix(pages, (uint64_t)run->pages[t / b->problem.page_size] << 32 |
+                                           t % b->problem.page_size);
+                    set |= (uint64_t)is_listed(b, e, kv_head, run->chunk, t) << (t - at);
+                }
+                add_set(&tokens, set);
             }
-            nodes[n++] = (node_t){(uint64_t)chunk_key * leaves + first / CUDA_LEAF,
-                                  leaf_symbol(row, position, present, pages)};
+            nodes[n++] = (node_t){(uint64_t)chunk_key * leaves + first / leaf,
+                                  leaf_symbol(row, position, &tokens, pages)};
         }
     }
     qsort(nodes, n, sizeof(*nodes), by_key);
@@ -312,9 +329,10 @@ answer(const stage_t *s, bool states, uint32_t at, uint32_t head, uint64_t symbo
     s->answers[row] = symbol;
 }
 
-/* One row of a piece: a symbol a leaf, folded. */
+/* One row of a piece: a symbol a leaf, folded. sets: of 64 tokens, that lists have of a leaf;
+ * depth: of a stack. */
 static void
-play_row(const stage_t *s, const cuda_piece_t *piece, uint32_t row)
+play_row(const stage_t *s, const cuda_piece_t *piece, uint32_t row, uint32_t sets, uint32_t depth)
 {
     const cuda_query_t *query =
         TABLE(s, cuda_query_t, s->image.queries) + piece->query_first + row / piece->n_heads;
@@ -334,15 +352,20 @@ play_row(const stage_t *s, const cuda_piece_t *piece, uint32_t row)
         for (uint32_t t = leaf.offset; t < leaf.offset + leaf.tokens; t++) {
             ids = mix(ids, (uint64_t)pages[leaf.page + t / page_size] << 32 | t % page_size);
         }
-        uint64_t present = ~UINT64_C(0) >> (CUDA_LEAF - leaf.tokens);
-        if (piece->present_at != CUDA_NONE) {
-            present =
-                TABLE(s, uint64_t, s->image.present)[piece->present_at + i * piece->n_lists +
-                                                     (piece->n_lists > 1 ? piece->kv_head : 0)];
+        tokens_t tokens = {0};
+        for (uint32_t t = 0; t < leaf.tokens; t += CUDA_LEAF) {
+            uint32_t n   = leaf.tokens - t < CUDA_LEAF ? leaf.tokens - t : CUDA_LEAF;
+            uint64_t set = ~UINT64_C(0) >> (CUDA_LEAF - n);
+            if (piece->present_at != CUDA_NONE) {
+                uint64_t at = piece->present_at + (i * sets + t / CUDA_LEAF) * piece->n_lists;
+                set         = TABLE(s, uint64_t,
+                                    s->image.present)[at + (piece->n_lists > 1 ? piece->kv_head : 0)];
+            }
+            add_set(&tokens, set);
         }
         uint64_t of = (uint64_t)query->q_row * s->plan->problem.q_heads + head;
-        push(&stack, leaf_symbol(of, leaf.position, present, ids), leaf.level);
-        assert_in_range(stack.n, 1, s->image.depth);
+        push(&stack, leaf_symbol(of, leaf.position, &tokens, ids), leaf.level);
+        assert_in_range(stack.n, 1, depth);
     }
     fold(&stack, piece->levels >> 8);
     if (piece->slot == CUDA_NONE) {
@@ -374,7 +397,7 @@ play_class(const stage_t *s, uint32_t class, uint64_t *total)
             }
             assert_in_range(pieces[at].rows, 1, c->rows);
             for (uint32_t row = 0; row < pieces[at].rows; row++) {
-                play_row(s, &pieces[at], row);
+                play_row(s, &pieces[at], row, 1, s->image.depth);
             }
             leaves += pieces[at].n_leaves > 0 ? pieces[at].n_leaves : 1;
         }
@@ -382,6 +405,60 @@ play_class(const stage_t *s, uint32_t class, uint64_t *total)
         *total += leaves;
     }
     return most;
+}
+
+/* A tile is a piece, its first leaf besides; and its rows stand and see as it says. */
+static void
+play_tile(const stage_t *s, const cuda_tile_t *tile)
+{
+    const cuda_query_t *queries = TABLE(s, cuda_query_t, s->image.queries) + tile->query_first;
+    const cuda_leaf_t *leaves   = TABLE(s, cuda_leaf_t, s->image.leaves) + tile->leaf_first;
+    cuda_piece_t piece          = {.kv_head     = tile->kv_head,
+                                   .leaf_first  = tile->leaf_first,
+                                   .n_leaves    = tile->n_leaves,
+                                   .page        = tile->leaf.page,
+                                   .tokens      = tile->leaf.tokens,
+                                   .offset      = tile->leaf.offset,
+                                   .levels      = tile->levels,
+                                   .slot        = tile->slot,
+                                   .states      = tile->states,
+                                   .query_first = tile->query_first,
+                                   .rows        = tile->rows,
+                                   .head_first  = tile->head_first,
+                                   .n_heads     = tile->n_heads,
+                                   .present_at  = tile->present_at,
+                                   .n_lists     = tile->n_lists};
+    const attn_problem_t *p     = &s->plan->problem;
+    int32_t last                = tile->position + (int32_t)((tile->rows - 1) / tile->n_heads);
+
+    assert_in_range(tile->rows, 1, CUDA_MANY_ROWS);
+    if (tile->n_leaves > 0) {
+        assert_memory_equal(&tile->leaf, leaves, sizeof(*leaves));
+    }
+    for (uint32_t row = 0; row < tile->rows; row++) {
+        assert_int_equal(queries[row / tile->n_heads].position,
+                         tile->position + (int32_t)(row / tile->n_heads));
+        play_row(s, &piece, row, s->image.leaf_sets, s->image.many_depth);
+    }
+    assert_true(!p->causal || tile->see_end > last); /* the last row sees itself */
+    assert_true(tile->see_first <= 0 ||
+                (p->window > 0 && tile->see_first <= tile->position - (int64_t)p->window + 1));
+}
+
+/* All tiles, CTA by CTA: each comes once, and no CTA has much more to do than others. Of a steady
+ * image CTAs may have nothing to do. */
+static void
+play_tiles(const stage_t *s, bool steady)
+{
+    const cuda_tile_t *tiles = TABLE(s, cuda_tile_t, s->image.many_tiles);
+
+    for (uint32_t cta = 0; cta < s->image.many_grid; cta++) {
+        bool idle = steady && tiles[cta].kv_head == CUDA_NONE;
+        for (uint32_t at = cta; at != CUDA_NONE && !idle; at = tiles[at].next) {
+            assert_true(tiles[at].next > at);
+            play_tile(s, &tiles[at]);
+        }
+    }
 }
 
 static void
@@ -441,8 +518,9 @@ check_entry(const stage_t *s, uint32_t e, node_t *nodes)
         }
         for (uint32_t head = 0; head < p->q_heads; head++) {
             uint64_t of = (s->plan->entries[e].q_row + q) * p->q_heads + head;
-            uint32_t n  = leaves_of(s->batch, e, head / s->plan->group, of, from, to,
-                                   entry->n_nodes > 0 ? &entry->nodes[part] : NULL, nodes);
+            uint32_t n =
+                leaves_of(s->batch, e, s->plan->entries[e].leaf_tokens, head / s->plan->group, of,
+                          from, to, entry->n_nodes > 0 ? &entry->nodes[part] : NULL, nodes);
             assert_int_equal(s->given[row * p->q_heads + head], 1);
             assert_int_equal(s->answers[row * p->q_heads + head], n > 0 ? merge_trie(nodes, n) : 0);
         }
@@ -471,6 +549,7 @@ some_room(const cuda_image_t *image)
         more.leaves *= chance_in(1, 3), more.queries *= chance_in(1, 3), more.refs += 1000;
         more.items += chance_in(0, 1) * 70, more.pages *= 2, more.slots += 5000;
         more.item_refs += chance_in(0, 1) * 40, more.depth += 3;
+        more.tiles *= chance_in(1, 3), more.many_depth += chance_in(0, 3);
         for (uint32_t c = 0; c < CUDA_CLASSES; c++) {
             more.pieces[c] += chance_in(0, 1) * 600;
         }
@@ -491,20 +570,22 @@ check_idle_items(const stage_t *s, uint32_t n)
     }
 }
 
-/* steady: as for a graph, in memory that held other tables before. */
+/* many: the leaf size of requests of many rows; steady: as for a graph, in memory that held other
+ * tables before. */
 static void
-check_image(const batch_t *b, uint32_t ctas, bool steady, cuda_image_t *image)
+check_image(const batch_t *b, uint32_t ctas, uint32_t many, bool steady, cuda_image_t *image)
 {
     stage_t s = {.batch = b};
     attn_plan_t *plan;
     uint64_t leaves = 16;
 
-    assert_int_equal(attn_plan_build(&b->problem, 1, CUDA_LEAF, CUDA_LEAF, &plan), ATTN_OK);
+    assert_int_equal(attn_plan_build(&b->problem, 1, CUDA_LEAF, many, &plan), ATTN_OK);
     assert_int_equal((steady ? cuda_image_build_steady : cuda_image_build)(plan, ctas, image),
                      ATTN_OK);
     uint32_t n_items = image->n_items;
     if (steady) {
         cuda_room_t room = some_room(image);
+        assert_true(room.tiles == 0 || image->room.tiles >= ctas); /* one for each of them */
         cuda_image_place(image, &room, ctas);
     }
     s.plan  = plan;
@@ -532,6 +613,8 @@ check_image(const batch_t *b, uint32_t ctas, bool steady, cuda_image_t *image)
         assert_true(!steady || s.image.classes[class].grid == ctas ||
                     s.image.classes[class].grid == 0);
     }
+    assert_true(!steady || s.image.many_grid == ctas || s.image.many_grid == 0);
+    play_tiles(&s, steady);
     for (uint32_t i = 0; i < n_items; i++) {
         play_item(&s, TABLE(&s, cuda_item_t, image->items) + i);
     }
@@ -556,10 +639,31 @@ test_rows_are_what_the_tree_says(void **state)
     for (int round = 0; round < 25; round++) {
         batch_t b;
         make_batch(&b);
-        check_image(&b, chance_in(0, 2) ? chance_in(1, 40) : 132, false, &image);
-        check_image(&b, chance_in(0, 2) ? chance_in(1, 40) : 132, true, &image);
+        check_image(&b, chance_in(0, 2) ? chance_in(1, 40) : 132, CUDA_LEAF, false, &image);
+        check_image(&b, chance_in(0, 2) ? chance_in(1, 40) : 132, CUDA_LEAF, true, &image);
         free_batch(&b);
     }
+    cuda_image_free(&image);
+}
+
+/* The same, with a leaf size of their own for requests of many rows: these become tiles. */
+static void
+test_rows_of_tiles_are_what_the_tree_says(void **state)
+{
+    cuda_image_t image = {0};
+    uint32_t grids     = 0;
+    (void)state;
+
+    for (int round = 0; round < 25; round++) {
+        batch_t b;
+        make_batch(&b);
+        uint32_t many = 128u << chance_in(0, 6);
+        check_image(&b, chance_in(0, 2) ? chance_in(1, 40) : 132, many, false, &image);
+        grids += image.many_grid;
+        check_image(&b, chance_in(0, 2) ? chance_in(1, 40) : 132, many, true, &image);
+        free_batch(&b);
+    }
+    assert_true(grids > 100);
     cuda_image_free(&image);
 }
 
@@ -568,6 +672,7 @@ main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_rows_are_what_the_tree_says),
+        cmocka_unit_test(test_rows_of_tiles_are_what_the_tree_says),
     };
     return cmocka_run_group_tests_name("conformance.image", tests, NULL, NULL);
 }

@@ -356,6 +356,32 @@ cuMemsetD8Async(CUdeviceptr at, unsigned char byte, size_t bytes, CUstream strea
                       &(op_t){.kind = OP_FILL, .to = (void *)at, .byte = byte, .bytes = bytes});
 }
 
+/* ---- maps of tensors ---- */
+
+/* What the driver's manual asks of one without interleaving. */
+VISIBLE CUresult
+cuTensorMapEncodeTiled(CUtensorMap *map, CUtensorMapDataType type, cuuint32_t rank, void *address,
+                       const cuuint64_t *sizes, const cuuint64_t *strides, const cuuint32_t *box,
+                       const cuuint32_t *steps, CUtensorMapInterleave interleave,
+                       CUtensorMapSwizzle swizzle, CUtensorMapL2promotion promotion,
+                       CUtensorMapFloatOOBfill fill)
+{
+    (void)promotion;
+    (void)fill;
+    bool fine = rank > 0 && rank <= 5 && ((uintptr_t)map & 63) == 0 &&
+                ((uintptr_t)address & 15) == 0 && interleave == CU_TENSOR_MAP_INTERLEAVE_NONE &&
+                type == CU_TENSOR_MAP_DATA_TYPE_UINT16 && box[0] * 2 % 16 == 0 &&
+                (swizzle != CU_TENSOR_MAP_SWIZZLE_128B || box[0] * 2 <= 128);
+
+    for (cuuint32_t i = 0; fine && i < rank; i++) {
+        fine = sizes[i] > 0 && sizes[i] <= UINT64_C(1) << 32 && box[i] > 0 && box[i] <= 256 &&
+               steps[i] > 0 && steps[i] <= 8 &&
+               (i == 0 || (strides[i - 1] % 16 == 0 && strides[i - 1] < UINT64_C(1) << 40));
+    }
+    memset(map, 0, sizeof(*map));
+    return fine ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
+}
+
 /* ---- kernels ---- */
 
 VISIBLE CUresult

@@ -21,7 +21,6 @@ static uint32_t type = ATTN_F16; /* of K and V: as rows last came on a stream */
 
 /* Rows of the answer that is being made: what pieces added to them. */
 static struct {
-    const void *o, *pieces; /* of the last launch */
     double l[ROWS_MAX], a[ROWS_MAX][DIM_MAX];
 } sums;
 
@@ -126,8 +125,7 @@ bring_rows(const fake_kernel_t *kernel, uint32_t grid, void *const *args)
 
     (void)kernel;
     (void)grid;
-    sums.o = NULL;
-    type   = x->exponent == 0x7c007c00u ? ATTN_F16 : ATTN_BF16;
+    type = x->exponent == 0x7c007c00u ? ATTN_F16 : ATTN_BF16;
     if (x->head->serial == 0) {
         return;
     }
@@ -239,6 +237,15 @@ play_row(const cuda_args_t *x, uint32_t d_k, uint32_t d_v, const cuda_piece_t *p
     }
 }
 
+/* A launch beside others of its attend goes on with what those added. */
+static void
+begin_launch(const cuda_args_t *x)
+{
+    if (!x->beside) {
+        memset(&sums, 0, sizeof(sums));
+    }
+}
+
 static void
 attend(const fake_kernel_t *kernel, uint32_t grid, void *const *args)
 {
@@ -246,12 +253,7 @@ attend(const fake_kernel_t *kernel, uint32_t grid, void *const *args)
     const cuda_args_t *x = args[0];
     uint32_t d_v         = x->head_dim_v;
 
-    /* A launch of a later class goes on with what those before it added. */
-    if (sums.o != x->o || sums.pieces >= (const void *)x->pieces) {
-        memset(&sums, 0, sizeof(sums));
-    }
-    sums.o      = x->o;
-    sums.pieces = x->pieces;
+    begin_launch(x);
     for (uint32_t team = 0; team < grid * x->teams; team++) {
         const cuda_piece_t *piece = &x->pieces[team];
         while (piece->kv_head != CUDA_NONE) {
@@ -266,14 +268,40 @@ attend(const fake_kernel_t *kernel, uint32_t grid, void *const *args)
     }
 }
 
-/* What pieces added is written already: the next launch of attend begins anew. */
+/* ---- prefill.cu ---- */
+
+static void
+prefill(const fake_kernel_t *kernel, uint32_t grid, void *const *args)
+{
+    (void)kernel;
+    const cuda_args_t *x = args[0];
+
+    begin_launch(x);
+    for (uint32_t cta = 0; cta < grid; cta++) {
+        uint32_t at = x->tiles[cta].kv_head == CUDA_NONE ? CUDA_NONE : cta;
+        for (; at != CUDA_NONE; at = x->tiles[at].next) {
+            const cuda_tile_t *tile = &x->tiles[at];
+            cuda_piece_t piece      = {.kv_head     = tile->kv_head,
+                                       .leaf_first  = tile->leaf_first,
+                                       .n_leaves    = tile->n_leaves,
+                                       .query_first = tile->query_first,
+                                       .rows        = tile->rows,
+                                       .head_first  = tile->head_first,
+                                       .n_heads     = tile->n_heads};
+            for (uint32_t row = 0; row < tile->rows; row++) {
+                play_row(x, x->head_dim_v, x->head_dim_v, &piece, row);
+            }
+        }
+    }
+}
+
+/* What pieces added is written already. */
 static void
 merge(const fake_kernel_t *kernel, uint32_t grid, void *const *args)
 {
     (void)kernel;
     (void)grid;
     (void)args;
-    sums.o = NULL;
 }
 
 const fake_kernel_t *
@@ -291,6 +319,9 @@ fake_kernel_find(const char *name)
         {"attend_16_general", {sizeof(cuda_args_t)}, attend},
         {"attend_32_general", {sizeof(cuda_args_t)}, attend},
         {"attend_64_general", {sizeof(cuda_args_t)}, attend},
+        {"prefill_plain", {sizeof(cuda_args_t)}, prefill},
+        {"prefill_general", {sizeof(cuda_args_t)}, prefill},
+        {"prefill_parts", {sizeof(cuda_args_t)}, prefill},
         {"merge_64", {sizeof(cuda_args_t)}, merge},
         {"merge_128", {sizeof(cuda_args_t)}, merge},
         {"merge_256", {sizeof(cuda_args_t)}, merge},

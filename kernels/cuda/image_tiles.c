@@ -1,0 +1,173 @@
+/*
+ * Works of many rows to tiles, where the device has a kernel for them: whole as far as there are
+ * enough of them, for leaves are as long as chunks there, and seldom worth a cut. Tiles are dealt
+ * to CTAs longest first, each to the one with the least to do.
+ */
+#include "kernels/cuda/image_int.h"
+
+#include "base/checked.h"
+
+#include <assert.h>
+#include <stdlib.h>
+
+/* What a tile costs besides its tokens, in tokens: Q, the answer, the first products. */
+#define TILE_COST 192u
+
+/* Tokens of leaf i of a work that some row sees. */
+static uint64_t
+tokens_seen(const builder_t *b, uint32_t w, uint32_t i)
+{
+    const attn_work_t *planned = &b->plan->works[w];
+    const cuda_leaf_t *leaf    = &b->leaves.at[b->works.at[w].leaf_first + i];
+    int64_t from = leaf->position > planned->see_first ? leaf->position : planned->see_first;
+    int64_t to   = (int64_t)leaf->position + leaf->tokens;
+
+    to = to < planned->see_end ? to : planned->see_end;
+    return to > from ? (uint64_t)(to - from) : 0;
+}
+
+/* Leaves [from, end) of a head of a work. */
+static void
+add_tile(builder_t *b, uint32_t w, uint32_t head, const place_t *from, uint32_t end)
+{
+    const attn_work_t *planned = &b->plan->works[w];
+    cuda_piece_t p             = image_make_piece(b, &b->cuts[CUDA_MANY], w, head, from, end);
+    many_t many                = {.cost = TILE_COST};
+
+    many.tile = (cuda_tile_t){.next        = CUDA_NONE,
+                              .kv_head     = p.kv_head,
+                              .leaf_first  = p.leaf_first,
+                              .n_leaves    = p.n_leaves,
+                              .levels      = p.levels,
+                              .slot        = p.slot,
+                              .states      = p.states,
+                              .query_first = p.query_first,
+                              .rows        = p.rows,
+                              .head_first  = p.head_first,
+                              .n_heads     = p.n_heads,
+                              .present_at  = p.present_at,
+                              .n_lists     = p.n_lists,
+                              .see_first   = (int32_t)planned->see_first,
+                              .see_end     = (int32_t)planned->see_end,
+                              .position    = b->queries.at[p.query_first].position};
+    for (uint32_t i = from->at; i < end; i++) {
+        many.cost += tokens_seen(b, w, i);
+    }
+    if (from->at < end) {
+        many.tile.leaf = b->leaves.at[p.leaf_first];
+    }
+    PUSH(b, b->many, many);
+}
+
+/* A head of a work: whole, or, if it alone is more than a CTA's share, in runs of leaves. */
+static void
+cut_head(builder_t *b, uint32_t w, uint32_t head, uint64_t share)
+{
+    const work_t *work = &b->works.at[w];
+    place_t place      = {.span = b->spans.at + work->span_first};
+    uint64_t cost      = 0;
+
+    b->units.at[work->unit_first + head] = (unit_t){.left_first = (uint32_t)b->left.n};
+    for (uint32_t i = 0; i < work->n_leaves && !b->no_memory; i++) {
+        uint64_t more = tokens_seen(b, w, i);
+        if (cost > 0 && cost + more > share) {
+            add_tile(b, w, head, &place, i);
+            image_move(&place, i, work->n_leaves);
+            cost = 0;
+        }
+        cost += more;
+    }
+    add_tile(b, w, head, &place, work->n_leaves);
+}
+
+static int
+by_cost(const void *a, const void *b)
+{
+    const many_t *x = a, *y = b;
+
+    if (x->cost != y->cost) {
+        return x->cost < y->cost ? 1 : -1;
+    }
+    if (x->tile.query_first != y->tile.query_first) {
+        return x->tile.query_first < y->tile.query_first ? -1 : 1;
+    }
+    return x->tile.kv_head < y->tile.kv_head ? -1 : x->tile.kv_head > y->tile.kv_head;
+}
+
+/* The CTA on top has got more to do: down in the heap. */
+static void
+sink_top(load_t *heap, uint32_t n)
+{
+    load_t top  = heap[0];
+    uint32_t at = 0;
+
+    for (uint32_t child; (child = 2 * at + 1) < n; at = child) {
+        child += child + 1 < n && heap[child + 1].cost < heap[child].cost;
+        if (heap[child].cost >= top.cost) {
+            break;
+        }
+        heap[at] = heap[child];
+    }
+    heap[at] = top;
+}
+
+/* Longest first, each to the CTA with the least to do; the first of CTA i is tile i, one with
+ * nothing to do where a steady image has more CTAs than tiles. */
+static void
+deal(builder_t *b, uint32_t ctas)
+{
+    uint32_t n = (uint32_t)b->many.n, grid = b->steady ? ctas : (uint32_t)attn_min(ctas, n);
+
+    if (n == 0 || !RESERVE(b, b->loads, grid) || !RESERVE(b, b->tiles, attn_max(n, grid))) {
+        return;
+    }
+    load_t *heap = b->loads.at;
+    qsort(b->many.at, n, sizeof(*b->many.at), by_cost);
+    for (uint32_t i = 0; i < n; i++) {
+        b->tiles.at[b->tiles.n++] = b->many.at[i].tile;
+        if (i < grid) { /* from the end: the first of them has the most to do */
+            heap[grid - 1 - i] = (load_t){b->many.at[i].cost, i};
+        } else {
+            b->tiles.at[heap[0].last].next = i;
+            heap[0].last                   = i;
+            heap[0].cost += b->many.at[i].cost;
+            sink_top(heap, grid);
+        }
+    }
+    while (b->tiles.n < grid) {
+        b->tiles.at[b->tiles.n++] = (cuda_tile_t){.next = CUDA_NONE, .kv_head = CUDA_NONE};
+    }
+    b->image->many_grid = grid;
+}
+
+void
+image_deal_tiles(builder_t *b, uint32_t ctas)
+{
+    uint32_t heads = b->plan->problem.kv_heads;
+    uint64_t total = 0;
+    cut_t *cut     = &b->cuts[CUDA_MANY];
+
+    *cut = (cut_t){.blocks = 1, .heads = heads};
+    for (uint32_t w = 0; w < b->plan->n_works; w++) {
+        work_t *work = &b->works.at[w];
+        if (work->class != CUDA_MANY) {
+            continue;
+        }
+        if (!RESERVE(b, b->units, heads)) {
+            return;
+        }
+        work->unit_first = (uint32_t)b->units.n;
+        b->units.n += heads;
+        for (uint32_t i = 0; i < work->n_leaves; i++) {
+            total += tokens_seen(b, w, i) * heads;
+        }
+    }
+    for (uint32_t w = 0; w < b->plan->n_works; w++) {
+        for (uint32_t h = 0; b->works.at[w].class == CUDA_MANY && h < heads && !b->no_memory; h++) {
+            cut_head(b, w, h, attn_div_up(total, ctas));
+        }
+    }
+    assert(b->image->many_depth <= CUDA_MANY_LEVELS);
+    b->image->slots += cut->slots;
+    deal(b, ctas);
+}

@@ -1,0 +1,497 @@
+/* prefill_consumer.cuh: what a consumer warpgroup of prefill.cu does. */
+#ifndef ATTN_KERNELS_CUDA_PREFILL_CONSUMER_CUH
+#define ATTN_KERNELS_CUDA_PREFILL_CONSUMER_CUH
+
+#include "kernels/cuda/prefill_producer.cuh"
+#include "kernels/cuda/prefill_rows.cuh"
+
+#ifndef ATTN_EMULATED
+#include "kernels/cuda/wgmma.cuh"
+#endif
+
+/* Do the warpgroups take turns at issuing products? */
+#ifndef CUDA_MANY_TURNS
+#define CUDA_MANY_TURNS 1
+#endif
+
+/* Are weights computed before the products of the tile before are waited for? */
+#ifndef CUDA_MANY_EARLY
+#define CUDA_MANY_EARLY 1
+#endif
+
+#define TURN_BARRIER 1 /* and the ones after it: named barriers of the turns */
+
+template <class T, int DK, int DV, mode MODE> struct prefill_consumer {
+    static constexpr int N        = CUDA_MANY_TOKENS(DV);
+    static constexpr int STAGES   = CUDA_MANY_STAGES(DK, DV);
+    static constexpr bool GENERAL = MODE != mode::PLAIN;
+    using walk_t                  = tile_walk<N, GENERAL>;
+    using rows_t                  = prefill_rows<DK, DV, N, MODE>;
+
+    const cuda_args_t &x;
+    tile_ring<STAGES, N * DK * 2> k;
+    tile_ring<STAGES, N * DV * 2> v;
+    uint32_t q_at, q_full, q_empty; /* of this warpgroup's rows; barriers */
+    const uint32_t group;
+    const int lane;
+    uint8_t *level_of; /* shared, of this warp: [CUDA_MANY_LEVELS]; of the node with a state and the
+                          one below */
+    uint8_t *highest;  /* likewise: the highest of those up to here */
+
+    /* Of the work: */
+    const cuda_tile_t *work; /* read again when needed: registers are few */
+    rows_t rows;
+
+    /* Of the leaf, then of a state: rows lane / 4 (+ 8) of the warp's 16. */
+    float o[DV / 2];
+    float m[2], l[2], most[2];
+    int e[2];
+
+    __device__ __forceinline__
+    prefill_consumer(const cuda_args_t &args, uint32_t number)
+        : x(args), group(number), lane((int)(threadIdx.x % 32)), rows(args)
+    {
+    }
+
+    /* ---- products ---- */
+
+    __device__ __forceinline__ void
+    issue_k(float (&s)[N / 2])
+    {
+#pragma unroll
+        for (int i = 0; i < DK / 16; i++) {
+            wgmma<T, N>::rows(s, tile_rows_descriptor(q_at, DK / 64, i),
+                              tile_rows_descriptor(k.stage(), DK / 64, i), i > 0);
+        }
+    }
+
+    /* The same for Q of several parts, from global memory; waits for it. */
+    __device__ __forceinline__ void
+    issue_parts(float (&s)[N / 2])
+    {
+#pragma unroll
+        for (int i = 0; i < N / 2; i++) {
+            s[i] = 0.0f;
+        }
+#pragma unroll 1
+        for (uint32_t part = 0; part < x.q_parts; part++) {
+#pragma unroll
+            for (int i = 0; i < DK / 16; i++) {
+                uint32_t q[4];
+                rows.load_q(*work, part, i, lane, q);
+                wgmma_hold(s);
+                wgmma_hold(q);
+                wgmma_begin();
+                wgmma<T, N>::template mixed<0>(s, q, tile_rows_descriptor(k.stage(), DK / 64, i),
+                                               1);
+                wgmma_commit();
+                wgmma_wait<0>();
+                wgmma_hold(s);
+                wgmma_hold(q);
+            }
+        }
+    }
+
+    __device__ __forceinline__ void
+    issue_v(const uint32_t (&p)[N / 4])
+    {
+#pragma unroll
+        for (int i = 0; i < N / 16; i++) {
+            wgmma<T, DV>::template mixed<1>(o, p + 4 * i,
+                                            tile_sum_descriptor(v.stage(), DV / 64, i), 1);
+        }
+    }
+
+    template <class R>
+    __device__ __forceinline__ void
+    release(R &r)
+    {
+        if (lane == 0) {
+            barrier_arrive(r.empty(r.at));
+        }
+        r.next();
+    }
+
+    __device__ __forceinline__ void
+    take_turn()
+    {
+        if (CUDA_MANY_TURNS) {
+            named_wait(TURN_BARRIER + group, 256);
+        }
+    }
+
+    __device__ __forceinline__ void
+    pass_turn()
+    {
+        if (CUDA_MANY_TURNS) {
+            named_arrive(TURN_BARRIER + (group + 1 == CUDA_MANY_GROUPS ? 0 : group + 1), 256);
+        }
+    }
+
+    /* ---- weights ---- */
+
+    /* Weights in place of logits; m and l. What was summed before is to be multiplied by factor. */
+    __device__ __forceinline__ void
+    weigh(float (&s)[N / 2], float (&factor)[2])
+    {
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            float top[2] = {m[h], -INFINITY}, sum[2] = {0.0f, 0.0f};
+#pragma unroll
+            for (int j = 0; j < N / 8; j++) {
+                top[0] = fmaxf(top[0], s[4 * j + 2 * h]);
+                top[1] = fmaxf(top[1], s[4 * j + 2 * h + 1]);
+            }
+            top[0]     = fmaxf(top[0], top[1]);
+            top[0]     = fmaxf(top[0], __shfl_xor_sync(~0u, top[0], 1));
+            top[0]     = fmaxf(top[0], __shfl_xor_sync(~0u, top[0], 2));
+            float base = top[0] == -INFINITY ? 0.0f : top[0];
+            factor[h]  = exp2_of(m[h] - base);
+            m[h]       = top[0];
+#pragma unroll
+            for (int j = 0; j < N / 8; j++) {
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    s[4 * j + 2 * h + i] = exp2_of(s[4 * j + 2 * h + i] - base);
+                    sum[i] += s[4 * j + 2 * h + i];
+                }
+            }
+            l[h] = __fmaf_rn(l[h], factor[h], sum[0] + sum[1]);
+        }
+    }
+
+    __device__ __forceinline__ void
+    pack(const float (&s)[N / 2], uint32_t (&p)[N / 4])
+    {
+        constexpr float raise = type_of<T>::shift == 0 ? 1.0f : (float)(1 << type_of<T>::shift);
+
+#pragma unroll
+        for (int i = 0; i < N / 4; i++) {
+            p[i] = type_of<T>::pack(s[2 * i] * raise, s[2 * i + 1] * raise);
+        }
+    }
+
+    /* Multiplying by 1 changes nothing, and m seldom grows. */
+    __device__ __forceinline__ void
+    rescale(const float (&factor)[2])
+    {
+        if (__any_sync(~0u, factor[0] != 1.0f || factor[1] != 1.0f)) {
+#pragma unroll
+            for (int j = 0; j < DV / 8; j++) {
+                o[4 * j]     = __fmul_rn(o[4 * j], factor[0]);
+                o[4 * j + 1] = __fmul_rn(o[4 * j + 1], factor[0]);
+                o[4 * j + 2] = __fmul_rn(o[4 * j + 2], factor[1]);
+                o[4 * j + 3] = __fmul_rn(o[4 * j + 3], factor[1]);
+            }
+        }
+    }
+
+    /* ---- a leaf ---- */
+
+    __device__ __forceinline__ void
+    begin_sums()
+    {
+#pragma unroll
+        for (int i = 0; i < DV / 2; i++) {
+            o[i] = 0.0f;
+        }
+        m[0] = m[1] = -INFINITY;
+        l[0] = l[1] = most[0] = most[1] = 0.0f;
+    }
+
+    /* The same with one product after the other: Q of several parts needs the registers. */
+    __device__ __forceinline__ void
+    sum_leaf_of_parts(walk_t &w)
+    {
+        float s[N / 2], factor[2];
+        uint32_t p[N / 4];
+
+        begin_sums();
+        while (w.next()) {
+            k.wait_full();
+            issue_parts(s);
+            release(k);
+            rows.logits(w, lane, s, most);
+            weigh(s, factor);
+            rescale(factor);
+            pack(s, p);
+            sum_v(p);
+        }
+    }
+
+    /* Sums over the tiles of a leaf. */
+    __device__ __forceinline__ void
+    sum_leaf(walk_t &w, bool last)
+    {
+        float s[N / 2], factor[2];
+        uint32_t p[N / 4];
+
+        begin_sums();
+        if (!w.next()) {
+            release_q(last);
+            return;
+        }
+        k.wait_full();
+        wgmma_begin();
+        issue_k(s);
+        wgmma_commit();
+        wgmma_wait<0>();
+        wgmma_hold(s);
+        release(k);
+        rows.logits(w, lane, s, most);
+        weigh(s, factor);
+        pack(s, p);
+        while (w.next()) {
+            k.wait_full();
+            take_turn();
+            wgmma_hold(o);
+            wgmma_hold(p);
+            wgmma_begin();
+            issue_k(s);
+            wgmma_commit();
+            v.wait_full();
+            wgmma_begin();
+            issue_v(p);
+            wgmma_commit();
+            pass_turn();
+            wgmma_wait<1>();
+            wgmma_hold(s);
+            release(k);
+            rows.logits(w, lane, s, most);
+            weigh(s, factor);
+            if (CUDA_MANY_EARLY) {
+                wgmma_not_before(l[0] + l[1]); /* weights: while the products run */
+            }
+            wgmma_wait<0>();
+            wgmma_hold(o);
+            wgmma_hold(p);
+            release(v);
+            rescale(factor);
+            pack(s, p);
+        }
+        release_q(last);
+        sum_v(p);
+    }
+
+    /* Adds the products of weights and V, and waits for them. */
+    __device__ __forceinline__ void
+    sum_v(uint32_t (&p)[N / 4])
+    {
+        v.wait_full();
+        wgmma_hold(o);
+        wgmma_hold(p);
+        wgmma_begin();
+        issue_v(p);
+        wgmma_commit();
+        wgmma_wait<0>();
+        wgmma_hold(o);
+        release(v);
+    }
+
+    /* All products with Q are done: it may be overwritten. */
+    __device__ __forceinline__ void
+    release_q(bool last)
+    {
+        if (MODE != mode::PARTS && last && lane == 0) {
+            barrier_arrive(q_empty);
+        }
+    }
+
+    /* The sums become a state. */
+    __device__ __forceinline__ void
+    leave_leaf()
+    {
+        constexpr float raise = type_of<T>::shift == 0 ? 1.0f : (float)(1 << type_of<T>::shift);
+        float factor[2];
+
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            float sum = l[h];
+            sum += __shfl_xor_sync(~0u, sum, 1);
+            sum += __shfl_xor_sync(~0u, sum, 2);
+            if (most[h] > Y_MAX || sum != sum) {
+                rows.report_row(*work, h);
+            }
+            if (m[h] == -INFINITY) {
+                e[h]      = EMPTY_E;
+                l[h]      = 0.0f;
+                factor[h] = 0.0f;
+            } else {
+                float up  = ceilf(fminf(fmaxf(m[h], -Y_MAX), Y_MAX));
+                float w   = exp2_of(m[h] - up);
+                e[h]      = (int)up;
+                l[h]      = __fmul_rn(sum, w);
+                factor[h] = __fmul_rn(w, 1.0f / raise);
+            }
+        }
+#pragma unroll
+        for (int j = 0; j < DV / 8; j++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                o[4 * j + i] = __fmul_rn(o[4 * j + i], factor[i / 2]);
+            }
+        }
+    }
+
+    /* ---- the stack, in global memory ---- */
+
+    __device__ __forceinline__ float4 *
+    entry(uint32_t i) const
+    {
+        uint64_t stack = (uint64_t)blockIdx.x * CUDA_MANY_GROUPS + group;
+        return (float4 *)(x.deep + (stack * x.deep_levels + i) * CUDA_MANY_STATE(DV)) +
+               threadIdx.x % 128;
+    }
+
+    __device__ __forceinline__ void
+    put(uint32_t i) const
+    {
+        float4 *at = entry(i);
+#pragma unroll
+        for (int j = 0; j < DV / 8; j++) {
+            at[j * 128] = make_float4(o[4 * j], o[4 * j + 1], o[4 * j + 2], o[4 * j + 3]);
+        }
+        at[DV / 8 * 128] = make_float4(l[0], l[1], __int_as_float(e[0]), __int_as_float(e[1]));
+    }
+
+    /* The state becomes merge(state i of the stack, it). */
+    __device__ __forceinline__ void
+    merge_below(uint32_t i)
+    {
+        const float4 *at = entry(i);
+        float4 le        = at[DV / 8 * 128];
+        float into_l[2]  = {le.x, le.y};
+        int into_e[2]    = {__float_as_int(le.z), __float_as_int(le.w)};
+        merge_scales scales[2];
+
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            scales[h] = merge_le(into_l[h], into_e[h], l[h], e[h]);
+            l[h]      = into_l[h];
+            e[h]      = into_e[h];
+        }
+#pragma unroll
+        for (int j = 0; j < DV / 8; j++) {
+            float4 from  = at[j * 128];
+            o[4 * j]     = merge_a(scales[0], from.x, o[4 * j]);
+            o[4 * j + 1] = merge_a(scales[0], from.y, o[4 * j + 1]);
+            o[4 * j + 2] = merge_a(scales[1], from.z, o[4 * j + 2]);
+            o[4 * j + 3] = merge_a(scales[1], from.w, o[4 * j + 3]);
+        }
+    }
+
+    __device__ __forceinline__ void
+    load(uint32_t i)
+    {
+        const float4 *at = entry(i);
+        float4 le        = at[DV / 8 * 128];
+#pragma unroll
+        for (int j = 0; j < DV / 8; j++) {
+            float4 from  = at[j * 128];
+            o[4 * j]     = from.x;
+            o[4 * j + 1] = from.y;
+            o[4 * j + 2] = from.z;
+            o[4 * j + 3] = from.w;
+        }
+        l[0] = le.x;
+        l[1] = le.y;
+        e[0] = __float_as_int(le.z);
+        e[1] = __float_as_int(le.w);
+    }
+
+    /* Merge what folds before a leaf comes at `next` (attn_fold_pops()). */
+    __device__ __forceinline__ void
+    fold(uint32_t &n, uint32_t left, uint32_t next)
+    {
+        while (n >= 2) {
+            uint32_t level = level_of[n - 1], bound = max((uint32_t)highest[n - 2], left);
+            if (level >= next || level >= bound) {
+                return;
+            }
+            merge_below(n - 2);
+            n--;
+        }
+    }
+
+    /* State n begins, with a leaf that shares a node of `level` with the one before. */
+    __device__ __forceinline__ void
+    begin_state(uint32_t n, uint32_t level)
+    {
+        __syncwarp();
+        if (lane == 0) {
+            level_of[n] = (uint8_t)level;
+            highest[n]  = n == 0 ? 0 : (uint8_t)max((uint32_t)highest[n - 1], level);
+        }
+        __syncwarp();
+    }
+
+    /* ---- works ---- */
+
+    __device__ __forceinline__ void
+    run_work()
+    {
+        const uint32_t left = work->levels & 255, right = work->levels >> 8;
+        cuda_leaf_t leaf = work->leaf;
+        walk_t w(x, *work);
+        uint32_t n = 0;
+
+        for (uint32_t i = 0; i < work->n_leaves; i++) {
+            if (n > 0) {
+                fold(n, left, leaf.level);
+                put(n - 1);
+            }
+            begin_state(n++, leaf.level);
+            w.begin(leaf, i);
+            if constexpr (MODE == mode::PARTS) {
+                sum_leaf_of_parts(w);
+            } else {
+                sum_leaf(w, i + 1 == work->n_leaves);
+            }
+            if (i + 1 < work->n_leaves) { /* not earlier: registers are few */
+                leaf = x.leaves[work->leaf_first + i + 1];
+            }
+            leave_leaf();
+        }
+        if (n == 0) {
+            release_q(true);
+#pragma unroll
+            for (int i = 0; i < DV / 2; i++) {
+                o[i] = 0.0f;
+            }
+            l[0] = l[1] = 0.0f;
+            e[0] = e[1] = EMPTY_E;
+        }
+        fold(n, left, right);
+        if (work->slot == CUDA_NONE) {
+            rows.write_answer(*work, lane, o, l, e, entry(0));
+            return;
+        }
+        for (uint32_t i = n; i-- > 0;) {
+            if (i + 1 < n) {
+                load(i);
+            }
+            rows.write_part(*work, i, lane, o, l, e);
+        }
+    }
+
+    __device__ __forceinline__ void
+    run()
+    {
+        uint32_t phase = 0;
+
+        if (CUDA_MANY_TURNS && group + 1 == CUDA_MANY_GROUPS) {
+            pass_turn(); /* the first warpgroup begins */
+        }
+        for (uint32_t at = blockIdx.x; at != CUDA_NONE; at = work->next) {
+            work = x.tiles + at;
+            rows.begin(*work, group * 64 + threadIdx.x % 128 / 32 * 16 + lane / 4);
+            if (MODE != mode::PARTS) {
+                barrier_wait(q_full, phase);
+                phase ^= 1;
+            }
+            run_work();
+        }
+    }
+};
+
+#endif
