@@ -158,6 +158,45 @@ test_a_graph_serves_later_steps(void **state)
     runner_close(r);
 }
 
+/* The same of requests of many rows, which have a kernel of their own on some devices. */
+static void
+test_a_graph_of_many_rows(void **state)
+{
+    runner_t *r      = runner_open(8);
+    sequence_t s     = sequence_new(r);
+    uint64_t last    = 0;
+    uint32_t n       = ROWS_MAX - 3;
+    CUgraphExec exec = NULL;
+
+    (void)state;
+    for (uint32_t round = 0; round < 5; round++) {
+        uint64_t id = 0;
+        draw(r, n);
+        send(r);
+        attn_step_t *step = begin(r, &s, n);
+        OK(attn_step_graph(step, &id));
+        assert_true(round == 0 || id == last);
+        exec = round == 0 ? capture(r, step) : exec;
+        last = id;
+        launch(r, step, exec);
+        OK(attn_step_commit(step, NULL));
+        compare(r, &s, n);
+    }
+
+    /* Without a step it leaves everything as it is. */
+    CU(cuMemsetD8Async(r->o[0], 0x11, 64, NULL));
+    CU(cuStreamSynchronize(NULL));
+    CU(cuGraphLaunch(exec, r->stream));
+    CU(cuStreamSynchronize(r->stream));
+    unsigned char bytes[64];
+    CU(cuMemcpyDtoH(bytes, r->o[0], 64));
+    for (int i = 0; i < 64; i++) {
+        assert_int_equal(bytes[i], 0x11);
+    }
+    CU(cuGraphExecDestroy(exec));
+    runner_close(r);
+}
+
 /* While one stream is captured, with the mode that forbids most calls, other steps go on. */
 static void
 test_steps_beside_a_capture(void **state)
@@ -581,6 +620,7 @@ main(void)
         cmocka_unit_test(test_tensors_of_a_gpu_for_a_cpu),
         cmocka_unit_test(test_layers_on_a_stream),
         cmocka_unit_test(test_a_graph_serves_later_steps),
+        cmocka_unit_test(test_a_graph_of_many_rows),
         cmocka_unit_test(test_steps_beside_a_capture),
         cmocka_unit_test(test_staging_beside_a_capture),
         cmocka_unit_test(test_layers_are_counted),
