@@ -456,9 +456,10 @@ ATTN_API attn_status_t attn_step_begin(attn_cache_t *cache, const attn_batch_t *
  * are to be there when the call is made (synchronise with what makes them), and the answer is there
  * when it returns. A worker in this process on that GPU (inproc://cuda:N) that has all KV of the
  * step works with them where they are: tokens and heads of k and v begin at multiples of 16 bytes
- * then, those of q of 4, and o and the LSE are packed, at multiples of an element. For any other
- * worker they go through pinned memory, on a stream of the library's that waits for no other, which
- * attn_client_links() counts.
+ * then, those of q of 4, and o and the LSE are packed, at multiples of an element. In steps with
+ * more than 64 rows of an entry for a KV head (n_q x q_heads / kv_heads), q and o are at multiples
+ * of 16, too. For any other worker they go through pinned memory, on a stream of the library's that
+ * waits for no other, which attn_client_links() counts.
  *
  * After the first six below the step is as it was, and the layer may be run again; after any
  * other the step is over, and attn_step_abort() frees it.

@@ -217,12 +217,12 @@ check_rows(const attn_rows_t *rows, const char *name, uint32_t unit, uint32_t si
 }
 
 static attn_status_t
-check_element(const void *at, const char *name, uint32_t size)
+check_packed(const void *at, const char *name, uint32_t unit)
 {
-    return (uintptr_t)at % size == 0
+    return (uintptr_t)at % unit == 0
                ? ATTN_OK
-               : attn_fail(ATTN_ERR_INVALID, "%s is at %p: not at a multiple of its %u bytes", name,
-                           at, size);
+               : attn_fail(ATTN_ERR_INVALID, "%s is at %p: not at a multiple of %u bytes", name, at,
+                           unit);
 }
 
 static attn_status_t
@@ -235,11 +235,15 @@ check_call(const attn_track_t *t, const attn_track_call_t *call)
         status = status == ATTN_OK ? check_rows(call->v, "v", 16, 2) : status;
     }
     if (call->q != NULL && status == ATTN_OK) {
+        /* prefill.cu takes and gives 16 bytes at a time; q of another type than the cache's is
+         * split before. */
+        bool many     = t->views[call->plan].image.many_grid > 0;
+        bool split    = t->shape.q_dtype != call->kv->dtype;
         uint32_t size = (uint32_t)attn_dtype_size(t->shape.q_dtype);
-        status        = check_rows(call->q, "q", 4, size);
-        size          = (uint32_t)attn_dtype_size(t->shape.o_dtype);
-        status        = status == ATTN_OK ? check_element(call->o, "o", size) : status;
-        status        = status == ATTN_OK ? check_element(call->lse, "lse", sizeof(float)) : status;
+        status        = check_rows(call->q, "q", many && !split ? 16 : 4, size);
+        size          = many ? 16 : (uint32_t)attn_dtype_size(t->shape.o_dtype);
+        status        = status == ATTN_OK ? check_packed(call->o, "o", size) : status;
+        status        = status == ATTN_OK ? check_packed(call->lse, "lse", sizeof(float)) : status;
     }
     return status;
 }

@@ -7,6 +7,7 @@
 #include <math.h>
 #include <pthread.h>
 #include <stdlib.h>
+#include <string.h>
 #include <unistd.h>
 
 /* ---- runs that wait ---- */
@@ -505,6 +506,28 @@ test_arguments(void **state)
     assert_says(attn_step_enqueue(step, 0, &t.q, &t.k, &t.v, &t.o,
                                   (float *)(void *)((char *)r->lse[0] + 1), NULL),
                 ATTN_ERR_INVALID, "lse is at");
+    attn_step_abort(step);
+
+    /* q is at any 4 bytes, o at any element, but for the kernel of requests of many rows. */
+    if (fake.count != NULL) { /* a device of capability 9.0, which has one */
+        step     = begin(r, &s, ROWS_MAX);
+        t        = gpu_views(r, 0);
+        t.q.data = (char *)t.q.data + 8;
+        assert_says(attn_step_enqueue(step, 0, &t.q, &t.k, &t.v, &t.o, NULL, NULL),
+                    ATTN_ERR_INVALID, "q is at");
+        assert_non_null(strstr(attn_last_error(), "multiples of 16 bytes"));
+        t        = gpu_views(r, 0);
+        t.o.data = (char *)t.o.data + 8;
+        assert_says(attn_step_enqueue(step, 0, &t.q, &t.k, &t.v, &t.o, NULL, NULL),
+                    ATTN_ERR_INVALID, "o is at");
+        assert_non_null(strstr(attn_last_error(), "a multiple of 16 bytes"));
+        attn_step_abort(step);
+    }
+    step     = begin(r, &s, 2);
+    t        = gpu_views(r, 0);
+    t.q.data = (char *)t.q.data + 8;
+    t.o.data = (char *)t.o.data + 8;
+    OK(attn_step_enqueue(step, 0, &t.q, &t.k, &t.v, &t.o, NULL, NULL));
     attn_step_abort(step);
     free(host);
     runner_close(r);
