@@ -9,16 +9,6 @@
 #include "kernels/cuda/wgmma.cuh"
 #endif
 
-/* Do the warpgroups take turns at issuing products? */
-#ifndef CUDA_MANY_TURNS
-#define CUDA_MANY_TURNS 1
-#endif
-
-/* Are weights computed before the products of the tile before are waited for? */
-#ifndef CUDA_MANY_EARLY
-#define CUDA_MANY_EARLY 1
-#endif
-
 #define TURN_BARRIER 1 /* and the ones after it: named barriers of the turns */
 
 template <class T, int DK, int DV, mode MODE> struct prefill_consumer {
@@ -112,20 +102,17 @@ template <class T, int DK, int DV, mode MODE> struct prefill_consumer {
         r.next();
     }
 
+    /* The warpgroups take turns at issuing products. */
     __device__ __forceinline__ void
     take_turn()
     {
-        if (CUDA_MANY_TURNS) {
-            named_wait(TURN_BARRIER + group, 256);
-        }
+        named_wait(TURN_BARRIER + group, 256);
     }
 
     __device__ __forceinline__ void
     pass_turn()
     {
-        if (CUDA_MANY_TURNS) {
-            named_arrive(TURN_BARRIER + (group + 1 == CUDA_MANY_GROUPS ? 0 : group + 1), 256);
-        }
+        named_arrive(TURN_BARRIER + (group + 1 == CUDA_MANY_GROUPS ? 0 : group + 1), 256);
     }
 
     /* ---- weights ---- */
@@ -259,9 +246,6 @@ template <class T, int DK, int DV, mode MODE> struct prefill_consumer {
             release(k);
             rows.logits(w, lane, s, most);
             weigh(s, factor);
-            if (CUDA_MANY_EARLY) {
-                wgmma_not_before(l[0] + l[1]); /* weights: while the products run */
-            }
             wgmma_wait<0>();
             wgmma_hold(o);
             wgmma_hold(p);
@@ -479,7 +463,7 @@ template <class T, int DK, int DV, mode MODE> struct prefill_consumer {
     {
         uint32_t phase = 0;
 
-        if (CUDA_MANY_TURNS && group + 1 == CUDA_MANY_GROUPS) {
+        if (group + 1 == CUDA_MANY_GROUPS) {
             pass_turn(); /* the first warpgroup begins */
         }
         for (uint32_t at = blockIdx.x; at != CUDA_NONE; at = work->next) {

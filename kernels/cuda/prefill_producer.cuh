@@ -378,28 +378,36 @@ template <int DK, int DV, bool GENERAL> struct kv_producer {
 
 /* ---- Q ---- */
 
-/* Rows of a work, by one warp; those that there are not are zero. */
+/* Rows of a work, by one warp; those that there are not are zero. Where they lie is asked for all
+ * of them first: a lane has every 32nd row. */
 template <int DK>
 __device__ __forceinline__ void
 fetch_q(const cuda_args_t &x, const cuda_tile_t &work, uint32_t to, int lane)
 {
     const uint32_t c = lane % 8, rows = work.rows, heads = work.n_heads, first = work.query_first;
-    const uint8_t *q = x.q + (work.kv_head * x.group + work.head_first) * x.q_head_stride;
+    const uint8_t *q = x.q + (work.kv_head * x.group + work.head_first) * x.q_head_stride + c * 16;
+    uint64_t from[CUDA_MANY_ROWS / 32];
 
+#pragma unroll
+    for (uint32_t k = 0; k < CUDA_MANY_ROWS / 32; k++) {
+        uint32_t row   = min(32 * k + lane, rows - 1);
+        uint32_t query = row / heads, head = row - query * heads;
+        from[k] = x.queries[first + query].q_row * x.q_row_stride + head * x.q_head_stride;
+    }
+#pragma unroll
+    for (uint32_t k = 0; k < CUDA_MANY_ROWS / 32; k++) {
 #pragma unroll 2
-    for (uint32_t row = lane / 8; row < CUDA_MANY_ROWS; row += 4) {
-        if (row < rows) {
-            uint32_t query = row / heads, head = row - query * heads;
-            const uint8_t *from =
-                q + x.queries[first + query].q_row * x.q_row_stride + head * x.q_head_stride;
+        for (uint32_t i = 0; i < 32; i += 4) {
+            const uint32_t row = 32 * k + i + lane / 8;
+            const uint8_t *at  = q + __shfl_sync(~0u, from[k], (int)i + lane / 8);
 #pragma unroll
-            for (uint32_t i = 0; i < DK / 64; i++) {
-                copy_16(to + tile_piece(DK / 64, row, c + 8 * i), from + ((c + 8 * i) << 4));
-            }
-        } else {
-#pragma unroll
-            for (uint32_t i = 0; i < DK / 64; i++) {
-                store_shared(to + tile_piece(DK / 64, row, c + 8 * i), make_uint4(0, 0, 0, 0));
+            for (uint32_t j = 0; j < DK / 64; j++) {
+                uint32_t piece = to + tile_piece(DK / 64, row, c + 8 * j);
+                if (row < rows) {
+                    copy_16(piece, at + 128 * j);
+                } else {
+                    store_shared(piece, make_uint4(0, 0, 0, 0));
+                }
             }
         }
     }

@@ -31,18 +31,6 @@ wgmma_wait()
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
 }
 
-/*
- * What comes after is not begun before x, which is never negative, is computed. Assemblers move a
- * wait for products up to where they were issued, past arithmetic that should be done meanwhile; a
- * barrier they do not move, and cannot know that nobody ever comes to this one.
- */
-__device__ __forceinline__ void
-wgmma_not_before(float x)
-{
-    asm volatile("{ .reg .pred p; setp.lt.f32 p, %0, 0f00000000; @p bar.sync 15, 32; }" ::"f"(x)
-                 : "memory");
-}
-
 /* Uses of these registers stay on their side of this line. */
 template <int N>
 __device__ __forceinline__ void

@@ -207,6 +207,15 @@ __shfl_xor_sync(uint32_t, V x, int by)
     return x;
 }
 
+static inline uint64_t
+__shfl_sync(uint32_t, uint64_t x, int from)
+{
+    uint32_t low[32], high[32];
+    emu_all((uint32_t)x, low);
+    emu_all((uint32_t)(x >> 32), high);
+    return (uint64_t)high[from] << 32 | low[from];
+}
+
 /* ---- primitives.cuh ---- */
 
 #define SHARED_MEMORY(name) uint8_t *name = emu_memory + 272 /* static variables lie before it */
@@ -338,10 +347,6 @@ static inline void
 wgmma_wait()
 {
     emu_wgmma_wait(N);
-}
-static inline void
-wgmma_not_before(float)
-{
 }
 template <class V>
 static inline void
