@@ -227,11 +227,12 @@ static void
 share_list(builder_t *b, uint32_t head, const uint32_t *next, uint32_t *filled)
 {
     const front_t start = {.shift = (uint32_t)__builtin_ctz(b->entries.at[head - 1].leaf_tokens)};
+    const uint32_t most = b->plan.many != b->plan.few ? ATTN_SHARED_ROWS : ATTN_WORK_ROWS;
     uint32_t first = *filled, end = first, rows = 0;
 
     for (uint32_t e = head; e != 0; e = next[e - 1]) {
         uint32_t more = b->problem->entries[e - 1].n_q * b->plan.group;
-        if (rows + more > ATTN_WORK_ROWS) {
+        if (rows + more > most) {
             share_from(b, first, end, start);
             first = end;
             rows  = 0;

@@ -22,7 +22,7 @@
 #define CUDA_WARPS 4
 
 /** Teams of a CTA of attend.cu, for so many rows: two where registers suffice. */
-#define CUDA_TEAMS(rows, d_k, d_v) ((rows) == 8 || ((rows) == 16 && (d_k) + (d_v) <= 256) ? 2 : 1)
+#define CUDA_TEAMS(rows, d_k, d_v) ((rows) == 8 || ((rows) <= 32 && (d_k) + (d_v) <= 256) ? 2 : 1)
 #define CUDA_THREADS(rows, d_k, d_v) (CUDA_TEAMS(rows, d_k, d_v) * (CUDA_WARPS + 2) * 32)
 
 /** The rings that leaves come through: bytes of a stage, K or V of a leaf, and stages at most of
