@@ -32,8 +32,8 @@
 /** No work has more packed rows ... */
 #define ATTN_WORK_ROWS 64u
 
-/** ... of entries that share a prefix so many, where larger requests have kernels of their own: those
- * kernels for few rows are fastest with no more. */
+/** ... of entries that share a prefix so many, where larger requests have kernels of their own:
+ * those for few rows are fastest with no more. */
 #define ATTN_SHARED_ROWS 32u
 
 /** ... but those of larger requests, where these have a leaf size of their own: a backend with one
