@@ -312,28 +312,42 @@ template <int DK, int DV, bool GENERAL> struct kv_producer {
         pending = bar;
     }
 
-    /* A tile in pieces: 8 lanes a row. */
+    /*
+     * A tile in pieces: 8 lanes a row, this warp 4 of every 4 GATHER_WARPS rows. Where its rows lie
+     * is asked for 32 of them at once, a lane each; addresses are multiples of 16, so that there is
+     * room for how a row is swizzled, and whether it is there.
+     */
     template <int D, bool SUM, class R>
     __device__ __forceinline__ void
     pieces(const walk_t &w, R &r, const uint8_t *store, uint64_t stride)
     {
-        const uint32_t c = lane % 8, to = r.stage();
+        constexpr uint32_t STEP = GATHER_WARPS * 4, MINE = (N + STEP - 1) / STEP * 4;
+        const uint32_t c = lane % 8, to = r.stage(), first = warp * 4;
 
         r.wait_empty();
-#pragma unroll(GENERAL || DV > 128 ? 1 : 4) /* registers are few there */
-        for (uint32_t row = (warp * 32 + lane) / 8; row < N; row += GATHER_WARPS * 4) {
-            if (w.has(row)) {
-                uint32_t place, id = page_of(w, row, place);
-                const uint8_t *from = row_of(store, stride, D * 2, id, place);
-#pragma unroll
-                for (uint32_t i = 0; i < D / 64; i++) {
-                    copy_16(to + tile_piece(D / 64, row, c + 8 * i),
-                            from + (((c + 8 * i) ^ (place & 7)) << 4));
+        for (uint32_t some = 0; some < MINE; some += 32) {
+            uint32_t own  = first + (some + lane) / 4 * STEP + lane % 4;
+            uint64_t lies = 0;
+            if (own < N && w.has(own)) {
+                uint32_t place, id = page_of(w, own, place);
+                lies = (uint64_t)row_of(store, stride, D * 2, id, place) | (place & 7) | 8;
+            }
+#pragma unroll(GENERAL || DV > 128 ? 1 : 2) /* registers are few there */
+            for (uint32_t i = 0; i < 32; i += 4) {
+                const uint32_t row  = first + (some + i) / 4 * STEP + lane / 8;
+                const uint64_t at   = __shfl_sync(~0u, lies, (int)i + lane / 8);
+                const uint8_t *from = (const uint8_t *)(at & ~(uint64_t)15);
+                if (row >= N) {
+                    break;
                 }
-            } else if (SUM) {
 #pragma unroll
-                for (uint32_t i = 0; i < D / 64; i++) {
-                    store_shared(to + tile_piece(D / 64, row, c + 8 * i), make_uint4(0, 0, 0, 0));
+                for (uint32_t k = 0; k < D / 64; k++) {
+                    uint32_t piece = to + tile_piece(D / 64, row, c + 8 * k);
+                    if ((at & 8) != 0) {
+                        copy_16(piece, from + (((c + 8 * k) ^ ((uint32_t)at & 7)) << 4));
+                    } else if (SUM) {
+                        store_shared(piece, make_uint4(0, 0, 0, 0));
+                    }
                 }
             }
         }
