@@ -32,26 +32,11 @@ static attn_status_t
 store(world_t *w, uint64_t chunk, uint32_t generation, uint32_t length, uint32_t n_new,
       float number)
 {
-    kv_step_chunk_t named = {
-        .chunk = chunk, .generation = generation, .length = length, .n_new = n_new};
-    engine_entry_t entry = {
-        .seq = SEQ, .base = length, .n_new = n_new, .n_chunks = 1, .chunks = &named};
-    engine_batch_t batch = {.cache       = w->cache,
-                            .step_id     = w->next_id++,
-                            .n           = 1,
-                            .entries     = &entry,
-                            .q_dtype     = ATTN_F32,
-                            .o_dtype     = ATTN_F32,
-                            .deadline_ns = UINT64_MAX};
-    engine_sizes_t sizes;
-    attn_status_t status = engine_step_begin(w->engine, &batch, &sizes);
     float *rows          = rows_of(w, number);
+    attn_status_t status = grow_by(w, chunk, generation, length, n_new, rows);
 
-    for (uint32_t l = 0; l < w->g.layers && status == ATTN_OK; l++) {
-        status = engine_step_run(w->engine, batch.step_id, l, NULL, rows, rows, NULL, NULL);
-    }
     free(rows);
-    return status == ATTN_OK ? engine_step_commit(w->engine, batch.step_id, NULL, 0) : status;
+    return status;
 }
 
 /* Tokens [first, N) of a chunk of one number. @return ATTN_ERR_INTERNAL for any other number */

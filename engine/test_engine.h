@@ -584,9 +584,13 @@ append(world_t *w, sequence_t *s, uint32_t n)
     commit(&b, NULL);
 }
 
-/* Append n random tokens to a chunk, which nobody keeps: as it is, if it is at this length. */
+/*
+ * Append n tokens to a chunk, which nobody keeps: as it is, if it is at this length. Their k and v
+ * are `rows` for every layer, or random if that is NULL.
+ */
 static inline attn_status_t
-grow(world_t *w, uint64_t chunk, uint32_t generation, uint32_t length, uint32_t n)
+grow_by(world_t *w, uint64_t chunk, uint32_t generation, uint32_t length, uint32_t n,
+        const void *rows)
 {
     const uint64_t seq    = 7; /* no matter which */
     kv_step_chunk_t named = {
@@ -602,15 +606,23 @@ grow(world_t *w, uint64_t chunk, uint32_t generation, uint32_t length, uint32_t 
                             .deadline_ns = UINT64_MAX};
     engine_sizes_t sizes;
     attn_status_t status = engine_step_begin(w->engine, &batch, &sizes);
+    uint64_t size        = attn_dtype_size(w->g.kv_dtype);
 
     for (uint32_t l = 0; l < w->g.layers && status == ATTN_OK; l++) {
-        void *k = random_tensor(w->g.kv_dtype, sizes.k / attn_dtype_size(w->g.kv_dtype));
-        void *v = random_tensor(w->g.kv_dtype, sizes.v / attn_dtype_size(w->g.kv_dtype));
-        status  = engine_step_run(w->engine, batch.step_id, l, NULL, k, v, NULL, NULL);
+        void *k = rows == NULL ? random_tensor(w->g.kv_dtype, sizes.k / size) : NULL;
+        void *v = rows == NULL ? random_tensor(w->g.kv_dtype, sizes.v / size) : NULL;
+        status  = engine_step_run(w->engine, batch.step_id, l, NULL, rows != NULL ? rows : k,
+                                 rows != NULL ? rows : v, NULL, NULL);
         free(k);
         free(v);
     }
     return status == ATTN_OK ? engine_step_commit(w->engine, batch.step_id, NULL, 0) : status;
+}
+
+static inline attn_status_t
+grow(world_t *w, uint64_t chunk, uint32_t generation, uint32_t length, uint32_t n)
+{
+    return grow_by(w, chunk, generation, length, n, NULL);
 }
 
 /* Is what the engine holds of the sequence what the test knows? */
