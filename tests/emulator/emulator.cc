@@ -107,6 +107,17 @@ meet(meeting &m, uint32_t threads, bool wait)
     }
 }
 
+float
+of_bits(bool bf16, uint16_t u)
+{
+    if (bf16) {
+        return __uint_as_float((uint32_t)u << 16);
+    }
+    _Float16 h;
+    memcpy(&h, &u, 2);
+    return (float)h;
+}
+
 /* An element of 16 bits by a logical address: the swizzle of 128 bytes is in addresses. */
 float
 element(bool bf16, uint32_t at)
@@ -118,24 +129,13 @@ element(bool bf16, uint32_t at)
         abort();
     }
     memcpy(&u, memory + at, 2);
-    if (bf16) {
-        return __uint_as_float((uint32_t)u << 16);
-    }
-    _Float16 h;
-    memcpy(&h, &u, 2);
-    return (float)h;
+    return of_bits(bf16, u);
 }
 
 float
 of_word(bool bf16, uint32_t word, int half)
 {
-    uint16_t u = (uint16_t)(word >> 16 * half);
-    if (bf16) {
-        return __uint_as_float((uint32_t)u << 16);
-    }
-    _Float16 h;
-    memcpy(&h, &u, 2);
-    return (float)h;
+    return of_bits(bf16, (uint16_t)(word >> 16 * half));
 }
 
 void
