@@ -239,8 +239,8 @@ leaves_of_class(builder_t *b, uint32_t class)
 
 /*
  * Cuts on multiples of a larger power of two leave fewer states, and teams less even. Where all
- * works are such multiples a team has at most its share rounded up; elsewhere half of one beyond
- * it, which is to be no more than an eighth.
+ * works are such multiples a team has at most its share rounded up. Elsewhere it may have half of
+ * one more at either end, and one is at most a quarter of a share.
  */
 static uint64_t
 best_grain(const builder_t *b, uint32_t class, const line_t *line)
