@@ -63,7 +63,7 @@ template <class T, int DK, int DV, int NB, bool GENERAL> struct consumer {
     __device__ __forceinline__ void
     meet()
     {
-        asm volatile("bar.sync %0, %1;" ::"r"(1 + team), "n"(CUDA_WARPS * 32) : "memory");
+        named_wait(1 + team, CUDA_WARPS * 32);
     }
 
     /* 4 bytes of a row of q as an operand: elements 2 (lane % 4) and the next of 8 from `at` on. */

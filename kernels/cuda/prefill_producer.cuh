@@ -263,7 +263,7 @@ template <int DK, int DV, bool GENERAL> struct kv_producer {
                 if (has) {
                     piece = *(const uint4 *)(from + ((c ^ (place & 7)) << 4));
                 }
-                store_shared(v.stage() + tile_piece(DV / 64, row, c), piece);
+                store_near(v.stage() + tile_piece(DV / 64, row, c), piece);
             }
         }
         order_before_copies();
@@ -346,7 +346,7 @@ template <int DK, int DV, bool GENERAL> struct kv_producer {
                     if ((at & 8) != 0) {
                         copy_16(piece, from + (((c + 8 * k) ^ ((uint32_t)at & 7)) << 4));
                     } else if (SUM) {
-                        store_shared(piece, make_uint4(0, 0, 0, 0));
+                        store_near(piece, make_uint4(0, 0, 0, 0));
                     }
                 }
             }
@@ -420,7 +420,7 @@ fetch_q(const cuda_args_t &x, const cuda_tile_t &work, uint32_t to, int lane)
                 if (row < rows) {
                     copy_16(piece, at + 128 * j);
                 } else {
-                    store_shared(piece, make_uint4(0, 0, 0, 0));
+                    store_near(piece, make_uint4(0, 0, 0, 0));
                 }
             }
         }

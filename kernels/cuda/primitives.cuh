@@ -171,14 +171,6 @@ copies_wait()
     asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
-__device__ __forceinline__ void
-store_shared(uint32_t to, uint4 v)
-{
-    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(v.x), "r"(v.y), "r"(v.z),
-                 "r"(v.w)
-                 : "memory");
-}
-
 /* A named barrier among so many threads: wait for it, or only be counted. */
 __device__ __forceinline__ void
 named_wait(uint32_t id, uint32_t threads)

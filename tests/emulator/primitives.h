@@ -279,7 +279,7 @@ copies_wait()
     emu_copies_wait(N);
 }
 static inline void
-store_shared(uint32_t to, uint4 v)
+store_near(uint32_t to, uint4 v)
 {
     memcpy(emu_memory + to, &v, 16);
 }
