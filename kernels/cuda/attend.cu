@@ -42,7 +42,7 @@ template <class T, int DK, int DV, int NB, bool GENERAL> struct consumer {
     uint32_t team;
     uint32_t k_at, v_at; /* in a stage: what this lane fetches first of either product */
     rows<NB, DK> near;
-    stack<COLUMNS, NB> kept_states;
+    stack<COLUMNS, NB> states;
 
     /* Of the piece: */
     cuda_piece_t piece;
@@ -498,11 +498,11 @@ template <class T, int DK, int DV, int NB, bool GENERAL> struct consumer {
     __device__ __forceinline__ void
     write_stack(uint32_t from, state_t &c)
     {
-        uint32_t i = from + __popcll(kept_states.have);
+        uint32_t i = from + states.waits.count();
 
         write_state(i, c);
-        while (kept_states.have != 0) {
-            kept_states.take_top(c);
+        while (!states.waits.none()) {
+            states.take_top(c);
             write_state(--i, c);
         }
     }
@@ -512,8 +512,8 @@ template <class T, int DK, int DV, int NB, bool GENERAL> struct consumer {
     {
         state_t c;
 
-        piece            = given;
-        kept_states.have = 0;
+        piece        = given;
+        states.waits = {0};
         load_rows();
         if (piece.n_leaves == 0) {
             set_empty(c);
@@ -530,12 +530,12 @@ template <class T, int DK, int DV, int NB, bool GENERAL> struct consumer {
             at += at < last;
             next = *at;
             if (i > 0) {
-                merge_below(leaf.level, c);
-                if (kept_states.have == 0 && leaf.level >= left) {
+                states.merge_below(leaf.level, c);
+                if (states.waits.none() && leaf.level >= left) {
                     write_state(written++, c); /* no node of this piece has it and what follows */
                     left = leaf.level;
                 } else {
-                    kept_states.push(leaf.level, c);
+                    states.push(leaf.level, c);
                 }
             }
             uint64_t present =
@@ -549,20 +549,11 @@ template <class T, int DK, int DV, int NB, bool GENERAL> struct consumer {
                 break;
             }
         }
-        merge_below(right, c);
+        states.merge_below(right, c);
         if (piece.slot != CUDA_NONE) {
             write_stack(written, c);
         } else {
             write_answer(c);
-        }
-    }
-
-    /* Nodes below `level` end here. */
-    __device__ __forceinline__ void
-    merge_below(uint32_t level, state_t &c)
-    {
-        while (kept_states.waits_below(level)) {
-            kept_states.merge_top(c);
         }
     }
 
@@ -626,12 +617,12 @@ attend(const cuda_args_t &x)
         const uint32_t stacks      = data + TEAMS * ring_bytes;
         consumer_t c(x, r, team, warp % CUDA_WARPS, lane);
         c.near.at = kept(stacks + CONSUMERS * stack_bytes + team * CUDA_NEAR_BYTES(8 * NB, DK));
-        c.kept_states.levels  = x.levels;
-        c.kept_states.near_at = kept(stacks + warp * stack_bytes);
-        c.kept_states.deep =
+        c.states.levels  = x.levels;
+        c.states.near_at = kept(stacks + warp * stack_bytes);
+        c.states.deep =
             x.deep + ((uint64_t)blockIdx.x * CONSUMERS + warp) * x.deep_levels * state_bytes;
-        c.kept_states.pairs = x.pairs;
-        c.kept_states.lane  = lane;
+        c.states.pairs = x.pairs;
+        c.states.lane  = lane;
         c.walk(piece);
     } else {
         const bool of_v = (warp - CONSUMERS) % 2 != 0;

@@ -109,6 +109,53 @@ log2_of(float x)
     return __fadd_rn((float)k, __fmul_rn(p, s));
 }
 
+/*
+ * States that wait for what they merge with, a bit for each level of the tree (docs/numerics.md,
+ * "The tree"). A state waits for the rest of one node, on that node's level. Those that wait are
+ * each inside the right half of the node before: their levels fall from the oldest to the newest,
+ * no two are equal, and who has the states in that order needs to know no more. A state that no
+ * node of these leaves has together with what follows never waits: nobody does then, and the next
+ * leaf's `level` is at least `left`, that of the node with the first of the leaves and what is
+ * before it.
+ */
+struct waiting {
+    uint64_t levels; /* bit i: one waits on level i + 1 */
+
+    __device__ __forceinline__ bool
+    none() const
+    {
+        return levels == 0;
+    }
+
+    __device__ __forceinline__ uint32_t
+    count() const
+    {
+        return __popcll(levels);
+    }
+
+    /* The node of the newest is over where a leaf comes at `level`. */
+    __device__ __forceinline__ bool
+    newest_below(uint32_t level) const
+    {
+        return levels != 0 && (uint32_t)__ffsll((long long)levels) < level;
+    }
+
+    __device__ __forceinline__ void
+    add(uint32_t level)
+    {
+        levels |= 1ull << (level - 1);
+    }
+
+    /* The newest waits no more. Returns its level. */
+    __device__ __forceinline__ uint32_t
+    take()
+    {
+        uint32_t level = __ffsll((long long)levels);
+        levels &= levels - 1;
+        return level;
+    }
+};
+
 /* What attn_state_finish_row() does to a row's A: A * scale / l, or nothing is left of it. */
 struct finish_scales {
     float scale, l, lse;

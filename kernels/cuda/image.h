@@ -72,10 +72,6 @@
 #define CUDA_MANY_SHARED(d_k, d_v)                                                                 \
     (1024u + CUDA_MANY_Q(d_k) + CUDA_MANY_STAGES(d_k, d_v) * CUDA_MANY_KV(d_k, d_v))
 
-/** States that a consumer's stack holds at most: two a level of the tree, of which positions of 31
- * bits have no more than 25 above leaves of 64, and one. */
-#define CUDA_MANY_LEVELS 64
-
 /** Bytes of a state of 64 rows, on a consumer warpgroup's stack. */
 #define CUDA_MANY_STATE(d_v) (((d_v) / 8 + 1) * 2048u)
 

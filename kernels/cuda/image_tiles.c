@@ -7,7 +7,6 @@
 
 #include "base/checked.h"
 
-#include <assert.h>
 #include <stdlib.h>
 
 /* What a tile costs besides its tokens, in tokens: Q, the answer, the first products. */
@@ -167,7 +166,6 @@ image_deal_tiles(builder_t *b, uint32_t ctas)
             cut_head(b, w, h, attn_div_up(total, ctas));
         }
     }
-    assert(b->image->many_depth <= CUDA_MANY_LEVELS);
     b->image->slots += cut->slots;
     deal(b, ctas);
 }

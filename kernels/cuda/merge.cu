@@ -3,8 +3,7 @@
  *
  * A CTA takes one row of one item. Its states, in ascending key, are cut into segments, a warp
  * each, which folds what of its own is complete and leaves a list; a warp each folds FAN lists into
- * one, until there is one state. A lane has VEC columns. Which states wait for what is said by a
- * bit for each level (stack.cuh).
+ * one, until there is one state. A lane has VEC columns.
  */
 #include "kernels/cuda/device.cuh"
 
@@ -91,7 +90,7 @@ template <int VEC> struct shelf {
 template <int VEC> struct fold_t {
     shelf<VEC> on;
     uint32_t done; /* complete states on the shelf */
-    uint64_t have; /* bit i: a state waits on level i + 1 */
+    waiting waits;
     uint32_t left; /* level of the node with the first state from here on and the one before it */
     bool all;      /* there is nothing before the first */
     bool begun;
@@ -99,17 +98,17 @@ template <int VEC> struct fold_t {
 
     __device__ __forceinline__
     fold_t(uint32_t at, int lane, bool whole)
-        : on{at, lane}, done(0), have(0), left(NO_LEVEL + 1), all(whole), begun(false)
+        : on{at, lane}, done(0), waits{0}, left(NO_LEVEL + 1), all(whole), begun(false)
     {
     }
 
     __device__ __forceinline__ void
     until(uint32_t level)
     {
-        while (have != 0 && (uint32_t)__ffsll((long long)have) < level) {
+        while (waits.newest_below(level)) {
             one<VEC> older;
-            have &= have - 1;
-            on.get(done + __popcll(have), older);
+            waits.take();
+            on.get(done + waits.count(), older);
             merge_into(older, top);
         }
     }
@@ -121,12 +120,12 @@ template <int VEC> struct fold_t {
             left = all ? left : level;
         } else {
             until(level);
-            if (have == 0 && level >= left) {
+            if (waits.none() && level >= left) {
                 on.put(done++, top, left);
                 left = level;
             } else {
-                on.put(done + __popcll(have), top, level);
-                have |= 1ull << (level - 1);
+                on.put(done + waits.count(), top, level);
+                waits.add(level);
             }
         }
         begun = true;
@@ -142,11 +141,11 @@ template <int VEC> struct fold_t {
             return 0;
         }
         until(right);
-        uint32_t n = done + __popcll(have), level = left;
+        uint32_t n = done + waits.count(), level = left;
         for (uint32_t i = done; i < n; i++) {
-            one<VEC> waits;
-            uint32_t behind = on.get(i, waits);
-            on.put(i, waits, level);
+            one<VEC> older;
+            uint32_t behind = on.get(i, older);
+            on.put(i, older, level);
             level = behind;
         }
         on.put(n, top, level);

@@ -72,7 +72,6 @@ prefill(const cuda_args_t &x, const cuda_map_t *k_map, const cuda_map_t *v_map)
     constexpr int GIVE = CUDA_MANY_GROUPS == 2 ? 3 * 168 - 2 * TAKE : 4 * 128 - 3 * TAKE;
     SHARED_MEMORY(shared);
     __shared__ __align__(8) uint64_t barriers[4 * STAGES + 2];
-    __shared__ uint8_t levels[CUDA_MANY_GROUPS * 4][2][CUDA_MANY_LEVELS];
     const uint32_t bars = shared_of(barriers), group = threadIdx.x / 128;
     const uint32_t q_at   = (shared_of(shared) + 1023) & ~1023u;
     const uint32_t q_full = bars + 8 * (4 * STAGES), q_empty = q_full + 8;
@@ -101,13 +100,11 @@ prefill(const cuda_args_t &x, const cuda_map_t *k_map, const cuda_map_t *v_map)
     } else {
         registers_take<TAKE>();
         prefill_consumer<T, DK, DV, MODE> c(x, group - 1);
-        c.k        = k;
-        c.v        = v;
-        c.q_at     = q_at + (group - 1) * 64 * DK * 2;
-        c.q_full   = q_full;
-        c.q_empty  = q_empty;
-        c.level_of = levels[threadIdx.x / 32 - 4][0];
-        c.highest  = levels[threadIdx.x / 32 - 4][1];
+        c.k       = k;
+        c.v       = v;
+        c.q_at    = q_at + (group - 1) * 64 * DK * 2;
+        c.q_full  = q_full;
+        c.q_empty = q_empty;
         c.run();
     }
 }

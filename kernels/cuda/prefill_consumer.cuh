@@ -24,9 +24,6 @@ template <class T, int DK, int DV, mode MODE> struct prefill_consumer {
     uint32_t q_at, q_full, q_empty; /* of this warpgroup's rows; barriers */
     const uint32_t group;
     const int lane;
-    uint8_t *level_of; /* shared, of this warp: [CUDA_MANY_LEVELS]; of the node with a state and the
-                          one below */
-    uint8_t *highest;  /* likewise: the highest of those up to here */
 
     /* Of the work: */
     const cuda_tile_t *work; /* read again when needed: registers are few */
@@ -383,30 +380,14 @@ template <class T, int DK, int DV, mode MODE> struct prefill_consumer {
         e[1] = __float_as_int(le.w);
     }
 
-    /* Merge what folds before a leaf comes at `next` (attn_fold_pops()). */
+    /* Nodes below `level` end here. */
     __device__ __forceinline__ void
-    fold(uint32_t &n, uint32_t left, uint32_t next)
+    merge_nodes(waiting &waits, uint32_t level)
     {
-        while (n >= 2) {
-            uint32_t level = level_of[n - 1], bound = max((uint32_t)highest[n - 2], left);
-            if (level >= next || level >= bound) {
-                return;
-            }
-            merge_below(n - 2);
-            n--;
+        while (waits.newest_below(level)) {
+            waits.take();
+            merge_below(waits.count());
         }
-    }
-
-    /* State n begins, with a leaf that shares a node of `level` with the one before. */
-    __device__ __forceinline__ void
-    begin_state(uint32_t n, uint32_t level)
-    {
-        __syncwarp();
-        if (lane == 0) {
-            level_of[n] = (uint8_t)level;
-            highest[n]  = n == 0 ? 0 : (uint8_t)max((uint32_t)highest[n - 1], level);
-        }
-        __syncwarp();
     }
 
     /* ---- works ---- */
@@ -414,17 +395,22 @@ template <class T, int DK, int DV, mode MODE> struct prefill_consumer {
     __device__ __forceinline__ void
     run_work()
     {
-        const uint32_t left = work->levels & 255, right = work->levels >> 8;
+        uint32_t left = work->levels & 255, written = 0;
         cuda_leaf_t leaf = work->leaf;
         walk_t w(x, *work);
-        uint32_t n = 0;
+        waiting waits = {0};
 
         for (uint32_t i = 0; i < work->n_leaves; i++) {
-            if (n > 0) {
-                fold(n, left, leaf.level);
-                put(n - 1);
+            if (i > 0) {
+                merge_nodes(waits, leaf.level);
+                if (waits.none() && leaf.level >= left) {
+                    rows.write_part(*work, written++, lane, o, l, e);
+                    left = leaf.level;
+                } else {
+                    put(waits.count());
+                    waits.add(leaf.level);
+                }
             }
-            begin_state(n++, leaf.level);
             w.begin(leaf, i);
             if constexpr (MODE == mode::PARTS) {
                 sum_leaf_of_parts(w);
@@ -436,7 +422,7 @@ template <class T, int DK, int DV, mode MODE> struct prefill_consumer {
             }
             leave_leaf();
         }
-        if (n == 0) {
+        if (work->n_leaves == 0) {
             release_q(true);
 #pragma unroll
             for (int i = 0; i < DV / 2; i++) {
@@ -445,16 +431,16 @@ template <class T, int DK, int DV, mode MODE> struct prefill_consumer {
             l[0] = l[1] = 0.0f;
             e[0] = e[1] = EMPTY_E;
         }
-        fold(n, left, right);
+        merge_nodes(waits, work->levels >> 8);
         if (work->slot == CUDA_NONE) {
             rows.write_answer(*work, lane, o, l, e, entry(0));
-            return;
-        }
-        for (uint32_t i = n; i-- > 0;) {
-            if (i + 1 < n) {
-                load(i);
+        } else if (work->n_leaves > 0) {
+            rows.write_part(*work, written + waits.count(), lane, o, l, e);
+            while (!waits.none()) {
+                waits.take();
+                load(waits.count());
+                rows.write_part(*work, written + waits.count(), lane, o, l, e);
             }
-            rows.write_part(*work, i, lane, o, l, e);
         }
     }
 

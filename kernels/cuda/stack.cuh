@@ -1,11 +1,6 @@
 /*
- * stack.cuh: the state of a consumer warp's rows, and the stack on which states of leaves wait for
- * what they merge with (docs/numerics.md, "The tree").
- *
- * A state waits for the rest of one node of the tree, on that node's level. Those that wait are
- * each inside the right half of the node before: their levels fall from the bottom of the stack to
- * its top, no two are equal, and a bit for each level says all that there is to know. States that
- * are complete as they are, since the node above them begins outside of the piece, never come here.
+ * stack.cuh: the state of a consumer warp's rows, and where states of leaves wait for what they
+ * merge with (struct waiting).
  */
 #ifndef ATTN_KERNELS_CUDA_STACK_CUH
 #define ATTN_KERNELS_CUDA_STACK_CUH
@@ -47,7 +42,7 @@ template <int COLUMNS, int NB> struct stack {
     uint32_t levels;  /* the lowest ones lie in shared memory: every second leaf needs the first */
     uint32_t near_at; /* shared address: [levels] */
     uint8_t *deep;    /* global: [deep_levels] */
-    uint64_t have;    /* bit i: a state waits on level i + 1 */
+    waiting waits;
 
     __device__ __forceinline__ uint32_t
     row_pairs() const
@@ -62,32 +57,24 @@ template <int COLUMNS, int NB> struct stack {
         return CUDA_STATE_BYTES(COLUMNS, NB, row_pairs());
     }
 
-    __device__ __forceinline__ bool
-    waits_below(uint32_t level) const
-    {
-        return have != 0 && (uint32_t)__ffsll((long long)have) < level;
-    }
-
-    /* States on the levels of `have` beyond shared memory lie there from the highest one on. */
+    /* States on levels beyond shared memory lie there from the highest one on. */
     __device__ __forceinline__ uint8_t *
-    deep_of(uint64_t above) const
+    deep_end() const
     {
-        return deep + __popcll(above >> levels) * size();
+        return deep + __popcll(waits.levels >> levels) * size();
     }
 
     __device__ __forceinline__ void
     push(uint32_t level, const state_t &c)
     {
-        const uint32_t bit = level - 1;
-
-        if (bit < levels) {
-            const uint32_t at = near_at + bit * size();
+        if (level <= levels) {
+            const uint32_t at = near_at + (level - 1) * size();
             put([&](uint32_t by, const float4 &v) { store_near(at + by, v); }, c);
         } else {
-            uint8_t *at = deep_of(have);
+            uint8_t *at = deep_end();
             put([&](uint32_t by, const float4 &v) { *(float4 *)(at + by) = v; }, c);
         }
-        have |= 1ull << bit;
+        waits.add(level);
         __syncwarp();
     }
 
@@ -95,15 +82,23 @@ template <int COLUMNS, int NB> struct stack {
     __device__ __forceinline__ void
     merge_top(state_t &c)
     {
-        const uint32_t bit = __ffsll((long long)have) - 1;
+        const uint32_t level = waits.take();
 
-        have &= have - 1;
-        if (bit < levels) {
-            const uint32_t at = near_at + bit * size();
+        if (level <= levels) {
+            const uint32_t at = near_at + (level - 1) * size();
             merge([&](uint32_t by) { return load_near<float4>(at + by); }, c);
         } else {
-            const uint8_t *at = deep_of(have);
+            const uint8_t *at = deep_end();
             merge([&](uint32_t by) { return *(const float4 *)(at + by); }, c);
+        }
+    }
+
+    /* Nodes below `level` end here. */
+    __device__ __forceinline__ void
+    merge_below(uint32_t level, state_t &c)
+    {
+        while (waits.newest_below(level)) {
+            merge_top(c);
         }
     }
 

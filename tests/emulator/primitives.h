@@ -216,6 +216,12 @@ __shfl_sync(uint32_t, uint64_t x, int from)
     return (uint64_t)high[from] << 32 | low[from];
 }
 
+static inline int
+__ffsll(long long x)
+{
+    return __builtin_ffsll(x);
+}
+
 /* ---- primitives.cuh ---- */
 
 #define SHARED_MEMORY(name) uint8_t *name = emu_memory + 272 /* static variables lie before it */
