@@ -110,6 +110,22 @@ launch(runner_t *r, attn_step_t *step, CUgraphExec exec)
     OK(attn_step_replayed(step, r->stream));
 }
 
+/* A graph without a step writes nothing. */
+static void
+leaves_all_as_it_is(runner_t *r, CUgraphExec exec)
+{
+    unsigned char bytes[64];
+
+    CU(cuMemsetD8Async(r->o[0], 0x11, sizeof(bytes), NULL));
+    CU(cuStreamSynchronize(NULL));
+    CU(cuGraphLaunch(exec, r->stream));
+    CU(cuStreamSynchronize(r->stream));
+    CU(cuMemcpyDtoH(bytes, r->o[0], sizeof(bytes)));
+    for (size_t i = 0; i < sizeof(bytes); i++) {
+        assert_int_equal(bytes[i], 0x11);
+    }
+}
+
 /* One graph for token after token, until what was planned outgrows its room: then another. */
 static void
 test_a_graph_serves_later_steps(void **state)
@@ -145,16 +161,7 @@ test_a_graph_serves_later_steps(void **state)
     }
     assert_int_equal(changes, 2);
 
-    /* Without a step it leaves everything as it is. */
-    CU(cuMemsetD8Async(r->o[0], 0x11, 64, NULL));
-    CU(cuStreamSynchronize(NULL));
-    CU(cuGraphLaunch(exec, r->stream));
-    CU(cuStreamSynchronize(r->stream));
-    unsigned char bytes[64];
-    CU(cuMemcpyDtoH(bytes, r->o[0], 64));
-    for (int i = 0; i < 64; i++) {
-        assert_int_equal(bytes[i], 0x11);
-    }
+    leaves_all_as_it_is(r, exec);
     CU(cuGraphExecDestroy(exec));
     runner_close(r);
 }
@@ -184,16 +191,7 @@ test_a_graph_of_many_rows(void **state)
         compare(r, &s, n);
     }
 
-    /* Without a step it leaves everything as it is. */
-    CU(cuMemsetD8Async(r->o[0], 0x11, 64, NULL));
-    CU(cuStreamSynchronize(NULL));
-    CU(cuGraphLaunch(exec, r->stream));
-    CU(cuStreamSynchronize(r->stream));
-    unsigned char bytes[64];
-    CU(cuMemcpyDtoH(bytes, r->o[0], 64));
-    for (int i = 0; i < 64; i++) {
-        assert_int_equal(bytes[i], 0x11);
-    }
+    leaves_all_as_it_is(r, exec);
     CU(cuGraphExecDestroy(exec));
     runner_close(r);
 }
