@@ -249,7 +249,8 @@ fetch_all(attn_step_t *step, const attn_tensor_t *const tensors[TENSORS],
         shape_t shape       = shape_of(step, i);
         attn_strided_t from = strided_of(&whole[i], &shape);
         if (tensors[i] != NULL) {
-            status = attn_copies_fetch(step->stages->copies, &from, step->stages->pieces[i].at);
+            status = attn_copies_fetch(step->stages->copies, &from,
+                                       &(attn_packed_t){.at = step->stages->pieces[i].at});
         }
     }
     return status;
@@ -290,13 +291,15 @@ step_tensors_return(attn_step_t *step)
     stages_t *stages     = step->stages;
     shape_t shape        = shape_of(step, TENSOR_O);
     attn_strided_t to    = strided_of(&step->o_on_gpu, &shape);
-    attn_status_t status = attn_copies_send(stages->copies, stages->pieces[TENSOR_O].at, &to);
+    attn_packed_t from   = {.at = stages->pieces[TENSOR_O].at};
+    attn_status_t status = attn_copies_send(stages->copies, &from, &to);
 
     if (status == ATTN_OK && step->lse_on_gpu != NULL) {
         uint64_t bytes = shape.rows * shape.heads * sizeof(float);
         to             = (attn_strided_t){
                         .at = (uint8_t *)step->lse_on_gpu, .rows = 1, .heads = 1, .head_bytes = bytes};
-        status = attn_copies_send(stages->copies, stages->pieces[TENSOR_LSE].at, &to);
+        from.at = stages->pieces[TENSOR_LSE].at;
+        status  = attn_copies_send(stages->copies, &from, &to);
     }
     return status;
 }

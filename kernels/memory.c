@@ -2,7 +2,7 @@
  * Calls of the driver by their names in its library, whose types are those of its stable binary
  * interface: so this needs no CUDA toolkit, and a client without GPU kernels has it, too.
  */
-#include "kernels/memory.h"
+#include "kernels/memory_int.h"
 
 #include "base/checked.h"
 #include "base/clock.h"
@@ -26,42 +26,10 @@ enum { ATTRIBUTE_MEMORY_TYPE = 2, ATTRIBUTE_ORDINAL = 9, TYPE_HOST = 1, TYPE_DEV
 enum { STREAM_NON_BLOCKING = 1, EVENT_WITHOUT_TIMES = 2, HOST_PORTABLE = 1 };
 enum { MODE_RELAXED = 2, NOT_READY = 600 };
 
-/* CUDA_MEMCPY2D of the driver: rows of `width` bytes, `pitch` bytes apart on either side. */
-typedef struct copy_2d {
-    struct {
-        size_t x, y;
-        int type;
-        const void *host;
-        uint64_t device;
-        void *array;
-        size_t pitch;
-    } from, to;
-    size_t width, height;
-} copy_2d_t;
-
-/* Devices are numbers, contexts and streams pointers, device memory an address of 64 bits. */
-typedef struct calls {
-    int (*attributes)(unsigned n, const int *which, void **values, uint64_t at);
-    int (*device)(int *device, int ordinal);
-    int (*retain)(void **context, int device);
-    int (*push)(void *context);
-    int (*pop)(void **context);
-    int (*exchange_mode)(int *mode);
-    int (*copy)(const copy_2d_t *copy, void *stream);
-    int (*stream)(void **stream, unsigned flags);
-    int (*stream_end)(void *stream);
-    int (*event)(void **event, unsigned flags);
-    int (*event_end)(void *event);
-    int (*record)(void *event, void *stream);
-    int (*query)(void *event);
-    int (*pin)(void **at, size_t bytes, unsigned flags);
-    int (*unpin)(void *at);
-} calls_t;
-
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER; /* guards what is found, once */
 static atomic_bool found;
 static atomic_ullong looked; /* libraries that had been loaded when it was not found */
-static calls_t calls;
+memory_calls_t memory_calls;
 static void *contexts[GPUS_MAX]; /* primary ones, which live as long as the process */
 
 static bool
@@ -71,21 +39,29 @@ look_up(void *library)
         void *call;
         const char *name;
     } wanted[] = {
-        {&calls.attributes, "cuPointerGetAttributes"},
-        {&calls.device, "cuDeviceGet"},
-        {&calls.retain, "cuDevicePrimaryCtxRetain"},
-        {&calls.push, "cuCtxPushCurrent_v2"},
-        {&calls.pop, "cuCtxPopCurrent_v2"},
-        {&calls.exchange_mode, "cuThreadExchangeStreamCaptureMode"},
-        {&calls.copy, "cuMemcpy2DAsync_v2"},
-        {&calls.stream, "cuStreamCreate"},
-        {&calls.stream_end, "cuStreamDestroy_v2"},
-        {&calls.event, "cuEventCreate"},
-        {&calls.event_end, "cuEventDestroy_v2"},
-        {&calls.record, "cuEventRecord"},
-        {&calls.query, "cuEventQuery"},
-        {&calls.pin, "cuMemHostAlloc"},
-        {&calls.unpin, "cuMemFreeHost"},
+        {&memory_calls.attributes, "cuPointerGetAttributes"},
+        {&memory_calls.device, "cuDeviceGet"},
+        {&memory_calls.retain, "cuDevicePrimaryCtxRetain"},
+        {&memory_calls.push, "cuCtxPushCurrent_v2"},
+        {&memory_calls.pop, "cuCtxPopCurrent_v2"},
+        {&memory_calls.exchange_mode, "cuThreadExchangeStreamCaptureMode"},
+        {&memory_calls.copy, "cuMemcpy2DAsync_v2"},
+        {&memory_calls.copy_there, "cuMemcpyDtoDAsync_v2"},
+        {&memory_calls.fill, "cuMemsetD8Async"},
+        {&memory_calls.stream, "cuStreamCreate"},
+        {&memory_calls.stream_end, "cuStreamDestroy_v2"},
+        {&memory_calls.event, "cuEventCreate"},
+        {&memory_calls.event_end, "cuEventDestroy_v2"},
+        {&memory_calls.record, "cuEventRecord"},
+        {&memory_calls.query, "cuEventQuery"},
+        {&memory_calls.pin, "cuMemHostAlloc"},
+        {&memory_calls.unpin, "cuMemFreeHost"},
+        {&memory_calls.take, "cuMemAlloc_v2"},
+        {&memory_calls.give, "cuMemFree_v2"},
+        {&memory_calls.range, "cuMemGetAddressRange_v2"},
+        {&memory_calls.key, "cuIpcGetMemHandle"},
+        {&memory_calls.map, "cuIpcOpenMemHandle_v2"},
+        {&memory_calls.unmap, "cuIpcCloseMemHandle"},
     };
     bool all = true;
 
@@ -141,21 +117,20 @@ attn_memory_gpu(const void *at)
     void *values[]           = {&type, &ordinal};
 
     return attn_memory_has_cuda() &&
-                   calls.attributes(2, which, values, (uint64_t)(uintptr_t)at) == 0 &&
+                   memory_calls.attributes(2, which, values, (uint64_t)(uintptr_t)at) == 0 &&
                    type == TYPE_DEVICE
                ? ordinal
                : -1;
 }
 
-static attn_status_t
-check(int result, const char *call)
+attn_status_t
+memory_check(int result, const char *call)
 {
     return result == 0 ? ATTN_OK : attn_fail(ATTN_ERR_INTERNAL, "%s: CUDA error %d", call, result);
 }
 
-/* The context of a GPU, this thread's until leave(), and no call of it breaks off a capture. */
-static attn_status_t
-enter(int gpu, int *mode)
+attn_status_t
+memory_enter(int gpu, int *mode)
 {
     attn_status_t status = ATTN_OK;
     int device           = 0;
@@ -167,41 +142,35 @@ enter(int gpu, int *mode)
                          gpu);
     }
     *mode = MODE_RELAXED;
-    calls.exchange_mode(mode);
+    memory_calls.exchange_mode(mode);
     pthread_mutex_lock(&lock);
     if (contexts[gpu] == NULL) {
-        status = check(calls.device(&device, gpu), "cuDeviceGet");
+        status = memory_check(memory_calls.device(&device, gpu), "cuDeviceGet");
         if (status == ATTN_OK) {
-            status = check(calls.retain(&contexts[gpu], device), "cuDevicePrimaryCtxRetain");
+            status = memory_check(memory_calls.retain(&contexts[gpu], device),
+                                  "cuDevicePrimaryCtxRetain");
         }
     }
     pthread_mutex_unlock(&lock);
     if (status == ATTN_OK) {
-        status = check(calls.push(contexts[gpu]), "cuCtxPushCurrent");
+        status = memory_check(memory_calls.push(contexts[gpu]), "cuCtxPushCurrent");
     }
     if (status != ATTN_OK) {
-        calls.exchange_mode(mode);
+        memory_calls.exchange_mode(mode);
     }
     return status;
 }
 
-static void
-leave(int *mode)
+void
+memory_leave(int *mode)
 {
     void *context;
 
-    calls.pop(&context);
-    calls.exchange_mode(mode);
+    memory_calls.pop(&context);
+    memory_calls.exchange_mode(mode);
 }
 
 /* ---- copies ---- */
-
-struct attn_copies {
-    int gpu;
-    void *stream, *event;
-    bool queued; /* since the event was last recorded */
-    bool ended;  /* what it was recorded behind */
-};
 
 attn_status_t
 attn_copies_open(int gpu, attn_copies_t **copies_p)
@@ -214,16 +183,16 @@ attn_copies_open(int gpu, attn_copies_t **copies_p)
     }
     c->gpu               = gpu;
     c->ended             = true;
-    attn_status_t status = enter(gpu, &mode);
+    attn_status_t status = memory_enter(gpu, &mode);
     if (status != ATTN_OK) {
         free(c);
         return status;
     }
-    if ((status = check(calls.stream(&c->stream, STREAM_NON_BLOCKING), "cuStreamCreate")) ==
-        ATTN_OK) {
-        status = check(calls.event(&c->event, EVENT_WITHOUT_TIMES), "cuEventCreate");
+    if ((status = memory_check(memory_calls.stream(&c->stream, STREAM_NON_BLOCKING),
+                               "cuStreamCreate")) == ATTN_OK) {
+        status = memory_check(memory_calls.event(&c->event, EVENT_WITHOUT_TIMES), "cuEventCreate");
     }
-    leave(&mode);
+    memory_leave(&mode);
     if (status != ATTN_OK) {
         attn_copies_close(c);
         return status;
@@ -240,14 +209,14 @@ attn_copies_close(attn_copies_t *c)
     if (c == NULL) {
         return;
     }
-    if (enter(c->gpu, &mode) == ATTN_OK) {
+    if (memory_enter(c->gpu, &mode) == ATTN_OK) {
         if (c->event != NULL) {
-            calls.event_end(c->event);
+            memory_calls.event_end(c->event);
         }
         if (c->stream != NULL) {
-            calls.stream_end(c->stream);
+            memory_calls.stream_end(c->stream);
         }
-        leave(&mode);
+        memory_leave(&mode);
     }
     free(c);
 }
@@ -272,47 +241,70 @@ joined(const attn_strided_t *t)
 /* One call for all rows, or for those of a head, or for the heads of a row, whichever are fewer: a
  * stream holds so many and no more before a call for one waits. */
 static attn_status_t
-copy(attn_copies_t *c, const attn_strided_t *tensor, uint8_t *host, bool fetches)
+copy_rows(attn_copies_t *c, const attn_strided_t *tensor, const attn_packed_t *packed, bool fetches)
 {
-    attn_strided_t t = joined(tensor);
+    attn_strided_t t = *tensor;
     bool by_head     = t.heads <= t.rows;
     uint64_t row = t.heads * t.head_bytes, n = by_head ? t.heads : t.rows;
-    copy_2d_t x = {.width = t.head_bytes, .height = by_head ? t.rows : t.heads};
-    int mode;
-    attn_status_t status = enter(c->gpu, &mode);
+    memory_copy_t x      = {.width = t.head_bytes, .height = by_head ? t.rows : t.heads};
+    attn_status_t status = ATTN_OK;
 
-    if (status != ATTN_OK) {
-        return status;
-    }
-    c->queued = true;
     for (uint64_t i = 0; i < n && status == ATTN_OK; i++) {
         uint64_t at    = (uint64_t)(uintptr_t)t.at + i * (by_head ? t.head_stride : t.row_stride);
-        uint8_t *here  = host + i * (by_head ? t.head_bytes : row);
+        uint8_t *here  = packed->at + i * (by_head ? t.head_bytes : row);
         uint64_t there = by_head ? t.row_stride : t.head_stride;
-        __typeof__(x.from) on_gpu  = {.type = TYPE_DEVICE, .device = at, .pitch = there};
-        __typeof__(x.from) on_host = {
-            .type = TYPE_HOST, .host = here, .pitch = by_head ? row : t.head_bytes};
+        __typeof__(x.from) strided = {.type = TYPE_DEVICE, .device = at, .pitch = there};
+        __typeof__(x.from) side_by = {.type   = packed->on_gpu ? TYPE_DEVICE : TYPE_HOST,
+                                      .host   = here,
+                                      .device = (uint64_t)(uintptr_t)here,
+                                      .pitch  = by_head ? row : t.head_bytes};
         if (x.height == 1) { /* of one row a stride says nothing, and may be anything */
-            on_gpu.pitch = on_host.pitch = x.width;
+            strided.pitch = side_by.pitch = x.width;
         }
-        x.from = fetches ? on_gpu : on_host;
-        x.to   = fetches ? on_host : on_gpu;
-        status = check(calls.copy(&x, c->stream), "cuMemcpy2DAsync");
+        x.from = fetches ? strided : side_by;
+        x.to   = fetches ? side_by : strided;
+        status = memory_check(memory_calls.copy(&x, c->stream), "cuMemcpy2DAsync");
     }
-    leave(&mode);
+    return status;
+}
+
+/* One piece in the memory of GPUs: the plainest of copies. */
+static attn_status_t
+copy_piece(attn_copies_t *c, const attn_strided_t *t, const attn_packed_t *packed, bool fetches)
+{
+    uint64_t tensor = (uint64_t)(uintptr_t)t->at, there = (uint64_t)(uintptr_t)packed->at;
+
+    return memory_check(memory_calls.copy_there(fetches ? there : tensor, fetches ? tensor : there,
+                                                t->head_bytes, c->stream),
+                        "cuMemcpyDtoDAsync");
+}
+
+static attn_status_t
+copy(attn_copies_t *c, const attn_strided_t *tensor, const attn_packed_t *packed, bool fetches)
+{
+    attn_strided_t t = joined(tensor);
+    bool piece       = packed->on_gpu && t.rows == 1 && t.heads == 1;
+    int mode;
+    attn_status_t status = memory_enter(c->gpu, &mode);
+
+    if (status == ATTN_OK) {
+        c->queued = true;
+        status    = (piece ? copy_piece : copy_rows)(c, &t, packed, fetches);
+        memory_leave(&mode);
+    }
     return status;
 }
 
 attn_status_t
-attn_copies_fetch(attn_copies_t *copies, const attn_strided_t *from, void *to)
+attn_copies_fetch(attn_copies_t *copies, const attn_strided_t *from, const attn_packed_t *to)
 {
     return copy(copies, from, to, true);
 }
 
 attn_status_t
-attn_copies_send(attn_copies_t *copies, const void *from, const attn_strided_t *to)
+attn_copies_send(attn_copies_t *copies, const attn_packed_t *from, const attn_strided_t *to)
 {
-    return copy(copies, to, (uint8_t *)(uintptr_t)from, false);
+    return copy(copies, to, from, false);
 }
 
 /* ATTN_ERR_DEADLINE: they are under way. */
@@ -320,16 +312,17 @@ static attn_status_t
 look(attn_copies_t *c)
 {
     if (c->queued) {
-        attn_status_t status = check(calls.record(c->event, c->stream), "cuEventRecord");
+        attn_status_t status =
+            memory_check(memory_calls.record(c->event, c->stream), "cuEventRecord");
         if (status != ATTN_OK) {
             return status;
         }
         c->queued = false;
         c->ended  = false;
     }
-    int result = c->ended ? 0 : calls.query(c->event);
+    int result = c->ended ? 0 : memory_calls.query(c->event);
     c->ended   = result == 0;
-    return result == NOT_READY ? ATTN_ERR_DEADLINE : check(result, "cuEventQuery");
+    return result == NOT_READY ? ATTN_ERR_DEADLINE : memory_check(result, "cuEventQuery");
 }
 
 attn_status_t
@@ -337,7 +330,7 @@ attn_copies_wait(attn_copies_t *c, uint64_t until_ns)
 {
     uint64_t start = attn_now_ns(), now = start;
     int mode;
-    attn_status_t status = enter(c->gpu, &mode);
+    attn_status_t status = memory_enter(c->gpu, &mode);
 
     if (status != ATTN_OK) {
         return status;
@@ -350,11 +343,10 @@ attn_copies_wait(attn_copies_t *c, uint64_t until_ns)
         }
         now = attn_now_ns();
     }
-    leave(&mode);
+    memory_leave(&mode);
     return status == ATTN_ERR_DEADLINE
                ? attn_fail(ATTN_ERR_DEADLINE,
-                           "copies between GPU %d and the host did not end before the deadline",
-                           c->gpu)
+                           "copies of tensors of GPU %d did not end before the deadline", c->gpu)
                : status;
 }
 
@@ -366,11 +358,11 @@ attn_memory_pin(int gpu, uint64_t bytes)
     void *at = NULL;
     int mode;
 
-    if (enter(gpu, &mode) != ATTN_OK) {
+    if (memory_enter(gpu, &mode) != ATTN_OK) {
         return NULL;
     }
-    int result = calls.pin(&at, bytes, HOST_PORTABLE);
-    leave(&mode);
+    int result = memory_calls.pin(&at, bytes, HOST_PORTABLE);
+    memory_leave(&mode);
     return result == 0 ? at : NULL;
 }
 
@@ -379,8 +371,8 @@ attn_memory_unpin(int gpu, void *pinned)
 {
     int mode;
 
-    if (pinned != NULL && enter(gpu, &mode) == ATTN_OK) {
-        calls.unpin(pinned);
-        leave(&mode);
+    if (pinned != NULL && memory_enter(gpu, &mode) == ATTN_OK) {
+        memory_calls.unpin(pinned);
+        memory_leave(&mode);
     }
 }

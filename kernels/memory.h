@@ -22,7 +22,13 @@ typedef struct attn_strided {
     uint64_t heads, head_stride, head_bytes;
 } attn_strided_t;
 
-/** Copies between a GPU's memory and pinned memory of the host, on a stream of their own. Calls for
+/** Where its rows lie side by side. */
+typedef struct attn_packed {
+    uint8_t *at;
+    bool on_gpu; /**< mapped there (attn_shared_map()); else pinned memory of the host */
+} attn_packed_t;
+
+/** Copies between tensors in a GPU's memory and packed ones, on a stream of their own. Calls for
  * one are made one at a time, by any thread. */
 typedef struct attn_copies attn_copies_t;
 
@@ -33,10 +39,12 @@ attn_status_t attn_copies_open(int gpu, attn_copies_t **copies_p);
 /** After attn_copies_wait() with ATTN_OK. NULL is allowed. */
 void attn_copies_close(attn_copies_t *copies);
 
-/** Queue rows of a tensor in the GPU's memory to pinned memory, packed, and back. Nothing waits:
- * both sides are the copy's until attn_copies_wait() is ATTN_OK. */
-attn_status_t attn_copies_fetch(attn_copies_t *copies, const attn_strided_t *from, void *to);
-attn_status_t attn_copies_send(attn_copies_t *copies, const void *from, const attn_strided_t *to);
+/** Queue rows of a tensor in the GPU's memory to packed ones, and back. Nothing waits: both sides
+ * are the copy's until attn_copies_wait() is ATTN_OK. */
+attn_status_t attn_copies_fetch(attn_copies_t *copies, const attn_strided_t *from,
+                                const attn_packed_t *to);
+attn_status_t attn_copies_send(attn_copies_t *copies, const attn_packed_t *from,
+                               const attn_strided_t *to);
 
 /** Have all that were queued ended? Waits until until_ns; 0 looks. @return ATTN_ERR_DEADLINE no */
 attn_status_t attn_copies_wait(attn_copies_t *copies, uint64_t until_ns);
@@ -44,5 +52,37 @@ attn_status_t attn_copies_wait(attn_copies_t *copies, uint64_t until_ns);
 /** Pinned memory of the host, or NULL. */
 void *attn_memory_pin(int gpu, uint64_t bytes);
 void attn_memory_unpin(int gpu, void *pinned);
+
+/* ---- memory of a GPU that two processes of a host have ---- */
+
+#define ATTN_SHARED_KEY 64u /* bytes of what a process is told to map it by */
+
+/**
+ * Memory of a GPU that this process took for others to map, or has mapped. What the driver's rules
+ * leave open is settled so: it is the taker's in whole pieces of 2 MiB, for the driver lends pieces
+ * of that size whatever was asked; it is zeroed; and it begins with a card, by which who maps it
+ * knows that it is what was meant, and not what came to lie there since. Who maps it may keep it
+ * for longer than its taker: the driver keeps the memory itself for as long as anybody has it.
+ */
+typedef struct attn_shared attn_shared_t;
+
+/** @return ATTN_ERR_NO_MEMORY
+ *  @return ATTN_ERR_UNSUPPORTED  the driver does not lend memory of this GPU */
+attn_status_t attn_shared_create(int gpu, uint64_t bytes, const void *card, uint64_t card_bytes,
+                                 attn_shared_t **shared_p);
+
+/** Another process' memory, for this GPU: its own, or one that can reach it.
+ * @param key  as that process told: it may be anything
+ * @return ATTN_ERR_UNSUPPORTED  it cannot be mapped, is shorter than `bytes`, or its card differs
+ */
+attn_status_t attn_shared_map(int gpu, const uint8_t key[ATTN_SHARED_KEY], uint64_t bytes,
+                              const void *card, uint64_t card_bytes, attn_shared_t **shared_p);
+
+const uint8_t *attn_shared_key(const attn_shared_t *shared);
+uint8_t *attn_shared_at(const attn_shared_t *shared);
+
+/** Any thread; the last one gives it back: what works with it has ended by then. */
+void attn_shared_ref(attn_shared_t *shared);
+void attn_shared_unref(attn_shared_t *shared); /* NULL is allowed */
 
 #endif
