@@ -83,7 +83,7 @@ results(engine_t *engine, engine_step_t *step)
 attn_status_t
 engine_track_finish(engine_t *engine, engine_step_t *step)
 {
-    return step->track != NULL ? results(engine, step) : ATTN_OK;
+    return step->on_device || step->off_host ? results(engine, step) : ATTN_OK;
 }
 
 /* Layers of a graph are known from here on only: they count, and took no time of anybody. Of a step
@@ -233,24 +233,87 @@ ensure_track(engine_t *engine, engine_step_t *step)
     return engine_track_take(engine, step);
 }
 
+static attn_status_t
+run_device(engine_t *engine, engine_step_t *step, const engine_call_t *call)
+{
+    uint64_t start = attn_now_ns();
+    attn_status_t status;
+
+    if ((status = check_call(step, call)) != ATTN_OK ||
+        (status = ensure_track(engine, step)) != ATTN_OK) {
+        return status;
+    }
+    step->off_host = true;
+    if ((status = enqueue(engine, step, call, true)) == ATTN_OK &&
+        (status = results(engine, step)) == ATTN_OK && call->q != NULL && !step->on_device) {
+        engine_count_run(engine, step, attn_now_ns() - start);
+    }
+    return status;
+}
+
 attn_status_t
 engine_step_run_device(engine_t *engine, uint64_t step_id, const engine_call_t *call)
 {
-    uint64_t start = attn_now_ns();
     engine_step_t *step;
     attn_status_t status = engine_step_enter(engine, step_id, &step);
 
     if (status != ATTN_OK) {
         return status;
     }
-    if ((status = check_call(step, call)) == ATTN_OK &&
-        (status = ensure_track(engine, step)) == ATTN_OK &&
-        (status = enqueue(engine, step, call, true)) == ATTN_OK &&
-        (status = results(engine, step)) == ATTN_OK && call->q != NULL && !step->on_device) {
-        engine_count_run(engine, step, attn_now_ns() - start);
-    }
+    status = run_device(engine, step, call);
     if (status == ATTN_ERR_INTERNAL && step->track != NULL) { /* a part may have been queued */
         tracks_of(engine)->wait(step->track, step->deadline_ns);
+    }
+    engine_step_leave(engine, step);
+    return status;
+}
+
+attn_status_t
+engine_step_lend(engine_t *engine, uint64_t step_id)
+{
+    engine_step_t *step;
+    attn_status_t status = engine_step_enter(engine, step_id, &step);
+
+    if (status == ATTN_OK) {
+        status = ensure_track(engine, step);
+        engine_step_leave(engine, step);
+    }
+    return status;
+}
+
+static attn_rows_t
+packed(void *at, uint64_t heads, uint64_t dim)
+{
+    return (attn_rows_t){.at = at, .row_stride = heads * dim, .head_stride = dim};
+}
+
+attn_status_t
+engine_step_run_lent(engine_t *engine, uint64_t step_id, uint32_t layer, void *q, void *k, void *v,
+                     void *answer, const engine_sizes_t *sizes)
+{
+    engine_step_t *step;
+    attn_status_t status = engine_step_enter(engine, step_id, &step);
+
+    if (status != ATTN_OK) {
+        return status;
+    }
+    if ((status = engine_sizes_check(step, layer, sizes)) == ATTN_OK) {
+        const attn_geometry_t *g = &step->cache->geometry;
+        attn_rows_t rows[]       = {packed(q, g->q_heads, g->head_dim_k),
+                                    packed(k, g->kv_heads, g->head_dim_k),
+                                    packed(v, g->kv_heads, g->head_dim_v)};
+        engine_call_t call       = {.layer = layer,
+                                    .q     = q != NULL ? &rows[0] : NULL,
+                                    .k     = k != NULL ? &rows[1] : NULL,
+                                    .v     = v != NULL ? &rows[2] : NULL,
+                                    .o     = answer};
+        if (answer != NULL && step->sizes.lse > 0) {
+            call.lse = (float *)(void *)((uint8_t *)answer + step->sizes.o);
+        }
+        status = run_device(engine, step, &call);
+    }
+    if (status != ATTN_OK && step->track != NULL) {
+        tracks_of(engine)->wait(step->track, UINT64_MAX);
     }
     engine_step_leave(engine, step);
     return status;

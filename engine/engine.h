@@ -393,6 +393,21 @@ attn_status_t engine_step_graph(engine_t *engine, uint64_t step_id, uint64_t *gr
  * @return ATTN_ERR_DEADLINE also if the device is not through by the step's */
 attn_status_t engine_step_run_device(engine_t *engine, uint64_t step_id, const engine_call_t *call);
 
+/** Have what a step needs so that engine_step_run_lent() may be called of it. Its runs may have
+ * their tensors in the host's memory all the same: all of them, or none.
+ * @return as engine_step_begin() of a step on_device; ATTN_ERR_UNSUPPORTED also if it has nodes or
+ *         list_room */
+attn_status_t engine_step_lend(engine_t *engine, uint64_t step_id);
+
+/**
+ * As engine_step_run(), with tensors in the device's memory, which are lent for the call alone: it
+ * returns when nothing of them is read or written any more, however late that is. Everything is
+ * packed, and begins at multiples of 16 bytes.
+ * @return as both; ATTN_ERR_CONFLICT also if sizes are not the step's
+ */
+attn_status_t engine_step_run_lent(engine_t *engine, uint64_t step_id, uint32_t layer, void *q,
+                                   void *k, void *v, void *answer, const engine_sizes_t *sizes);
+
 /** Abort the steps whose deadline passed, let chunks go that a move held too long, and caches that
  * were closed while the device worked for them. Call every 100 ms or so. */
 void engine_tick(engine_t *engine, uint64_t now_ns);

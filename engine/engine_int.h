@@ -67,6 +67,7 @@ typedef struct engine_step {
     attn_track_t *track; /* tensors are in the device's memory; under lock */
     bool queued;         /* something was, that asks; under lock */
     bool on_host;        /* runs came with tensors of the host; under lock */
+    bool off_host;       /* and not begun on_device, with tensors of the device */
     char ending[128];    /* it is to abort when the device is through: why; else empty */
     bool adrift;         /* so it is, and the ticks look; under the engine's lock */
     uint32_t ticked;     /* the last tick that looked at it; under the engine's lock */
@@ -162,6 +163,10 @@ attn_status_t engine_lists_check(const engine_step_t *step, const engine_lists_t
 /** Find the step and take its lock and a reference: give back with engine_step_leave(). */
 attn_status_t engine_step_enter(engine_t *engine, uint64_t id, engine_step_t **step_p);
 void engine_step_leave(engine_t *engine, engine_step_t *step);
+
+/** Are these the step's? NULL: the caller knows. @return ATTN_ERR_CONFLICT */
+attn_status_t engine_sizes_check(const engine_step_t *step, uint32_t layer,
+                                 const engine_sizes_t *sizes);
 
 /** Abort, waiting for the device until until_ns: if it is not through then, the step is adrift
  * until a tick finds it so. */

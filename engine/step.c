@@ -463,7 +463,7 @@ run_locked(engine_t *engine, engine_step_t *step, uint32_t layer, const void *q,
         return attn_fail(ATTN_ERR_INVALID, "layer is %u: the cache has %u", layer,
                          step->cache->geometry.layers);
     }
-    if (step->track != NULL) {
+    if (step->on_device || step->off_host) {
         return attn_fail(ATTN_ERR_INVALID,
                          "the tensors of step %016llx are in the device's memory: all, or none",
                          (unsigned long long)step->id);
@@ -506,6 +506,17 @@ put_lists(engine_step_t *step, const engine_lists_t *lists, uint32_t n, bool bac
 }
 
 attn_status_t
+engine_sizes_check(const engine_step_t *step, uint32_t layer, const engine_sizes_t *sizes)
+{
+    return sizes == NULL || (sizes->q == step->sizes.q && sizes->k == step->sizes.k &&
+                             sizes->v == step->sizes.v && sizes->answer == step->sizes.answer)
+               ? ATTN_OK
+               : attn_fail(ATTN_ERR_CONFLICT,
+                           "step %016llx became another step while data of layer %u came in",
+                           (unsigned long long)step->id, layer);
+}
+
+attn_status_t
 engine_step_run_lists(engine_t *engine, uint64_t step_id, uint32_t layer, const void *q,
                       const void *k, const void *v, void *answer, const engine_sizes_t *sizes,
                       const engine_lists_t *lists, uint32_t n)
@@ -516,12 +527,8 @@ engine_step_run_lists(engine_t *engine, uint64_t step_id, uint32_t layer, const 
     if (status != ATTN_OK) {
         return status;
     }
-    if (sizes != NULL && (sizes->q != step->sizes.q || sizes->k != step->sizes.k ||
-                          sizes->v != step->sizes.v || sizes->answer != step->sizes.answer)) {
-        status = attn_fail(ATTN_ERR_CONFLICT,
-                           "step %016llx became another step while data of layer %u came in",
-                           (unsigned long long)step_id, layer);
-    } else if ((status = engine_lists_check(step, lists, n)) == ATTN_OK) {
+    if ((status = engine_sizes_check(step, layer, sizes)) == ATTN_OK &&
+        (status = engine_lists_check(step, lists, n)) == ATTN_OK) {
         put_lists(step, lists, n, false);
         status = run_locked(engine, step, layer, q, k, v, answer);
         put_lists(step, lists, n, true);
