@@ -8,15 +8,25 @@
  *     FAKE_CUDA_FREE_MIB   memory of each that is free (256), of as much again
  *     FAKE_CUDA_FAIL       a file: while it is there, kernels fail with the CUresult that it holds
  *     FAKE_CUDA_PLAY       if it is set kernels are played
+ *     FAKE_CUDA_IDLE       a file: while it is there they are not
+ *     FAKE_CUDA_HOLD       a file: while it is there nothing goes on on any stream
+ *     FAKE_CUDA_IPC        what becomes of memory that processes share: "none" lends none, "other"
+ *                          hands out keys of other memory
+ *
+ * Processes share memory by its file, which whoever has the key opens at the one that made it: as
+ * with a driver it is there for as long as anybody has it, and cannot be mapped any more when its
+ * maker is gone.
  *
  * Tests in the same process look up the functions that begin with fake_cuda_.
  */
 #include "tests/integration/fake_cuda.h"
 
+#include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 #define MIB ((size_t)1 << 20)
 
@@ -200,6 +210,23 @@ memory_take(CUdeviceptr *at, size_t bytes)
     return CUDA_SUCCESS;
 }
 
+static struct lent {
+    CUdeviceptr at;
+    size_t bytes;
+    int fd; /* of this process' own */
+} lent[64], maps[64];
+
+static struct lent *
+lent_at(struct lent *table, CUdeviceptr at)
+{
+    for (int i = 0; i < 64; i++) {
+        if (table[i].at == at) {
+            return &table[i];
+        }
+    }
+    return NULL;
+}
+
 VISIBLE CUresult
 cuMemAlloc(CUdeviceptr *at, size_t bytes)
 {
@@ -221,9 +248,150 @@ cuMemFree(CUdeviceptr at)
     CUresult result = fake_unsafe("cuMemFree");
     if (result == CUDA_SUCCESS) {
         range_remove(at);
+        struct lent *entry = lent_at(lent, at);
+        if (entry != NULL) {
+            close(entry->fd);
+            entry->at = 0;
+        }
         taken -= *(size_t *)page;
         fake_alive--;
         munmap(page, *(size_t *)page + 4096);
+    }
+    pthread_mutex_unlock(&fake_lock);
+    return result;
+}
+
+/* ---- memory of two processes ---- */
+
+/* What a CUipcMemHandle holds. */
+typedef struct ipc_key {
+    char magic[8];
+    int pid, fd;
+    size_t bytes;
+} ipc_key_t;
+
+/* Put a file where the memory is, with what it holds. */
+static CUresult
+lend(CUdeviceptr at, size_t bytes, struct lent *entry)
+{
+    int fd = memfd_create("fake-cuda", MFD_CLOEXEC);
+
+    if (fd < 0 || ftruncate(fd, (off_t)bytes) != 0 ||
+        pwrite(fd, (void *)at, bytes, 0) != (ssize_t)bytes ||
+        mmap((void *)at, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd, 0) ==
+            MAP_FAILED) {
+        return CUDA_ERROR_OUT_OF_MEMORY;
+    }
+    *entry = (struct lent){.at = at, .bytes = bytes, .fd = fd};
+    return CUDA_SUCCESS;
+}
+
+VISIBLE CUresult
+cuIpcGetMemHandle(CUipcMemHandle *handle, CUdeviceptr at)
+{
+    const char *said = getenv("FAKE_CUDA_IPC");
+    size_t bytes     = *(size_t *)((char *)at - 4096);
+    ipc_key_t key    = {.magic = "fakeipc", .pid = getpid(), .bytes = bytes};
+
+    pthread_mutex_lock(&fake_lock);
+    CUresult result    = fake_unsafe("cuIpcGetMemHandle");
+    struct lent *entry = lent_at(lent, 0);
+    if (result == CUDA_SUCCESS && said != NULL && strcmp(said, "none") == 0) {
+        result = CUDA_ERROR_NOT_SUPPORTED;
+    }
+    if (result == CUDA_SUCCESS && bytes % (2 * MIB) != 0) { /* a driver would lend what is beside */
+        result = CUDA_ERROR_INVALID_VALUE;
+    }
+    if (result == CUDA_SUCCESS) {
+        result = entry != NULL ? lend(at, bytes, entry) : CUDA_ERROR_OUT_OF_MEMORY;
+    }
+    if (result == CUDA_SUCCESS) {
+        key.fd = entry->fd;
+        if (said != NULL && strcmp(said, "other") == 0) {
+            key.fd = memfd_create("fake-other", MFD_CLOEXEC);
+            result = ftruncate(key.fd, (off_t)bytes) == 0 ? result : CUDA_ERROR_OUT_OF_MEMORY;
+        }
+        memset(handle, 0, sizeof(*handle));
+        memcpy(handle, &key, sizeof(key));
+    }
+    pthread_mutex_unlock(&fake_lock);
+    return result;
+}
+
+/* Under the lock. */
+static CUresult
+map_key(const ipc_key_t *key, CUdeviceptr *at)
+{
+    struct lent *entry = lent_at(maps, 0);
+    char path[64];
+
+    if (memcmp(key->magic, "fakeipc", 8) != 0) {
+        return CUDA_ERROR_INVALID_HANDLE;
+    }
+    if (key->pid == getpid()) {
+        return CUDA_ERROR_INVALID_CONTEXT;
+    }
+    snprintf(path, sizeof(path), "/proc/%d/fd/%d", key->pid, key->fd);
+    int fd = open(path, O_RDWR | O_CLOEXEC);
+    if (fd < 0 || entry == NULL) {
+        return CUDA_ERROR_INVALID_HANDLE;
+    }
+    void *memory = mmap(NULL, key->bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    close(fd);
+    if (memory == MAP_FAILED) {
+        return CUDA_ERROR_OUT_OF_MEMORY;
+    }
+    *at    = (CUdeviceptr)memory;
+    *entry = (struct lent){.at = *at, .bytes = key->bytes};
+    range_add(*at, key->bytes, CU_MEMORYTYPE_DEVICE);
+    fake_alive++;
+    return CUDA_SUCCESS;
+}
+
+VISIBLE CUresult
+cuIpcOpenMemHandle(CUdeviceptr *at, CUipcMemHandle handle, unsigned flags)
+{
+    ipc_key_t key;
+
+    memcpy(&key, &handle, sizeof(key));
+    pthread_mutex_lock(&fake_lock);
+    CUresult result = fake_unsafe("cuIpcOpenMemHandle");
+    if (result == CUDA_SUCCESS) {
+        result = flags == CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS ? map_key(&key, at)
+                                                             : CUDA_ERROR_INVALID_VALUE;
+    }
+    pthread_mutex_unlock(&fake_lock);
+    return result;
+}
+
+VISIBLE CUresult
+cuIpcCloseMemHandle(CUdeviceptr at)
+{
+    pthread_mutex_lock(&fake_lock);
+    CUresult result    = fake_unsafe("cuIpcCloseMemHandle");
+    struct lent *entry = lent_at(maps, at);
+    if (result == CUDA_SUCCESS && entry != NULL) {
+        munmap((void *)at, entry->bytes);
+        range_remove(at);
+        entry->at = 0;
+        fake_alive--;
+    }
+    pthread_mutex_unlock(&fake_lock);
+    return entry != NULL ? result : CUDA_ERROR_INVALID_VALUE;
+}
+
+VISIBLE CUresult
+cuMemGetAddressRange(CUdeviceptr *base, size_t *bytes, CUdeviceptr at)
+{
+    CUresult result = CUDA_ERROR_NOT_FOUND;
+
+    pthread_mutex_lock(&fake_lock);
+    for (size_t i = 0; i < sizeof(ranges) / sizeof(ranges[0]); i++) {
+        if (ranges[i].bytes > 0 && at >= ranges[i].at && at < ranges[i].at + ranges[i].bytes) {
+            *base  = ranges[i].at;
+            *bytes = ranges[i].bytes;
+            result = CUDA_SUCCESS;
+        }
     }
     pthread_mutex_unlock(&fake_lock);
     return result;

@@ -154,11 +154,19 @@ push(ops_t *ops, const op_t *op)
     ops->end   = &copy->next;
 }
 
+static bool
+is_file(const char *variable)
+{
+    const char *path = getenv(variable);
+
+    return path != NULL && access(path, F_OK) == 0;
+}
+
 static void
 do_op(const op_t *op)
 {
     if (op->kind == OP_KERNEL && op->kernel->play != NULL && !idle &&
-        getenv("FAKE_CUDA_PLAY") != NULL) {
+        getenv("FAKE_CUDA_PLAY") != NULL && !is_file("FAKE_CUDA_IDLE")) {
         op->kernel->play(op->kernel, op->grid,
                          (void *[]){(void *)op->args[0], (void *)op->args[1]});
     } else if (op->kind == OP_COPY) {
@@ -192,7 +200,7 @@ may_run(const struct CUstream_st *s, const op_t *op)
 static void
 pump(void)
 {
-    bool moved = true;
+    bool moved = !is_file("FAKE_CUDA_HOLD");
 
     while (moved) {
         moved = false;
