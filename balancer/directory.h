@@ -97,6 +97,8 @@ typedef struct dir_worker {
     char ucx_ways[32];
     uint32_t ucx_clients;
     uint64_t ucx_runs;
+    uint32_t gpu_clients; /**< that have memory of its GPU, as the layers in gpu_runs were asked */
+    uint64_t gpu_runs;
     bool leaving; /**< nothing new is placed there: directory_worker_leave() */
 } dir_worker_t;
 

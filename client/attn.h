@@ -138,6 +138,8 @@ typedef struct attn_worker_info {
     uint64_t ucx_runs;     /**< layers asked so since start */
     char ucx_ways[32];     /**< how: "shm" (shared memory of its host), and "net" or, once a client
                               came by it, the transport that UCX chose: "tcp", "rc_mlx5", ... */
+    uint32_t gpu_clients;  /**< that have memory of its GPU for tensors of theirs ... */
+    uint64_t gpu_runs;     /**< ... and of ucx_runs, layers asked so: from GPU to GPU */
     /* Constants of the cost model, as measured at its start; 0: not known. */
     double attend_seconds; /**< of attention over next to nothing */
     double few_flops[4];   /**< FLOP/s over KV of each attn_dtype_t, for up to 64 packed rows (n_q *

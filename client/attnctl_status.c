@@ -32,8 +32,13 @@ print_ucx(const attn_worker_info_t *w)
     if (!w->ucx) {
         printf("  none: gRPC\n");
     } else {
-        printf("  %s: %u clients, %.0f %% of layers\n", w->ucx_ways, w->ucx_clients,
+        printf("  %s: %u clients, %.0f %% of layers", w->ucx_ways, w->ucx_clients,
                w->runs > 0 ? fmin(100.0 * (double)w->ucx_runs / (double)w->runs, 100) : 0);
+        if (w->gpu_clients > 0 || w->gpu_runs > 0) {
+            printf("; GPU to GPU: %u, %.0f %%", w->gpu_clients,
+                   w->runs > 0 ? fmin(100.0 * (double)w->gpu_runs / (double)w->runs, 100) : 0);
+        }
+        printf("\n");
     }
 }
 
@@ -113,6 +118,8 @@ worker_json(const attn_worker_info_t *w, rates_t rates)
     cJSON_AddBoolToObject(object, "ucx", w->ucx);
     attnctl_json_u64(object, "ucx_clients", w->ucx_clients);
     attnctl_json_u64(object, "ucx_runs", w->ucx_runs);
+    attnctl_json_u64(object, "gpu_clients", w->gpu_clients);
+    attnctl_json_u64(object, "gpu_runs", w->gpu_runs);
     cJSON_AddStringToObject(object, "ucx_ways", w->ucx_ways);
     cJSON_AddBoolToObject(object, "leaving", w->leaving);
     cJSON_AddNumberToObject(object, "runs_per_s", w->alive ? rates.runs : 0);

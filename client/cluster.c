@@ -555,6 +555,8 @@ cluster_describe(cluster_t *cluster, attn_cluster_info_t *info)
                                      .ucx               = w->ucx,
                                      .ucx_clients       = w->ucx_clients,
                                      .ucx_runs          = w->ucx_runs,
+                                     .gpu_clients       = w->gpu_clients,
+                                     .gpu_runs          = w->gpu_runs,
                                      .leaving           = w->leaving,
                                      .attend_seconds    = w->speed.attend_seconds,
                                      .hop_seconds       = w->link.hop_seconds,

@@ -45,6 +45,8 @@ typedef struct link_room {
  * ... */
 #define LINK_NO_Q UINT32_C(1)
 #define LINK_NO_KV UINT32_C(2)
+/* ... and it, and its answer, are in the memory of the worker's GPU that goes with the slab */
+#define LINK_ON_GPU UINT32_C(4)
 
 #define LINK_PING_MAX (1u << 20)
 

@@ -624,6 +624,8 @@ wire_worker_decode(const Attn__V1__WorkerInfo *message, attn_worker_info_t *info
         .ucx               = message->ucx,
         .ucx_clients       = message->ucx_clients,
         .ucx_runs          = message->ucx_runs,
+        .gpu_clients       = message->gpu_clients,
+        .gpu_runs          = message->gpu_runs,
         .leaving           = message->leaving,
         .attend_seconds    = message->attend_seconds,
         .hop_seconds       = message->hop_seconds,

@@ -493,6 +493,7 @@ test_figures_and_long_texts_of_a_worker(void **state)
     message.device_bytes = 8, message.device_free_bytes = 9;
     message.kv_bytes_per_s = 10, message.read_bandwidth = 11;
     message.ucx = true, message.ucx_clients = 12, message.ucx_runs = 13;
+    message.gpu_clients = 14, message.gpu_runs = 15;
     double few[] = {1e9, 2e9}, many[] = {3e9, 4e9, 5e9, 6e9}; /* too few, and too many */
     message.few_flops = few, message.n_few_flops = 2;
     message.many_flops = many, message.n_many_flops = 4;
@@ -506,6 +507,7 @@ test_figures_and_long_texts_of_a_worker(void **state)
     assert_true(info.device_bytes == 8 && info.device_free_bytes == 9);
     assert_true(info.kv_bytes_per_s == 10 && info.read_bandwidth == 11);
     assert_true(info.ucx && info.ucx_clients == 12 && info.ucx_runs == 13);
+    assert_true(info.gpu_clients == 14 && info.gpu_runs == 15);
     assert_true(info.attend_seconds == 14 && info.hop_seconds == 15 && info.link_bandwidth == 16);
     assert_true(info.few_flops[ATTN_F32] == 1e9 && info.few_flops[ATTN_F16] == 2e9);
     assert_true(info.few_flops[ATTN_BF16] == 0 && info.few_flops[ATTN_DTYPE_NONE] == 0);

@@ -7,6 +7,7 @@
 #include "daemon/meter.h"
 #include "daemon/steps_int.h"
 #include "daemon/ticket.h"
+#include "kernels/memory.h"
 
 #include <pthread.h>
 #include <stdio.h>
@@ -20,6 +21,7 @@ struct lender {
     char reason[256];
     ucx_crew_t *far; /* of messages; NULL: none are taken, because ... */
     char far_reason[256];
+    lender_gpu_t *gpu;
     pthread_mutex_t lock;
     struct lending *lendings; /* under the lock */
 };
@@ -29,6 +31,7 @@ typedef struct lending {
     lender_t *lender;
     rpc_call_t *call;
     ucx_session_t *session;
+    gpu_slab_t *gpu; /* NULL: none; under the lender's lock */
     struct lending *next, **link;
 } lending_t;
 
@@ -139,6 +142,7 @@ offer(const lending_t *lending)
     reply.bytes        = offered.bytes;
     reply.messages     = offered.messages;
     reply.ucx_version  = offered.version;
+    reply.gpu          = !offered.messages && lender_gpu_lends(lending->lender->gpu);
     return rpc_call_send(lending->call, &(rpc_outgoing_t){.head = &reply.base});
 }
 
@@ -179,15 +183,48 @@ broken(void *arg, const char *why)
     rpc_call_end(lending->call, ATTN_ERR_UNAVAILABLE, sentence);
 }
 
-/* The second message of a stream: where the answers of a session of messages go. */
+/* Memory of our GPU beside the slab. Where there is none the client is told why, and goes on. */
 static attn_status_t
-take_address(lending_t *lending, rpc_message_t *message)
+lend_gpu(lending_t *lending)
+{
+    lender_t *lender          = lending->lender;
+    Attn__V1__SlabReply reply = ATTN__V1__SLAB_REPLY__INIT;
+    Attn__V1__GpuSlab words   = ATTN__V1__GPU_SLAB__INIT;
+    gpu_slab_t *slab          = NULL;
+
+    if (lending->gpu != NULL || !lender_gpu_lends(lender->gpu)) {
+        return attn_fail(ATTN_ERR_INVALID, lending->gpu != NULL
+                                               ? "memory of the GPU is asked for once a stream"
+                                               : "no memory of a GPU was offered");
+    }
+    attn_status_t status = gpu_slab_open(lender->gpu, lending->session, &slab);
+    if (status == ATTN_OK) {
+        words.key.data = (uint8_t *)gpu_slab_key(slab);
+        words.key.len  = ATTN_SHARED_KEY;
+        pthread_mutex_lock(&lender->lock);
+        lending->gpu = slab;
+        pthread_mutex_unlock(&lender->lock);
+    } else {
+        words.refused = (char *)attn_last_error();
+        attn_log(ATTN_LOG_INFO, "worker.no_gpu_slab", "reason=\"%s\"", attn_last_error());
+    }
+    reply.gpu_slab = &words;
+    return rpc_call_send(lending->call, &(rpc_outgoing_t){.head = &reply.base});
+}
+
+/* The second message of a stream: where the answers of a session of messages go, or that memory of
+ * the GPU is wanted. */
+static attn_status_t
+take_second(lending_t *lending, rpc_message_t *message)
 {
     ProtobufCMessage *head;
 
     attn_status_t status = rpc_message_unpack(message, &attn__v1__slab_request__descriptor, &head);
     if (status != ATTN_OK) {
         return status;
+    }
+    if (((const Attn__V1__SlabRequest *)head)->gpu) {
+        return lend_gpu(lending);
     }
     const ProtobufCBinaryData *address = &((const Attn__V1__SlabRequest *)head)->address;
     return address->len > 0
@@ -205,7 +242,7 @@ slab_handle(void *service, rpc_call_t *call, rpc_message_t *message)
         return;
     }
     status = rpc_call_context(call) == NULL ? begin_lending(service, call, message)
-                                            : take_address(rpc_call_context(call), message);
+                                            : take_second(rpc_call_context(call), message);
     rpc_message_free(message);
     if (status == ATTN_OK) {
         rpc_call_next(call, 0); /* none comes: this is to hear of the end */
@@ -229,6 +266,7 @@ slab_closed(void *service, rpc_call_t *call)
         }
         pthread_mutex_unlock(&lender->lock);
         ucx_session_close(lending->session);
+        gpu_slab_unref(lending->gpu);
         free(lending);
     }
 }
@@ -250,7 +288,36 @@ typedef struct step_slot {
     steps_t *steps;
     uint64_t step_id;
     steps_sizes_t sizes;
+    gpu_slab_t *gpu; /* a reference; NULL: runs have their tensors in the slab */
+    uint8_t *gpu_in, *gpu_out;
 } step_slot_t;
+
+static void
+slot_gone(void *arg)
+{
+    step_slot_t *slot = arg;
+
+    gpu_slab_unref(slot->gpu);
+    free(slot);
+}
+
+/* Where the tensors of a run are. */
+static attn_status_t
+tensors_at(const step_slot_t *slot, uint32_t flags, const uint8_t **data, uint8_t **answer)
+{
+    if ((flags & LINK_ON_GPU) == 0) {
+        return ATTN_OK;
+    }
+    if (slot->gpu == NULL) {
+        return attn_fail(ATTN_ERR_INVALID,
+                         "no memory of the GPU goes with the slot of step %016llx",
+                         (unsigned long long)slot->step_id);
+    }
+    gpu_slab_count(slot->gpu);
+    *data   = slot->gpu_in;
+    *answer = slot->gpu_out;
+    return ATTN_OK;
+}
 
 static attn_status_t
 run(void *arg, const ucx_head_t *head, const uint8_t *data, uint8_t *answer, ucx_head_t *reply)
@@ -270,16 +337,21 @@ run(void *arg, const ucx_head_t *head, const uint8_t *data, uint8_t *answer, ucx
             (unsigned long long)head->bytes, (unsigned long long)slot->step_id,
             (unsigned long long)(q + k + v), (unsigned long long)q, (unsigned long long)(k + v));
     }
-    bool answers = q > 0 && s->answer > 0;
-    attn_status_t status =
+    bool answers         = q > 0 && s->answer > 0;
+    attn_status_t status = tensors_at(slot, head->flags, &data, &answer);
+    if (status != ATTN_OK) {
+        return status;
+    }
+    status =
         slot->steps->ops->run(slot->steps->service, &(steps_layer_t){
-                                                        .step_id    = slot->step_id,
-                                                        .layer      = head->number,
-                                                        .q          = q > 0 ? data : NULL,
-                                                        .k          = k > 0 ? data + q : NULL,
-                                                        .v          = k > 0 ? data + q + k : NULL,
-                                                        .answer     = answers ? answer : NULL,
-                                                        .sizes      = s,
+                                                        .step_id = slot->step_id,
+                                                        .layer   = head->number,
+                                                        .q       = q > 0 ? data : NULL,
+                                                        .k       = k > 0 ? data + q : NULL,
+                                                        .v       = k > 0 ? data + q + k : NULL,
+                                                        .answer  = answers ? answer : NULL,
+                                                        .sizes   = s,
+                                                        .on_gpu  = (head->flags & LINK_ON_GPU) != 0,
                                                         .compute_ns = &reply->took_ns,
                                                     });
     if (status != ATTN_OK) {
@@ -322,9 +394,49 @@ session_find(lender_t *lender, uint64_t number, uint64_t secret, ucx_session_t *
     return status;
 }
 
+/* The memory of the GPU that goes with a session, with a reference; NULL: none. */
+static gpu_slab_t *
+gpu_of(lender_t *lender, const ucx_session_t *session)
+{
+    gpu_slab_t *slab = NULL;
+
+    pthread_mutex_lock(&lender->lock);
+    for (lending_t *l = lender->lendings; l != NULL; l = l->next) {
+        slab = l->session == session ? l->gpu : slab;
+    }
+    if (slab != NULL) {
+        gpu_slab_ref(slab);
+    }
+    pthread_mutex_unlock(&lender->lock);
+    return slab;
+}
+
+/* The place in the GPU's memory that goes with the slot's, if the step can have its tensors there.
+ */
+static bool
+find_gpu(lender_t *lender, const ucx_session_t *session, const ucx_place_t *place,
+         step_slot_t *slot)
+{
+    const steps_ops_t *ops = lender->steps->ops;
+    gpu_slab_t *slab       = gpu_of(lender, session);
+
+    if (slab == NULL) {
+        attn_fail(ATTN_ERR_NOT_FOUND, "no memory of the GPU was lent with this slab");
+        return false;
+    }
+    if (ops->lend(lender->steps->service, slot->step_id) != ATTN_OK) {
+        gpu_slab_unref(slab);
+        return false;
+    }
+    slot->gpu     = slab;
+    slot->gpu_in  = gpu_slab_in(slab, place);
+    slot->gpu_out = gpu_slab_out(slab, place);
+    return true;
+}
+
 attn_status_t
 lender_slot_open(lender_t *lender, uint64_t step_id, const Attn__V1__Slot *asked,
-                 ucx_slot_t **slot_p)
+                 ucx_slot_t **slot_p, bool *gpu_p)
 {
     ucx_place_t place = {.offset = asked->offset, .in = asked->in, .out = asked->out};
     ucx_session_t *session;
@@ -345,12 +457,14 @@ lender_slot_open(lender_t *lender, uint64_t step_id, const Attn__V1__Slot *asked
     if (status == ATTN_OK) {
         status = session_find(lender, asked->session, asked->secret, &session);
     }
-    if (status == ATTN_OK) {
-        status = ucx_slot_open(session, &place, step_id, run, free, slot, slot_p);
+    if (status == ATTN_OK) { /* which checks the place: before it nobody uses what is found */
+        *gpu_p = asked->gpu && find_gpu(lender, session, &place, slot);
+        status = ucx_slot_open(session, &place, step_id, run, slot_gone, slot, slot_p);
         ucx_session_release(session);
     }
     if (status != ATTN_OK) {
-        free(slot);
+        *gpu_p = false;
+        slot_gone(slot);
     }
     return status;
 }
@@ -378,6 +492,12 @@ lender_describe(lender_t *lender, ucx_figures_t *near, ucx_figures_t *far)
 {
     crew_describe(lender->crew, near);
     crew_describe(lender->far, far);
+}
+
+void
+lender_describe_gpu(lender_t *lender, lender_gpu_figures_t *figures)
+{
+    lender_gpu_describe(lender->gpu, figures);
 }
 
 /* One of the two crews. If it is not to be, or cannot be: why. */
@@ -431,7 +551,9 @@ lender_create(rpc_server_t *server, steps_t *steps, const lender_options_t *opti
                                         .closed    = slab_closed};
     lender_t *lender                 = calloc(1, sizeof(*lender));
 
-    if (lender == NULL) {
+    if (lender == NULL ||
+        lender_gpu_create(options->gpu, options->gpu_memory, &lender->gpu) != ATTN_OK) {
+        free(lender);
         return attn_fail(ATTN_ERR_NO_MEMORY, "no memory for the Slab method");
     }
     lender->steps   = steps;
@@ -449,6 +571,7 @@ lender_destroy(lender_t *lender)
     if (lender != NULL) {
         ucx_crew_destroy(lender->crew);
         ucx_crew_destroy(lender->far);
+        lender_gpu_destroy(lender->gpu);
         pthread_mutex_destroy(&lender->lock);
         free(lender);
     }

@@ -6,6 +6,7 @@
 #ifndef ATTN_DAEMON_LENDER_H
 #define ATTN_DAEMON_LENDER_H
 
+#include "daemon/lender_gpu.h"
 #include "daemon/steps.h"
 #include "rpc/ucx.h"
 
@@ -14,6 +15,8 @@ typedef struct lender_options {
     uint64_t slab_bytes; /**< of one, at most */
     uint32_t spin_us;    /**< look for runs so long in vain before sleeping */
     const char *network; /**< devices that messages come by; empty: none */
+    int gpu;             /**< whose memory goes with slabs; -1: none */
+    uint64_t gpu_memory; /**< bytes of it, in all; 0: none */
 } lender_options_t;
 
 /** Add Slab to the server, whose other methods are those of steps. Without UCX here streams are
@@ -33,14 +36,18 @@ bool lender_lends(const lender_t *lender);
 /** Of shared memory, and of messages; zeros where there are none. */
 void lender_describe(lender_t *lender, ucx_figures_t *near, ucx_figures_t *far);
 
+void lender_describe_gpu(lender_t *lender, lender_gpu_figures_t *figures);
+
 /* ---- for stream_ops.c ---- */
 
 /**
  * Open the slot that begin asked for.
+ * @param gpu_p  set: its runs may have their tensors in the memory of the GPU that goes with the
+ *               slab; if that was asked for and is not so, the sentence says why
  * @return ATTN_ERR_NOT_FOUND session, ATTN_ERR_INVALID place, or its room is not what the step's
  * runs take; ATTN_ERR_EXHAUSTED too many, ATTN_ERR_UNSUPPORTED no slabs here
  */
 attn_status_t lender_slot_open(lender_t *lender, uint64_t step_id, const Attn__V1__Slot *slot,
-                               ucx_slot_t **slot_p);
+                               ucx_slot_t **slot_p, bool *gpu_p);
 
 #endif

@@ -98,6 +98,7 @@ received(void *arg, attn_status_t status, const char *sentence, rpc_message_t *m
         talk->offer.session              = reply->session;
         talk->offer.secret               = reply->secret;
         talk->offer.bytes                = reply->bytes;
+        talk->offer.gpu                  = reply->gpu;
         atomic_store(&talk->offered, true);
     }
     rpc_message_free(message);
@@ -210,6 +211,27 @@ test_who_is_refused(void **state)
     await_sessions(f, 0);
 }
 
+/* Memory of a GPU goes with no slab here, and was not offered. */
+static void
+test_memory_of_a_gpu_that_was_not_offered(void **state)
+{
+    Attn__V1__SlabRequest request = ATTN__V1__SLAB_REQUEST__INIT;
+    fixture_t *f                  = *state;
+    char host[96];
+
+    ucx_host(host);
+    talk_t *talk = ask(f, SLAB, host);
+    assert_true(atomic_load(&talk->offered));
+    assert_false(talk->offer.gpu);
+    request.gpu = true;
+    rpc_stream_send(talk->stream, &(rpc_outgoing_t){.head = &request.base});
+    assert_true(rpc_client_wait(f->rpc, has_ended, talk, attn_now_ns() + WAIT_NS));
+    assert_int_equal(talk->status, ATTN_ERR_INVALID);
+    assert_non_null(strstr(talk->sentence, "no memory of a GPU was offered"));
+    talk_close(talk);
+    await_sessions(f, 0);
+}
+
 /* A worker that goes down ends the streams that slabs are lent on, and lends no more. */
 static void
 test_draining(void **state)
@@ -236,6 +258,7 @@ main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_setup_teardown(test_slabs_are_lent, setup, teardown),
         cmocka_unit_test_setup_teardown(test_who_is_refused, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_memory_of_a_gpu_that_was_not_offered, setup, teardown),
         cmocka_unit_test_setup_teardown(test_draining, setup, teardown),
     };
 

@@ -312,6 +312,15 @@ static const option_t worker_table[] = {
      .least   = WORKER_UCX_SLAB_LEAST,
      .most    = WORKER_UCX_SLAB_MOST,
      .help    = "Of ucx-memory, for one client at most. Steps whose runs do not fit go over gRPC."},
+    {.name = "gpu-lend",
+     .kind = OPTION_BYTES,
+     OPTION_FIELD(worker_options_t, gpu_lend),
+     .initial = "512MiB",
+     .most    = 64 * TIB,
+     .help =
+         "Memory of the worker's GPU to lend to clients of this host whose tensors are in a GPU's "
+         "memory, of all of them together: with each slab of ucx-memory as much. They copy there "
+         "from GPU to GPU. It is taken as clients come, beside slab and within reserve. 0: none."},
     {.name = "ucx-net",
      .kind = OPTION_TEXT,
      OPTION_FIELD(worker_options_t, ucx_net),

@@ -31,6 +31,7 @@ typedef struct worker_options {
     uint64_t drain_ms;
     uint64_t stall_ms;
     uint64_t message_memory, run_memory; /**< bytes */
+    uint64_t gpu_lend;                   /**< bytes; 0: none */
     uint64_t ucx_memory, ucx_slab;       /**< bytes; ucx_memory 0: none, else ucx_slab or more */
     char ucx_net[OPTIONS_TEXT_MAX];      /**< devices; empty: no messages */
     bool ucx_net_plaintext;

@@ -37,6 +37,8 @@ typedef struct steps_layer {
     uint32_t layer;
     const void *q, *k, *v;
     void *answer;
+    bool on_gpu; /**< they are in the memory of the worker's GPU, and lent for the call alone: of a
+                    step that lend() was called of */
     const engine_lists_t *lists;
     uint32_t n_lists;
     const steps_sizes_t
@@ -54,6 +56,8 @@ typedef struct steps_ops {
     attn_status_t (*begin)(void *service, const ProtobufCMessage *request, steps_begun_t *begun);
     attn_status_t (*sizes)(void *service, uint64_t step_id, steps_sizes_t *sizes);
     attn_status_t (*run)(void *service, const steps_layer_t *layer);
+    /** As engine_step_lend(); NULL where tensors are never on a GPU. */
+    attn_status_t (*lend)(void *service, uint64_t step_id);
     attn_status_t (*commit)(void *service, uint64_t step_id, const engine_commit_t *commit);
     attn_status_t (*abort)(void *service, uint64_t step_id, const char *reason);
 } steps_ops_t;

@@ -94,9 +94,14 @@ open_slot(steps_t *steps, stream_step_t *step, const Attn__V1__WorkerBeginReques
     if (request->slot == NULL) {
         return;
     }
-    reply->slot = lender_slot_open(steps->lender, step->id, request->slot, &step->slot) == ATTN_OK;
+    bool gpu = false;
+    reply->slot =
+        lender_slot_open(steps->lender, step->id, request->slot, &step->slot, &gpu) == ATTN_OK;
+    reply->slot_gpu = gpu;
     if (!reply->slot) {
-        step->slot          = NULL;
+        step->slot = NULL;
+    }
+    if (!reply->slot || (request->slot->gpu && !gpu)) {
         reply->slot_refused = (char *)attn_last_error(); /* this thread's, until its next failure */
     }
 }

@@ -92,6 +92,25 @@ typedef struct ucx_offer {
 /** Bytes that a slot takes. UINT64_MAX: more than there are. */
 uint64_t ucx_place_bytes(const ucx_place_t *place);
 
+static inline uint64_t
+ucx_lines(uint64_t bytes)
+{
+    return bytes / UCX_LINE * UCX_LINE + (bytes % UCX_LINE != 0) * UCX_LINE;
+}
+
+/** Where data of requests and of answers lie, in bytes from the slab's beginning. */
+static inline uint64_t
+ucx_place_in(const ucx_place_t *place)
+{
+    return place->offset + UCX_LINE;
+}
+
+static inline uint64_t
+ucx_place_out(const ucx_place_t *place)
+{
+    return ucx_place_in(place) + ucx_lines(place->in) + UCX_LINE + UCX_SENTENCE_ROOM;
+}
+
 /** As memcpy(), which is slow for some offsets of some cores (rpc_copy()). */
 void ucx_copy(void *to, const void *from, uint64_t bytes);
 

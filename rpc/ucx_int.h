@@ -30,12 +30,6 @@ typedef struct ucx_card {
 
 _Static_assert(sizeof(ucx_card_t) == UCX_SLOTS_FROM, "slots begin where the card ends");
 
-static inline uint64_t
-ucx_lines(uint64_t bytes)
-{
-    return bytes / UCX_LINE * UCX_LINE + (bytes % UCX_LINE != 0) * UCX_LINE;
-}
-
 /* The parts of a slot, in bytes from its place's offset; sizes are known to be sane. */
 static inline ucx_head_t *
 ucx_request_at(uint8_t *slab, const ucx_place_t *place)
@@ -46,7 +40,7 @@ ucx_request_at(uint8_t *slab, const ucx_place_t *place)
 static inline uint8_t *
 ucx_data_at(uint8_t *slab, const ucx_place_t *place)
 {
-    return slab + place->offset + UCX_LINE;
+    return slab + ucx_place_in(place);
 }
 
 static inline ucx_head_t *
@@ -64,7 +58,7 @@ ucx_sentence_at(uint8_t *slab, const ucx_place_t *place)
 static inline uint8_t *
 ucx_answer_data_at(uint8_t *slab, const ucx_place_t *place)
 {
-    return (uint8_t *)ucx_sentence_at(slab, place) + UCX_SENTENCE_ROOM;
+    return slab + ucx_place_out(place);
 }
 
 /* What was written is seen by others before what is read next. ThreadSanitizer knows no fences; it

@@ -165,7 +165,9 @@ take_worker(const Attn__V1__WorkerInfo *info, dir_worker_t *worker)
                              .kv_rate      = info->kv_bytes_per_s,
                              .ucx          = info->ucx,
                              .ucx_clients  = info->ucx_clients,
-                             .ucx_runs     = info->ucx_runs};
+                             .ucx_runs     = info->ucx_runs,
+                             .gpu_clients  = info->gpu_clients,
+                             .gpu_runs     = info->gpu_runs};
     attn_status_t status =
         coordinator_take_text("address", info->address, worker->address, sizeof(worker->address));
     if (status == ATTN_OK) {

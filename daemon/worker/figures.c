@@ -38,6 +38,7 @@ static void
 expose_ucx(worker_t *worker, expose_t *e)
 {
     ucx_figures_t n, f;
+    lender_gpu_figures_t gpu;
 
     lender_describe(worker->lender, &n, &f);
 #define WAYS(name, type, help, field)                                                              \
@@ -54,6 +55,12 @@ expose_ucx(worker_t *worker, expose_t *e)
 #undef WAYS
     expose_counter(e, "attnd_ucx_rings_total", "Clients woken by a message for their answer.",
                    n.rings);
+    lender_describe_gpu(worker->lender, &gpu);
+    expose_gauge(e, "attnd_gpu_clients", "Clients that have memory of the GPU for their tensors.",
+                 gpu.slabs);
+    expose_gauge(e, "attnd_gpu_lent_bytes", "That memory.", (double)gpu.bytes);
+    expose_counter(e, "attnd_gpu_runs_total", "Layers asked through UCX whose tensors were in it.",
+                   gpu.runs);
 }
 
 /* Chunks between workers. */
@@ -69,8 +76,8 @@ expose_copies(worker_t *worker, expose_t *e)
     expose_counter(e, "attnd_copies_failed_total", "Chunks that did not come.", copies.failed);
     expose_counter(e, "attnd_copies_corrupt_total",
                    "Chunks of which a part was not what had been sent.", copies.corrupt);
-    expose_counter(e, "attnd_copied_away_bytes_total", "k and v sent to workers and clients that read chunks.",
-                   copies.bytes_out);
+    expose_counter(e, "attnd_copied_away_bytes_total",
+                   "k and v sent to workers and clients that read chunks.", copies.bytes_out);
 }
 
 static void
@@ -122,6 +129,7 @@ status(void *service)
     engine_info_t engine;
     figures_t figures;
     ucx_figures_t near, far;
+    lender_gpu_figures_t gpu;
 
     gather(worker, &engine, &figures);
     cJSON *object = figures_status(&figures);
@@ -145,6 +153,9 @@ status(void *service)
     lender_describe(worker->lender, &near, &far);
     cJSON_AddNumberToObject(object, "ucx_clients", near.sessions + far.sessions);
     cJSON_AddNumberToObject(object, "ucx_runs", (double)(near.requests + far.requests));
+    lender_describe_gpu(worker->lender, &gpu);
+    cJSON_AddNumberToObject(object, "gpu_clients", gpu.slabs);
+    cJSON_AddNumberToObject(object, "gpu_runs", (double)gpu.runs);
     cJSON_AddNumberToObject(object, "kv_bytes_per_s", engine.kv_rate);
     cJSON_AddStringToObject(object, "device", worker->device);
     cJSON_AddNumberToObject(object, "device_bytes", (double)engine.device.total_bytes);

@@ -86,11 +86,22 @@ step_run(void *service, const steps_layer_t *l)
     engine_sizes_t made_for = {
         .q = l->sizes->q, .k = l->sizes->k, .v = l->sizes->v, .answer = l->sizes->answer};
 
-    uint64_t start       = attn_now_ns();
-    attn_status_t status = engine_step_run_lists(worker->engine, l->step_id, l->layer, l->q, l->k,
-                                                 l->v, l->answer, &made_for, l->lists, l->n_lists);
-    *l->compute_ns       = attn_now_ns() - start;
+    uint64_t start = attn_now_ns();
+    attn_status_t status =
+        l->on_gpu ? engine_step_run_lent(worker->engine, l->step_id, l->layer, (void *)l->q,
+                                         (void *)l->k, (void *)l->v, l->answer, &made_for)
+                  : engine_step_run_lists(worker->engine, l->step_id, l->layer, l->q, l->k, l->v,
+                                          l->answer, &made_for, l->lists, l->n_lists);
+    *l->compute_ns = attn_now_ns() - start;
     return status;
+}
+
+static attn_status_t
+step_lend(void *service, uint64_t step_id)
+{
+    worker_t *worker = service;
+
+    return engine_step_lend(worker->engine, step_id);
 }
 
 static attn_status_t
@@ -115,6 +126,7 @@ static const steps_ops_t step_ops = {
     .begin  = step_begin,
     .sizes  = step_sizes,
     .run    = step_run,
+    .lend   = step_lend,
     .commit = step_commit,
     .abort  = step_abort,
 };
@@ -402,10 +414,12 @@ void
 worker_describe(worker_t *worker, Attn__V1__WorkerInfo *info, char ways[WORKER_WAYS_ROOM])
 {
     ucx_figures_t near, far;
+    lender_gpu_figures_t gpu;
     engine_info_t engine;
 
     engine_describe(worker->engine, &engine);
     lender_describe(worker->lender, &near, &far);
+    lender_describe_gpu(worker->lender, &gpu);
     attn__v1__worker_info__init(info);
     info->id           = atomic_load(&worker->id);
     info->incarnation  = atomic_load(&worker->incarnation);
@@ -429,6 +443,8 @@ worker_describe(worker_t *worker, Attn__V1__WorkerInfo *info, char ways[WORKER_W
     info->ucx         = lender_lends(worker->lender);
     info->ucx_clients = near.sessions + far.sessions;
     info->ucx_runs    = near.requests + far.requests;
+    info->gpu_clients = gpu.slabs;
+    info->gpu_runs    = gpu.runs;
     snprintf(ways, WORKER_WAYS_ROOM, "%s%s%s", near.way,
              near.way[0] != '\0' && far.way[0] != '\0' ? " " : "", far.way);
     info->ucx_ways = ways;
@@ -550,7 +566,9 @@ worker_serve(worker_t *worker)
                                &(lender_options_t){.memory     = worker->options.ucx_memory,
                                                    .slab_bytes = worker->options.ucx_slab,
                                                    .spin_us    = (uint32_t)worker->options.spin_us,
-                                                   .network    = worker->options.ucx_net},
+                                                   .network    = worker->options.ucx_net,
+                                                   .gpu        = engine_gpu(worker->engine),
+                                                   .gpu_memory = worker->options.gpu_lend},
                                &worker->lender);
     }
     if (status == ATTN_OK) {

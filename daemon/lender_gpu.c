@@ -1,0 +1,165 @@
+#include "daemon/lender_gpu.h"
+
+#include "base/status.h"
+#include "client/slab_card.h"
+#include "kernels/memory.h"
+
+#include <pthread.h>
+#include <stdlib.h>
+
+struct lender_gpu {
+    int gpu;
+    uint64_t memory_max;
+    atomic_uint_fast64_t runs;
+    pthread_mutex_t lock; /* guards what follows */
+    uint64_t bytes;
+    uint32_t n;
+};
+
+struct gpu_slab {
+    lender_gpu_t *gpu;
+    attn_shared_t *memory;
+    uint64_t bytes;
+    atomic_uint references;
+};
+
+attn_status_t
+lender_gpu_create(int gpu, uint64_t memory, lender_gpu_t **gpu_p)
+{
+    lender_gpu_t *made = calloc(1, sizeof(*made));
+
+    if (made == NULL) {
+        return attn_fail(ATTN_ERR_NO_MEMORY, "no memory to lend some of a GPU");
+    }
+    made->gpu        = gpu;
+    made->memory_max = memory;
+    pthread_mutex_init(&made->lock, NULL);
+    *gpu_p = made;
+    return ATTN_OK;
+}
+
+void
+lender_gpu_destroy(lender_gpu_t *gpu)
+{
+    if (gpu != NULL) {
+        pthread_mutex_destroy(&gpu->lock);
+        free(gpu);
+    }
+}
+
+bool
+lender_gpu_lends(const lender_gpu_t *gpu)
+{
+    return gpu->gpu >= 0 && gpu->memory_max > 0;
+}
+
+void
+lender_gpu_describe(lender_gpu_t *gpu, lender_gpu_figures_t *figures)
+{
+    pthread_mutex_lock(&gpu->lock);
+    *figures = (lender_gpu_figures_t){
+        .bytes = gpu->bytes, .slabs = gpu->n, .runs = atomic_load(&gpu->runs)};
+    pthread_mutex_unlock(&gpu->lock);
+}
+
+/* ---- slabs ---- */
+
+static attn_status_t
+reserve(lender_gpu_t *gpu, uint64_t bytes)
+{
+    attn_status_t status = ATTN_OK;
+
+    pthread_mutex_lock(&gpu->lock);
+    if (bytes > gpu->memory_max || gpu->bytes > gpu->memory_max - bytes) {
+        status = attn_fail(ATTN_ERR_EXHAUSTED,
+                           "%llu bytes of GPU %d are lent to clients, and %llu more would be above "
+                           "gpu-lend, %llu",
+                           (unsigned long long)gpu->bytes, gpu->gpu, (unsigned long long)bytes,
+                           (unsigned long long)gpu->memory_max);
+    } else {
+        gpu->bytes += bytes;
+        gpu->n++;
+    }
+    pthread_mutex_unlock(&gpu->lock);
+    return status;
+}
+
+static void
+unreserve(lender_gpu_t *gpu, uint64_t bytes)
+{
+    pthread_mutex_lock(&gpu->lock);
+    gpu->bytes -= bytes;
+    gpu->n--;
+    pthread_mutex_unlock(&gpu->lock);
+}
+
+attn_status_t
+gpu_slab_open(lender_gpu_t *gpu, const ucx_session_t *session, gpu_slab_t **slab_p)
+{
+    ucx_offer_t offer;
+    gpu_slab_t *slab = calloc(1, sizeof(*slab));
+
+    if (slab == NULL) {
+        return attn_fail(ATTN_ERR_NO_MEMORY, "no memory to lend some of a GPU");
+    }
+    ucx_session_offer(session, &offer);
+    slab_card_t card = {.magic   = SLAB_CARD_MAGIC,
+                        .session = offer.session,
+                        .secret  = offer.secret,
+                        .bytes   = offer.bytes};
+    slab->gpu        = gpu;
+    slab->bytes      = offer.bytes;
+    atomic_init(&slab->references, 1);
+    attn_status_t status = reserve(gpu, slab->bytes);
+    if (status != ATTN_OK) {
+        free(slab);
+        return status;
+    }
+    status = attn_shared_create(gpu->gpu, slab->bytes, &card, sizeof(card), &slab->memory);
+    if (status != ATTN_OK) {
+        gpu_slab_unref(slab);
+        return status;
+    }
+    *slab_p = slab;
+    return ATTN_OK;
+}
+
+const uint8_t *
+gpu_slab_key(const gpu_slab_t *slab)
+{
+    return attn_shared_key(slab->memory);
+}
+
+void
+gpu_slab_ref(gpu_slab_t *slab)
+{
+    atomic_fetch_add(&slab->references, 1);
+}
+
+void
+gpu_slab_unref(gpu_slab_t *slab)
+{
+    if (slab != NULL && atomic_fetch_sub(&slab->references, 1) == 1) {
+        attn_shared_unref(slab->memory);
+        unreserve(slab->gpu, slab->bytes);
+        free(slab);
+    }
+}
+
+uint8_t *
+gpu_slab_in(const gpu_slab_t *slab, const ucx_place_t *place)
+{
+    return attn_shared_at(slab->memory) + ucx_place_in(place);
+}
+
+uint8_t *
+gpu_slab_out(const gpu_slab_t *slab, const ucx_place_t *place)
+{
+    return attn_shared_at(slab->memory) + ucx_place_out(place);
+}
+
+void
+gpu_slab_count(gpu_slab_t *slab)
+{
+    atomic_fetch_add_explicit(&slab->gpu->runs, 1, memory_order_relaxed);
+}
