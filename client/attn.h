@@ -70,6 +70,17 @@ typedef enum attn_transport {
                            step's workers is reached through UCX in neither way */
 } attn_transport_t;
 
+/** How tensors in a GPU's memory go to a worker that is in another process: attn_step_run(). */
+typedef enum attn_gpu_way {
+    ATTN_GPU_DEFAULT, /**< as $ATTN_GPU_WAY says (auto, staged, mapped), or else auto */
+    ATTN_GPU_AUTO,    /**< from GPU to GPU, if the worker lends memory of its GPU that this process
+                         can map (`attnd worker --gpu-lend`) and has all KV of the step; else
+                         through pinned memory of the host */
+    ATTN_GPU_STAGED,  /**< through pinned memory */
+    ATTN_GPU_MAPPED,  /**< as auto, but a run that would go through pinned memory fails, with the
+                         reason */
+} attn_gpu_way_t;
+
 typedef struct attn_client_options {
     size_t size;              /**< sizeof(attn_client_options_t) */
     uint32_t timeout_ms;      /**< of every call but steps': default 10,000, at most 60,000 */
@@ -87,6 +98,7 @@ typedef struct attn_client_options {
                                     are reached by; ATTN_TLS_SERVER_NAME */
 
     attn_transport_t transport; /**< of runs */
+    attn_gpu_way_t gpu_way;     /**< of tensors in a GPU's memory */
 } attn_client_options_t;
 
 ATTN_API void attn_client_options_init(attn_client_options_t *options);
@@ -206,6 +218,10 @@ typedef struct attn_link_info {
     double hop_seconds;    /**< of a small one, there and back, median */
     double send_seconds;   /**< of it, the caller's thread until it was sent */
     double link_bandwidth; /**< bytes/s, there and back together, of those of 512 KiB and more */
+    uint64_t runs_mapped;  /**< of runs_ucx: layers whose tensors went from GPU to GPU, by memory
+                              that  the worker lends */
+    char gpu_reason[256]; /**< why tensors of a GPU go through the host's memory, if that was tried;
+                             empty: they do not, or there were none */
 } attn_link_info_t;
 
 /** How a client reaches its workers. */
@@ -217,6 +233,7 @@ typedef struct attn_links_info {
     uint64_t runs_cuda;      /**< runs whose tensors were used in a GPU's memory, where they were;
                                 what is enqueued or replayed is no run */
     uint64_t runs_staged;    /**< and those that were copied through the host's */
+    uint64_t runs_mapped;    /**< and those that were copied to the worker's GPU, and from there */
 } attn_links_info_t;
 
 /** Workers are listed from the first step on that involves them; inproc:// has none.
@@ -460,8 +477,10 @@ ATTN_API attn_status_t attn_step_begin(attn_cache_t *cache, const attn_batch_t *
  * step works with them where they are: tokens and heads of k and v begin at multiples of 16 bytes
  * then, those of q of 4, and o and the LSE are packed, at multiples of an element. In steps with
  * more than 64 rows of an entry for a KV head (n_q x q_heads / kv_heads), q and o are at multiples
- * of 16, too. For any other worker they go through pinned memory, on a stream of the library's that
- * waits for no other, which attn_client_links() counts.
+ * of 16, too. To a worker in another process of this host they are copied from GPU to GPU, where it
+ * lends memory for that and has all KV of the step, and to any other through pinned memory
+ * (attn_gpu_way_t), either way on a stream of the library's that waits for no other;
+ * attn_client_links() counts both.
  *
  * After the first six below the step is as it was, and the layer may be run again; after any
  * other the step is over, and attn_step_abort() frees it.

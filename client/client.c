@@ -393,6 +393,38 @@ open_remote(attn_client_t *client, const char *address)
                              : status;
 }
 
+/* Which way tensors of a GPU go. */
+static attn_status_t
+settle_gpu_way(attn_client_t *client)
+{
+    static const char *const names[] = {
+        [ATTN_GPU_AUTO] = "auto", [ATTN_GPU_STAGED] = "staged", [ATTN_GPU_MAPPED] = "mapped"};
+    const char *said = secure_getenv("ATTN_GPU_WAY");
+
+    client->gpu_way = client->options.gpu_way;
+    if ((unsigned)client->gpu_way > ATTN_GPU_MAPPED) {
+        return attn_fail(ATTN_ERR_INVALID,
+                         "gpu_way is %d: 0 (as $ATTN_GPU_WAY says), 1 (auto), 2 (staged) or 3 "
+                         "(mapped)",
+                         (int)client->gpu_way);
+    }
+    if (client->gpu_way != ATTN_GPU_DEFAULT) {
+        return ATTN_OK;
+    }
+    client->gpu_way = ATTN_GPU_AUTO;
+    for (int i = ATTN_GPU_AUTO; said != NULL && said[0] != '\0'; i++) {
+        if (i > ATTN_GPU_MAPPED) {
+            return attn_fail(ATTN_ERR_INVALID, "ATTN_GPU_WAY is \"%.32s\": auto, staged or mapped",
+                             said);
+        }
+        if (strcmp(said, names[i]) == 0) {
+            client->gpu_way = (attn_gpu_way_t)i;
+            break;
+        }
+    }
+    return ATTN_OK;
+}
+
 attn_status_t
 attn_client_open(const char *target_text, const attn_client_options_t *options,
                  attn_client_t **client_p)
@@ -409,6 +441,9 @@ attn_client_open(const char *target_text, const attn_client_options_t *options,
     }
     client->owns = true;
     status       = options_take(client, options);
+    if (status == ATTN_OK) {
+        status = settle_gpu_way(client);
+    }
     if (status == ATTN_OK) {
         status = target.inproc ? open_inproc(client, &target) : open_remote(client, target_text);
     }
@@ -525,6 +560,7 @@ attn_client_links(attn_client_t *client, attn_links_info_t *info)
         links_asks(client->links) != NULL ? ucx_asks_dropped(links_asks(client->links)) : 0;
     info->runs_cuda   = atomic_load(&client->runs_cuda);
     info->runs_staged = atomic_load(&client->runs_staged);
+    info->runs_mapped = atomic_load(&client->runs_mapped);
     return ATTN_OK;
 }
 

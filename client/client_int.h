@@ -34,9 +34,11 @@ struct attn_client {
     bool stopping;
     pthread_t housekeeper, keeper;
 
-    atomic_uint_fast64_t runs_cuda, runs_staged; /* with tensors of a GPU: there, and copied */
-    struct stages_pool *stages;                  /* what those are copied with; under lock */
-    _Atomic(struct carrier *) carrier;           /* NULL: no submitted run needed one yet */
+    attn_gpu_way_t gpu_way; /* settled: not DEFAULT */
+    /* With tensors of a GPU: there, copied through the host's memory, copied from GPU to GPU. */
+    atomic_uint_fast64_t runs_cuda, runs_staged, runs_mapped;
+    struct stages_pool *stages;        /* what those are copied with; under lock */
+    _Atomic(struct carrier *) carrier; /* NULL: no submitted run needed one yet */
 };
 
 /* What the client knows of a sequence: the layout as last told, kept current by its own commits. */

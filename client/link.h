@@ -12,6 +12,7 @@
 #include "client/attn.h"
 #include "client/way_meter.h"
 #include "engine/engine.h"
+#include "kernels/memory.h"
 #include "rpc/ucx.h"
 
 typedef struct link link_t;
@@ -33,13 +34,25 @@ typedef struct link_run {
     bool waits;           /**< the caller goes on to wait for the rpc client */
     /** NULL, or the run's tensors in the memory of the link's GPU, in place of all pieces. */
     const engine_call_t *device;
+    /** q, k and v are where map() said, and the answer is to be there: of pieces only the lengths
+     * count. */
+    bool mapped;
 } link_run_t;
 
 /** The most that a run of a step takes there and back. Bytes. */
 typedef struct link_room {
     uint64_t in; /**< q, k and v together */
     uint64_t out;
+    bool gpu; /**< its tensors may be in a GPU's memory: map() is called, if the link has it */
 } link_room_t;
+
+/** Where the tensors of a step's runs are to be in memory of the worker's GPU that this process has
+ * mapped: q, k and v side by side, as many of them as a run has, and the answer. */
+typedef struct link_mapped {
+    attn_shared_t *memory; /**< a reference */
+    uint8_t *in, *out;
+    uint64_t in_bytes, out_bytes;
+} link_mapped_t;
 
 /* What a head in shared memory says of its run, in ucx_head_t.flags: its data is q, k, v but for
  * ... */
@@ -110,6 +123,15 @@ typedef struct link_ops {
     /** Free. Nothing may be outstanding. A step neither committed nor aborted is aborted by the
      * worker when it notices. NULL is allowed. */
     void (*step_free)(link_step_t *step);
+
+    /**
+     * Where tensors of a GPU of this process may be copied to, and the answer from, of a step that
+     * has begun. NULL: no such link.
+     * @return ATTN_ERR_UNSUPPORTED and such, with the reason why they go through the host's memory
+     */
+    attn_status_t (*map)(link_step_t *step, int gpu, link_mapped_t *mapped);
+    /** Copies to there, or from there, go on: before step_free(). */
+    void (*adrift)(link_step_t *step);
 
     /* Of links whose worker shares this process' GPU; NULL: no such link. */
 

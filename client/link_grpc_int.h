@@ -32,6 +32,8 @@ struct link_step {
     /* Of link_ucx.c. */
     slab_t *slab;                /* a reference; NULL: runs go over gRPC */
     bool slot;                   /* the worker opened it */
+    bool gpu;                    /* and memory of its GPU goes with it, or may */
+    bool spoilt;                 /* something may be written to the slot still */
     uint64_t number;             /* of the run in progress: pipe_run_aside() */
     ucx_ask_t ask;               /* and what it asked */
     link_step_t *next, **listed; /* among those of the slab that wait; under its lock */

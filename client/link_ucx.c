@@ -6,6 +6,10 @@
  * cancelled and breaks off as over gRPC, and a run that is over by then is one whose answer nobody
  * takes.
  *
+ * Where the tensors are in a GPU's memory, and so is the worker's KV, they can be in neither: the
+ * worker lends memory of its GPU that goes with the slab (slab_gpu.h), who runs a layer has copied
+ * them there, and the slot holds heads alone.
+ *
  * Over gRPC go the runs of a step that the slab has no room for, and those with lists of their own,
  * for a slot holds nothing whose size changes.
  */
@@ -24,7 +28,7 @@
 typedef struct ucx_link {
     grpc_link_t grpc;
     bool strict;
-    atomic_uint_fast64_t runs, steps_no_slot;
+    atomic_uint_fast64_t runs, runs_mapped, steps_no_slot;
     atomic_uint_fast64_t quiet_until_ns; /* about slots that the worker did not open */
     atomic_uint unsaid;                  /* of them, since the last line */
 } ucx_link_t;
@@ -69,6 +73,9 @@ take_place(ucx_link_t *link, const link_room_t *room, uint64_t deadline_ns, link
         slab_release(step->slab);
         step->slab = NULL;
     }
+    if (step->slab != NULL && room->gpu) {
+        step->gpu = slab_ask_gpu(step->slab, deadline_ns);
+    }
     step->ask.answered = answered;
     step->ask.arg      = step;
     return ATTN_OK;
@@ -89,6 +96,7 @@ ucx_link_begin(link_t *base, const engine_batch_t *batch, const link_room_t *roo
     attn_status_t status = take_place(link, room, batch->deadline_ns, step);
     if (status == ATTN_OK && step->slab != NULL) {
         slab_slot(step->slab, &step->ask.place, &slot);
+        slot.gpu = step->gpu;
     }
     if (status == ATTN_OK) {
         status =
@@ -126,11 +134,12 @@ static bool
 has_slot(ucx_link_t *link, link_step_t *step)
 {
     char reason[256];
+    bool gpu;
 
     if (step->slab == NULL || step->slot) {
         return step->slot;
     }
-    step->slot = pipe_has_slot(step->pipe, reason, sizeof(reason));
+    step->slot = pipe_has_slot(step->pipe, &gpu, reason, sizeof(reason));
     if (!step->slot) {
         log_no_slot(link, reason);
         atomic_fetch_add(&link->steps_no_slot, 1);
@@ -141,14 +150,61 @@ has_slot(ucx_link_t *link, link_step_t *step)
     return step->slot;
 }
 
-static uint8_t *
-put(uint8_t *at, const struct iovec *pieces, uint32_t n)
+static attn_status_t
+ucx_link_map(link_step_t *step, int gpu, link_mapped_t *mapped)
 {
-    for (uint32_t i = 0; i < n; i++) {
-        ucx_copy(at, pieces[i].iov_base, pieces[i].iov_len);
-        at += pieces[i].iov_len;
+    char reason[256] = "the step found no room in the shared memory of the worker";
+
+    if (!has_slot(ucx_of(step->link), step)) {
+        return attn_fail(ATTN_ERR_UNSUPPORTED, "%s", reason);
     }
-    return at;
+    if (!step->gpu) {
+        slab_gpu_reason(slab_gpu(step->slab), reason, sizeof(reason));
+        return attn_fail(ATTN_ERR_UNSUPPORTED, "%s",
+                         reason[0] != '\0' ? reason
+                                           : "memory of the worker's GPU was not asked for");
+    }
+    pipe_has_slot(step->pipe, &step->gpu, reason, sizeof(reason));
+    if (!step->gpu) {
+        return attn_fail(ATTN_ERR_UNSUPPORTED, "the worker: %s", reason);
+    }
+    attn_status_t status = slab_gpu_map(slab_gpu(step->slab), gpu, &mapped->memory);
+    if (status == ATTN_OK) {
+        mapped->in        = attn_shared_at(mapped->memory) + ucx_place_in(&step->ask.place);
+        mapped->out       = attn_shared_at(mapped->memory) + ucx_place_out(&step->ask.place);
+        mapped->in_bytes  = step->ask.place.in;
+        mapped->out_bytes = step->ask.place.out;
+    }
+    return status;
+}
+
+static void
+ucx_link_adrift(link_step_t *step)
+{
+    if (step->slab != NULL) {
+        slab_spoil(step->slab);
+        step->spoilt = true;
+    }
+}
+
+/* Bytes of q, k and v of a run: of one that is not mapped they are put into the slot. */
+static uint64_t
+put_all(link_step_t *step, const link_run_t *run)
+{
+    const struct iovec *pieces[] = {run->q, run->k, run->v};
+    const uint32_t counts[]      = {run->n_q, run->n_k, run->n_v};
+    uint8_t *data                = ucx_place_data(slab_peer(step->slab), &step->ask.place);
+    uint64_t bytes               = 0;
+
+    for (uint32_t t = 0; t < 3; t++) {
+        for (uint32_t i = 0; i < counts[t]; i++) {
+            if (!run->mapped) {
+                ucx_copy(data + bytes, pieces[t][i].iov_base, pieces[t][i].iov_len);
+            }
+            bytes += pieces[t][i].iov_len;
+        }
+    }
+    return bytes;
 }
 
 static void
@@ -161,16 +217,13 @@ ucx_link_run(link_step_t *step, const link_run_t *run, link_done_fn done, void *
         return;
     }
     atomic_fetch_add_explicit(&link->runs, 1, memory_order_relaxed);
+    atomic_fetch_add_explicit(&link->runs_mapped, run->mapped, memory_order_relaxed);
     uint64_t number = pipe_run_aside(step->pipe, run, done, arg);
-    uint8_t *data   = ucx_place_data(slab_peer(step->slab), &step->ask.place);
-    uint8_t *at     = put(data, run->q, run->n_q);
-    at              = put(at, run->k, run->n_k);
-    at              = put(at, run->v, run->n_v);
     ucx_head_t head = {.tag    = step->id,
-                       .bytes  = (uint64_t)(at - data),
+                       .bytes  = put_all(step, run),
                        .number = run->layer,
                        .flags = (run->n_q == 0 ? LINK_NO_Q : 0) | (run->n_k == 0 ? LINK_NO_KV : 0) |
-                                (run->waits ? 0 : UCX_RING)};
+                                (run->mapped ? LINK_ON_GPU : 0) | (run->waits ? 0 : UCX_RING)};
     slab_await(step->slab, step, number);
     ucx_ask(&step->ask, slab_peer(step->slab), &head);
     pipe_run_asked(step->pipe);
@@ -190,7 +243,7 @@ ucx_link_step_free(link_step_t *step)
         ucx_forget(&step->ask);
     }
     bool over = pipe_give(step->pipe, step->ended);
-    if (slab != NULL && over) {
+    if (slab != NULL && over && !step->spoilt) {
         ucx_place_give(slab_peer(slab), &step->ask.place);
     } else if (slab != NULL) { /* the worker may write there still */
         slab_spoil(slab);
@@ -210,6 +263,7 @@ ucx_link_describe(link_t *base, attn_link_info_t *info)
     link_grpc_ops.describe(base, info);
     slabs_describe(link->grpc.slabs, info);
     info->runs_ucx      = atomic_load(&link->runs);
+    info->runs_mapped   = atomic_load(&link->runs_mapped);
     info->steps_no_slot = atomic_load(&link->steps_no_slot);
 }
 
@@ -234,6 +288,8 @@ fill_ops(void)
     ucx_ops.begin     = ucx_link_begin;
     ucx_ops.run       = ucx_link_run;
     ucx_ops.step_free = ucx_link_step_free;
+    ucx_ops.map       = ucx_link_map;
+    ucx_ops.adrift    = ucx_link_adrift;
     ucx_ops.describe  = ucx_link_describe;
 }
 

@@ -62,7 +62,7 @@ struct pipe {
     bool copying;           /* a thread is at it: the caller's memory is in use */
     bool aside;             /* the run goes another way ... */
     uint64_t number;        /* ... and is this one */
-    bool slot;              /* what was told of begin */
+    bool slot, slot_gpu;    /* what was told of begin */
     char slot_refused[256];
 
     pipe_t *next; /* in the idle list */
@@ -182,17 +182,19 @@ static void
 receive_begin(pipe_t *pipe, const Attn__V1__StepReply *reply)
 {
     if (pipe->op == PIPE_BEGIN) {
-        pipe->slot = reply->worker_begin->slot;
+        pipe->slot     = reply->worker_begin->slot;
+        pipe->slot_gpu = reply->worker_begin->slot_gpu;
         snprintf(pipe->slot_refused, sizeof(pipe->slot_refused), "%s",
                  reply->worker_begin->slot_refused);
     }
 }
 
 bool
-pipe_has_slot(pipe_t *pipe, char *reason, size_t room)
+pipe_has_slot(pipe_t *pipe, bool *gpu_p, char *reason, size_t room)
 {
     pthread_mutex_lock(&pipe->lock);
     bool slot = pipe->slot;
+    *gpu_p    = slot && pipe->slot_gpu;
     snprintf(reason, room, "%s", pipe->slot_refused);
     pthread_mutex_unlock(&pipe->lock);
     return slot;
@@ -589,7 +591,7 @@ pipe_run_answered(pipe_t *pipe, uint64_t number, attn_status_t status, const cha
         status   = ATTN_ERR_INTERNAL;
         sentence = "the worker's answer is not that of the run asked";
     }
-    if (status == ATTN_OK && bytes > 0) {
+    if (status == ATTN_OK && bytes > 0 && !pipe->run.mapped) {
         take_answer(pipe, data);
     }
     if (status == ATTN_OK && !pipe->replied) {

@@ -68,8 +68,9 @@ void pipe_run_answered(pipe_t *pipe, uint64_t number, attn_status_t status, cons
 void pipe_ref(pipe_t *pipe);
 void pipe_unref(pipe_t *pipe);
 
-/** After begin: did the worker open the slot that was asked for? If not, why. */
-bool pipe_has_slot(pipe_t *pipe, char *reason, size_t room);
+/** After begin: did the worker open the slot that was asked for? If not, why.
+ * @param gpu_p  and is memory of its GPU with it? If that was asked for, and is not, why */
+bool pipe_has_slot(pipe_t *pipe, bool *gpu_p, char *reason, size_t room);
 
 /** As link_ops_t.cancel. */
 void pipe_cancel(pipe_t *pipe);

@@ -47,6 +47,7 @@ struct slab {
     rpc_message_t *message; /* the offer's */
     Attn__V1__SlabReply *offer;
     link_step_t *awaiting; /* steps whose runs wait for answers */
+    slab_gpu_t gpu;
 };
 
 /* ---- life ---- */
@@ -76,6 +77,7 @@ slab_unref(slab_t *slab)
         }
         slabs_unref(slab->slabs);
         rpc_message_free(slab->message);
+        slab_gpu_fini(&slab->gpu);
         pthread_mutex_destroy(&slab->lock);
         free(slab);
     }
@@ -89,6 +91,7 @@ slab_release(slab_t *slab)
     bool last = --slab->users == 0;
     pthread_mutex_unlock(&slab->lock);
     if (last) {
+        slab_gpu_unmap(&slab->gpu);
         rpc_stream_close(slab->stream); /* its end drops the stream's reference */
         slab_unref(slab);
     }
@@ -192,7 +195,12 @@ on_received(void *arg, attn_status_t status, const char *sentence, rpc_message_t
         atomic_store(&slab->answered, true);
         return;
     }
-    rpc_message_free(message); /* a ring: its coming is all it says */
+    if (slab_gpu_is_asked(&slab->gpu) &&
+        rpc_message_unpack(message, &attn__v1__slab_reply__descriptor, &head) == ATTN_OK &&
+        ((const Attn__V1__SlabReply *)head)->gpu_slab != NULL) {
+        slab_gpu_answered(&slab->gpu, ((const Attn__V1__SlabReply *)head)->gpu_slab);
+    }
+    rpc_message_free(message); /* else a ring: its coming is all it says */
     ucx_asks_look(slab->slabs->asks);
 }
 
@@ -263,6 +271,7 @@ map(slab_t *slab)
     snprintf(offer.version, sizeof(offer.version), "%s", r->ucx_version);
     slab->session = r->session;
     slab->secret  = r->secret;
+    slab_gpu_offered(&slab->gpu, r);
     return ucx_peer_open(slab->slabs->asks, &offer, &slab->peer);
 }
 
@@ -278,9 +287,11 @@ slab_open(slabs_t *slabs, bool maps, uint64_t deadline_ns, slab_t **slab_p)
     slab->references = 2;
     slab->users      = 1;
     pthread_mutex_init(&slab->lock, NULL);
+    slab_gpu_init(&slab->gpu);
     attn_status_t status = rpc_stream_open(slabs->channel, "/attn.v1.Worker/Slab", UINT64_MAX,
                                            on_received, slab, &slab->stream);
     if (status != ATTN_OK) {
+        slab_gpu_fini(&slab->gpu);
         pthread_mutex_destroy(&slab->lock);
         free(slab);
         return status;
@@ -438,6 +449,38 @@ slabs_take(slabs_t *slabs, uint64_t deadline_ns, slab_t **slab_p)
 
 /* ---- for steps ---- */
 
+slab_gpu_t *
+slab_gpu(slab_t *slab)
+{
+    return &slab->gpu;
+}
+
+static bool
+has_said_of_gpu(void *arg)
+{
+    slab_t *slab = arg;
+
+    pthread_mutex_lock(&slab->lock);
+    bool ended = slab->ended;
+    pthread_mutex_unlock(&slab->lock);
+    return ended || !slab_gpu_is_asked(&slab->gpu);
+}
+
+bool
+slab_ask_gpu(slab_t *slab, uint64_t deadline_ns)
+{
+    Attn__V1__SlabRequest request = ATTN__V1__SLAB_REQUEST__INIT;
+    uint64_t until = attn_min(deadline_ns, attn_now_ns() + OPEN_MS_MAX * ATTN_NS_PER_MS);
+
+    if (slab_gpu_is_to_ask(&slab->gpu)) {
+        request.host = "";
+        request.gpu  = true;
+        rpc_stream_send(slab->stream, &(rpc_outgoing_t){.head = &request.base});
+    }
+    rpc_client_wait(slab->slabs->rpc, has_said_of_gpu, slab, until);
+    return slab_gpu_is_lent(&slab->gpu);
+}
+
 ucx_peer_t *
 slab_peer(slab_t *slab)
 {
@@ -500,6 +543,7 @@ slabs_describe(slabs_t *slabs, attn_link_info_t *info)
     if (slabs->current != NULL) {
         snprintf(info->transport, sizeof(info->transport), "ucx %.11s",
                  ucx_peer_way(slabs->current->peer));
+        slab_gpu_reason(&slabs->current->gpu, info->gpu_reason, sizeof(info->gpu_reason));
     } else {
         snprintf(info->transport, sizeof(info->transport), "grpc");
     }

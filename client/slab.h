@@ -9,6 +9,7 @@
 #define ATTN_SLAB_H
 
 #include "client/link_grpc_int.h"
+#include "client/slab_gpu.h"
 
 /** @param channel  stays the caller's, outlives slabs */
 attn_status_t slabs_create(rpc_client_t *rpc, ucx_asks_t *asks, rpc_channel_t *channel,
@@ -27,6 +28,14 @@ void slab_release(slab_t *slab);
 void slab_spoil(slab_t *slab); /* not for later steps */
 
 ucx_peer_t *slab_peer(slab_t *slab);
+
+/**
+ * Ask for memory of the worker's GPU, unless somebody has, and wait for the answer; which may not
+ * come, or be a refusal. @return whether it is lent
+ */
+bool slab_ask_gpu(slab_t *slab, uint64_t deadline_ns);
+
+slab_gpu_t *slab_gpu(slab_t *slab);
 
 /** What begin is to say of a place. */
 void slab_slot(const slab_t *slab, const ucx_place_t *place, Attn__V1__Slot *slot);

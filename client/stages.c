@@ -31,9 +31,18 @@ bytes_of(const stages_t *stages)
     return bytes;
 }
 
+/* Its copies have ended. */
+static void
+unmap(stages_t *stages)
+{
+    attn_shared_unref(stages->mapped);
+    stages->mapped = NULL;
+}
+
 static void
 stages_free(stages_t *stages)
 {
+    unmap(stages);
     for (uint32_t i = 0; i < STAGES_MAX; i++) {
         attn_memory_unpin(stages->gpu, stages->pieces[i].at);
     }
@@ -47,6 +56,7 @@ keep(struct stages_pool *pool, stages_t *stages)
 {
     uint64_t bytes = bytes_of(stages);
 
+    unmap(stages);
     if (pool->n_kept == KEPT || pool->kept_bytes + bytes > KEPT_BYTES) {
         return false;
     }
@@ -179,6 +189,9 @@ stages_give(attn_client_t *client, stages_t *stages)
     }
     attn_status_t status = attn_copies_wait(stages->copies, 0);
     bool kept            = status == ATTN_ERR_DEADLINE;
+    if (!kept) {
+        unmap(stages);
+    }
     pthread_mutex_lock(&client->lock);
     if (kept) {
         stages->next           = client->stages->adrift;

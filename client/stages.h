@@ -16,6 +16,7 @@ typedef struct stages {
         void *at; /**< NULL: none yet */
         uint64_t bytes;
     } pieces[STAGES_MAX];
+    attn_shared_t *mapped; /**< a reference, when they are given back: what copies work with */
     struct stages *next;
 } stages_t;
 

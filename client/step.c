@@ -152,6 +152,7 @@ step_cancel_overdue(attn_step_t *step, uint64_t now_ns)
 void
 step_free(attn_step_t *step)
 {
+    step_stages_free(step);
     for (uint32_t s = 0; s < step->n_shares; s++) {
         share_t *share = &step->shares[s];
         if (share->remote != NULL) {
@@ -170,7 +171,6 @@ step_free(attn_step_t *step)
     for (uint32_t t = 0; t < 4; t++) {
         free(step->packed[t]);
     }
-    step_stages_free(step);
     free(step->gathers);
     free(step->shares);
     split_free(step->split);

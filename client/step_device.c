@@ -1,8 +1,9 @@
 /*
  * step_device.c: tensors in a GPU's memory. A worker in this process on that GPU works with them
  * where they are, if it owns all that the step needs: a run then waits for the device, and
- * attn_step_enqueue() leaves it to the caller's stream. For any other worker a run takes copies
- * through pinned memory, the same way that strided tensors of the host are packed.
+ * attn_step_enqueue() leaves it to the caller's stream. For any other worker a run takes copies: in
+ * memory of the worker's GPU, if the link maps some, else in pinned memory of the host, the same
+ * way that strided tensors of the host are packed. The first run of a step settles which.
  */
 #include "client/step_int.h"
 
@@ -167,15 +168,117 @@ call_of(attn_step_t *step, const attn_run_t *run, const attn_tensor_t *const ten
     return ATTN_OK;
 }
 
-/* ---- through pinned memory ---- */
+/* ---- copies ---- */
 
 _Static_assert(STAGES == STAGES_MAX, "a piece for each tensor");
+
+/* How many workers would have to work with the same tensors, and other reasons against it. */
+static bool
+is_whole(const attn_step_t *step)
+{
+    return step->n_shares == 1 && step->n_gathers == 0 && step->list_room == 0;
+}
+
+/* A caller that does not say where tensors will be has memory lent for it once some were a GPU's.
+ */
+bool
+step_may_map(const attn_step_t *step)
+{
+    const attn_client_t *client = step->client;
+    const link_t *link          = step->shares[0].link;
+    bool seen                   = client->gpu_way == ATTN_GPU_MAPPED ||
+                atomic_load(&client->runs_staged) + atomic_load(&client->runs_mapped) > 0;
+
+    return is_whole(step) && link->ops->map != NULL && client->gpu_way != ATTN_GPU_STAGED &&
+           (step->memory == ATTN_MEMORY_CUDA ||
+            (step->memory == ATTN_MEMORY_AUTO && seen && attn_memory_has_cuda()));
+}
 
 void
 step_stages_free(attn_step_t *step)
 {
+    const share_t *share = &step->shares[0];
+
+    if (step->way == WAY_MAPPED) {
+        if (step->stages != NULL && attn_copies_wait(step->stages->copies, 0) != ATTN_OK) {
+            share->link->ops->adrift(share->remote);
+        }
+        if (step->stages != NULL) {
+            step->stages->mapped = step->mapped.memory;
+        } else {
+            attn_shared_unref(step->mapped.memory);
+        }
+        step->way = WAY_OPEN;
+    }
     stages_give(step->client, step->stages);
     step->stages = NULL;
+}
+
+static attn_status_t
+map_step(attn_step_t *step, int gpu)
+{
+    const share_t *share = &step->shares[0];
+
+    if (step->client->gpu_way == ATTN_GPU_STAGED) {
+        return attn_fail(ATTN_ERR_UNSUPPORTED, "gpu_way is staged");
+    }
+    if (!is_whole(step)) {
+        return attn_fail(ATTN_ERR_UNSUPPORTED,
+                         "the step's KV is on %u workers, or an entry has list_room",
+                         step->n_shares);
+    }
+    if (share->link->ops->map == NULL) {
+        return attn_fail(ATTN_ERR_UNSUPPORTED, "the worker is reached by way of %s",
+                         share->link->ops->name);
+    }
+    return share->link->ops->map(share->remote, gpu, &step->mapped);
+}
+
+/* Which way the step's tensors go, if it is not settled. */
+static attn_status_t
+settle_way(attn_step_t *step, int gpu)
+{
+    if (step->way == WAY_OPEN) {
+        attn_status_t status = map_step(step, gpu);
+        if (status != ATTN_OK && step->client->gpu_way == ATTN_GPU_MAPPED) {
+            return attn_fail_in(ATTN_ERR_UNSUPPORTED,
+                                "gpu_way is mapped, but tensors of GPU %d "
+                                "would go through the host's memory: ",
+                                gpu);
+        }
+        step->way        = status == ATTN_OK ? WAY_MAPPED : WAY_STAGED;
+        step->mapped_gpu = gpu;
+    }
+    return step->way == WAY_STAGED || step->mapped_gpu == gpu
+               ? ATTN_OK
+               : attn_fail(ATTN_ERR_INVALID,
+                           "the tensors are in the memory of GPU %d (-1: the host's), those of the "
+                           "step's first run were in GPU %d's: all runs of a step alike",
+                           gpu, step->mapped_gpu);
+}
+
+/* Room for the copy of a tensor. */
+static attn_status_t
+take_room(attn_step_t *step, int which, uint64_t bytes)
+{
+    bool in        = which < TENSOR_O;
+    uint64_t *used = in ? &step->mapped_in : &step->mapped_out;
+    uint64_t most  = in ? step->mapped.in_bytes : step->mapped.out_bytes;
+    uint8_t *at    = in ? step->mapped.in : step->mapped.out;
+
+    if (!step->mapped_run) {
+        attn_status_t status   = stages_room(step->stages, (uint32_t)which, bytes);
+        step->packed_at[which] = (attn_packed_t){.at = step->stages->pieces[which].at};
+        return status;
+    }
+    if (bytes > most - *used) {
+        return attn_fail(ATTN_ERR_INTERNAL, "%s has %llu bytes: %llu of %llu are left in the slot",
+                         names[which], (unsigned long long)bytes,
+                         (unsigned long long)(most - *used), (unsigned long long)most);
+    }
+    step->packed_at[which] = (attn_packed_t){.at = at + *used, .on_gpu = true};
+    *used += bytes;
+    return ATTN_OK;
 }
 
 static attn_strided_t
@@ -191,7 +294,7 @@ strided_of(const attn_tensor_t *whole, const shape_t *shape)
                             .head_bytes  = shape->dim * size};
 }
 
-/* A tensor in a stage: checked, and with room. */
+/* A tensor's copy: checked, and with room. */
 static attn_status_t
 stage_tensor(attn_step_t *step, int which, const attn_tensor_t *tensor, attn_tensor_t *whole,
              const attn_tensor_t **out)
@@ -204,11 +307,11 @@ stage_tensor(attn_step_t *step, int which, const attn_tensor_t *tensor, attn_ten
     }
     attn_status_t status = check_shape(tensor, which, &shape, whole);
     if (status == ATTN_OK) {
-        status = stages_room(step->stages, which,
-                             shape.rows * shape.heads * shape.dim * attn_dtype_size(shape.dtype));
+        status = take_room(step, which,
+                           shape.rows * shape.heads * shape.dim * attn_dtype_size(shape.dtype));
     }
     step->staged_tensors[which] = (attn_tensor_t){
-        .data = step->stages->pieces[which].at, .dtype = shape.dtype, .memory = ATTN_MEMORY_HOST};
+        .data = step->packed_at[which].at, .dtype = shape.dtype, .memory = ATTN_MEMORY_HOST};
     *out = &step->staged_tensors[which];
     return status;
 }
@@ -233,8 +336,8 @@ stage_all(attn_step_t *step, const attn_run_t *run, const attn_tensor_t *const t
     step->lse_on_gpu = out->q != NULL ? run->lse : NULL;
     if (step->lse_on_gpu != NULL) {
         uint64_t bytes = step->q_rows * step->cache->geometry.q_heads * sizeof(float);
-        status         = stages_room(step->stages, TENSOR_LSE, bytes);
-        out->lse       = step->stages->pieces[TENSOR_LSE].at;
+        status         = take_room(step, TENSOR_LSE, bytes);
+        out->lse       = (float *)(void *)step->packed_at[TENSOR_LSE].at;
     }
     return status;
 }
@@ -249,8 +352,7 @@ fetch_all(attn_step_t *step, const attn_tensor_t *const tensors[TENSORS],
         shape_t shape       = shape_of(step, i);
         attn_strided_t from = strided_of(&whole[i], &shape);
         if (tensors[i] != NULL) {
-            status = attn_copies_fetch(step->stages->copies, &from,
-                                       &(attn_packed_t){.at = step->stages->pieces[i].at});
+            status = attn_copies_fetch(step->stages->copies, &from, &step->packed_at[i]);
         }
     }
     return status;
@@ -262,12 +364,17 @@ stage_run(attn_step_t *step, int gpu, const attn_run_t *run,
           const attn_tensor_t *const tensors[TENSORS], attn_run_t *out)
 {
     attn_tensor_t whole[TENSORS];
+    attn_status_t status = settle_way(step, gpu);
 
+    if (status != ATTN_OK) {
+        return status;
+    }
     if (step->stages != NULL && step->stages->gpu != gpu) {
         step_stages_free(step);
     }
-    attn_status_t status =
-        step->stages == NULL ? stages_take(step->client, gpu, &step->stages) : ATTN_OK;
+    step->mapped_run = step->way == WAY_MAPPED;
+    step->mapped_in = step->mapped_out = 0;
+    status = step->stages == NULL ? stages_take(step->client, gpu, &step->stages) : ATTN_OK;
     if (status == ATTN_OK) {
         status = stage_all(step, run, tensors, whole, out);
     }
@@ -291,15 +398,13 @@ step_tensors_return(attn_step_t *step)
     stages_t *stages     = step->stages;
     shape_t shape        = shape_of(step, TENSOR_O);
     attn_strided_t to    = strided_of(&step->o_on_gpu, &shape);
-    attn_packed_t from   = {.at = stages->pieces[TENSOR_O].at};
-    attn_status_t status = attn_copies_send(stages->copies, &from, &to);
+    attn_status_t status = attn_copies_send(stages->copies, &step->packed_at[TENSOR_O], &to);
 
     if (status == ATTN_OK && step->lse_on_gpu != NULL) {
         uint64_t bytes = shape.rows * shape.heads * sizeof(float);
         to             = (attn_strided_t){
                         .at = (uint8_t *)step->lse_on_gpu, .rows = 1, .heads = 1, .head_bytes = bytes};
-        from.at = stages->pieces[TENSOR_LSE].at;
-        status  = attn_copies_send(stages->copies, &from, &to);
+        status = attn_copies_send(stages->copies, &step->packed_at[TENSOR_LSE], &to);
     }
     return status;
 }
@@ -310,14 +415,20 @@ step_tensors_take(attn_step_t *step, const attn_run_t *run, attn_run_t *out)
     const attn_tensor_t *tensors[TENSORS];
     int worker = step_gpu(step), gpu;
 
-    *out          = *run;
-    step->direct  = false;
-    step->staged  = false;
-    step->staging = false;
+    *out             = *run;
+    step->direct     = false;
+    step->staged     = false;
+    step->staging    = false;
+    step->mapped_run = false;
     tensors_of(step, run, tensors);
     attn_status_t status = gpu_of_all(tensors, run->lse, &gpu);
-    if (status != ATTN_OK || gpu < 0) {
+    if (status != ATTN_OK) {
         return status;
+    }
+    if (gpu < 0) {
+        bool any  = tensors[TENSOR_Q] != NULL || tensors[TENSOR_K] != NULL;
+        step->way = any && step->way == WAY_OPEN ? WAY_STAGED : step->way;
+        return any ? settle_way(step, gpu) : ATTN_OK;
     }
     if (gpu != worker) {
         return stage_run(step, gpu, run, tensors, out);

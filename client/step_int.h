@@ -105,9 +105,15 @@ struct attn_step {
     /* Tensors of a GPU: of the run in progress, unless they are enqueued. */
     engine_call_t call; /* what the worker gets of them where they are ... */
     attn_rows_t rows[TENSORS];
-    bool direct;  /* ... if it does; else they go through stages */
+    bool direct;  /* ... if it does; else they are copied: through stages, or to the worker's GPU */
     bool staging; /* they are on their way there */
     bool staged;  /* o and LSE are to go back from there */
+    bool mapped_run;                               /* there is the worker's GPU */
+    enum { WAY_OPEN, WAY_STAGED, WAY_MAPPED } way; /* as the step's first run went */
+    int mapped_gpu;                                /* whose tensors they are ... */
+    link_mapped_t mapped;                          /* ... and where they go */
+    uint64_t mapped_in, mapped_out;                /* bytes of it that the run has taken */
+    attn_packed_t packed_at[STAGES];               /* the copies of its tensors */
     attn_run_t staged_run;
     attn_step_t *carried; /* the next; under the carrier's lock */
     attn_tensor_t staged_tensors[TENSORS], o_on_gpu;
@@ -176,6 +182,11 @@ attn_status_t step_carry(attn_step_t *step);
 /** Its copies ended so. The step may be gone afterwards. */
 void step_run_carried(attn_step_t *step, attn_status_t status);
 
+/** May its runs' tensors be copied to the GPU of its worker? Before begin there. */
+bool step_may_map(const attn_step_t *step);
+
+/** No run of it is in progress: what it has of stages, and of the worker's GPU. Before its remotes
+ * are freed. */
 void step_stages_free(attn_step_t *step);
 
 /** Into the client's list of open steps, and out of it: freed when nobody looks at it any more. */

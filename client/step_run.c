@@ -236,7 +236,8 @@ share_run(share_t *share, void *q, void *k, void *v, const attn_lists_t *lists)
                          .q          = share->pieces,
                          .compute_ns = &share->compute_ns,
                          .waits      = step->done == NULL,
-                         .device     = step->direct ? &step->call : NULL};
+                         .device     = step->direct ? &step->call : NULL,
+                         .mapped     = step->mapped_run};
 
     if (step->direct) {
         step_share_start(share);
@@ -417,7 +418,7 @@ static void
 count_staged(attn_step_t *step)
 {
     step->staging = false;
-    atomic_fetch_add(&step->client->runs_staged, 1);
+    atomic_fetch_add(step->mapped_run ? &step->client->runs_mapped : &step->client->runs_staged, 1);
 }
 
 void

@@ -268,7 +268,7 @@ worker_launch(test_cluster_t *cluster, uint32_t i)
     const char *slab           = o->slab != NULL ? o->slab : "32MiB";
     const char *drain          = o->drain_ms != NULL ? o->drain_ms : "5000";
     char name[16], paths[3][128];
-    const char *argv[28] = {attnd(),         "worker",
+    const char *argv[32] = {attnd(),         "worker",
                             "--coordinator", cluster->coordinator.address,
                             "--slab",        slab,
                             "--threads",     "1",
@@ -281,6 +281,10 @@ worker_launch(test_cluster_t *cluster, uint32_t i)
     snprintf(name, sizeof(name), "w%u", i);
     if (o->check_store) {
         argv[n++] = "--check-store";
+    }
+    if (o->gpu_lend != NULL) {
+        argv[n++] = "--gpu-lend";
+        argv[n++] = o->gpu_lend;
     }
     if (o->ucx_net) {
         argv[n++] = "--ucx-net";
