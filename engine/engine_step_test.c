@@ -551,6 +551,32 @@ test_steps_that_only_read_share_chunks(void **state)
     pair_close(&p);
 }
 
+/* A device whose memory is the host's has none to lend tensors in; the step goes on as ever. */
+static void
+test_no_tensors_are_lent_on_the_host(void **state)
+{
+    pair_t p;
+    built_t b;
+    engine_sizes_t none = {0};
+
+    (void)state;
+    pair_open(&p);
+    ask_t read = {.seq = &p.a, .base = 280, .n_q = 2};
+    build(&b, &p.w, &read, 1, ALL_CHUNKS);
+    begin(&b);
+    FAILS(engine_step_lend(p.w.engine, b.batch.step_id), ATTN_ERR_UNSUPPORTED, "cpu");
+    FAILS(engine_step_run_lent(p.w.engine, b.batch.step_id, 0, NULL, NULL, NULL, NULL, &none),
+          ATTN_ERR_CONFLICT, "another step");
+    FAILS(engine_step_run_lent(p.w.engine, b.batch.step_id, 0, &p, NULL, NULL, &p, &b.sizes),
+          ATTN_ERR_UNSUPPORTED, "cpu");
+    FAILS(engine_step_lend(p.w.engine, b.batch.step_id + 1), ATTN_ERR_NOT_FOUND, "");
+    run_and_judge(&b, 0);
+    run_and_judge(&b, 1);
+    OK(engine_step_commit(p.w.engine, b.batch.step_id, NULL, 0));
+    pair_check(&p);
+    pair_close(&p);
+}
+
 int
 main(void)
 {
@@ -558,6 +584,7 @@ main(void)
         cmocka_unit_test(test_abort_after_each_number_of_runs),
         cmocka_unit_test(test_runs_are_timed),
         cmocka_unit_test(test_abort_after_failed_runs),
+        cmocka_unit_test(test_no_tensors_are_lent_on_the_host),
         cmocka_unit_test(test_the_deadline_aborts),
         cmocka_unit_test(test_a_begin_that_fails_leaves_nothing),
         cmocka_unit_test(test_begin_and_run_may_be_repeated),

@@ -287,6 +287,23 @@ test_all_kinds_of_runs(void **state)
     assert_int_equal(attn_step_run(step, 0, &t.q, NULL, NULL, &t.o, NULL), ATTN_ERR_NUMERIC);
     attn_step_abort(step);
     good_step(&x, 5, ATTN_MEMORY_CUDA);
+
+    /* A step that asks nothing, and one that brings nothing: its answer is the last token's. */
+    draw(x.r, 4);
+    send(x.r);
+    OK(begin_with(x.cache, x.seq, x.s.length, 0, 4, ATTN_MEMORY_CUDA, 0, &step));
+    for (uint32_t l = 0; l < LAYERS; l++) {
+        t = gpu_views(x.r, l);
+        OK(attn_step_run(step, l, NULL, &t.k, &t.v, NULL, NULL));
+    }
+    OK(attn_step_commit(step, NULL));
+    OK(begin_with(x.cache, x.seq, x.s.length + 4, 4, 0, ATTN_MEMORY_CUDA, 0, &step));
+    for (uint32_t l = 0; l < LAYERS; l++) {
+        t = gpu_views(x.r, l);
+        OK(attn_step_run(step, l, &t.q, NULL, NULL, &t.o, (float *)x.r->lse[l]));
+    }
+    OK(attn_step_commit(step, NULL));
+    compare(x.r, &x.s, 4);
     assert_int_equal(ways(&x).staged, 0);
     remote_close(&x);
     cluster_down(&cluster);
