@@ -9,10 +9,10 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define SLAB_BYTES (UINT64_C(32) << 20) /* asked for; pages that are not used cost nothing */
-#define OPEN_MS_MAX 2000u               /* for a worker to answer, before runs go over gRPC */
-#define RETRY_MS 10000u                 /* after a refusal */
-#define RETRY_SOON_MS 500u              /* after silence, which the step will meet, too */
+#define SLAB_BYTES UCX_SLAB_MAX /* asked for: how much it is the worker says (--ucx-slab) */
+#define OPEN_MS_MAX 2000u       /* for a worker to answer, before runs go over gRPC */
+#define RETRY_MS 10000u         /* after a refusal */
+#define RETRY_SOON_MS 500u      /* after silence, which the step will meet, too */
 
 struct slabs {
     rpc_client_t *rpc;

@@ -282,6 +282,10 @@ worker_launch(test_cluster_t *cluster, uint32_t i)
     if (o->check_store) {
         argv[n++] = "--check-store";
     }
+    if (o->ucx_slab != NULL) {
+        argv[n++] = "--ucx-slab";
+        argv[n++] = o->ucx_slab;
+    }
     if (o->gpu_lend != NULL) {
         argv[n++] = "--gpu-lend";
         argv[n++] = o->gpu_lend;

@@ -59,7 +59,8 @@ typedef struct cluster_options {
     const char *lost_ms;  /**< NULL: CLUSTER_LOST_MS; with a heartbeat of 100 */
     const char *lease_ms; /**< NULL: 30000 */
     const char *drain_ms; /**< NULL: 5000 */
-    const char *gpu_lend; /**< NULL: the daemon's default */
+    const char *gpu_lend; /**< NULL: the daemon's default; likewise below */
+    const char *ucx_slab;
     const char *certs;    /**< folder of server.pem, server.key and ca.pem: mTLS; NULL: plaintext */
     bool check_store;     /**< workers verify their stores all the time */
     bool ucx_net;         /**< workers take messages of UCX's, over loopback */

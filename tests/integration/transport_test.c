@@ -284,6 +284,53 @@ test_steps_beyond_the_slots_go_over_grpc(void **state)
     fixture_down(&f);
 }
 
+/* Whether a step fits is the worker's to say: one of 36 MiB does not, by default. */
+static void
+append_much(const char *ucx_slab, uint64_t no_slot)
+{
+    enum { TOKENS = 64 * 1024 };
+    uint64_t k = TOKENS * MODEL_KV_HEADS * MODEL_D_K, v = TOKENS * MODEL_KV_HEADS * MODEL_D_V;
+    float *zeros = calloc(k + v, sizeof(*zeros));
+    attn_geometry_t geometry;
+    attn_step_t *step;
+    attn_seq_t seq;
+    fixture_t f;
+
+    assert_non_null(zeros);
+    setenv("ATTN_TRANSPORT", "ucx", 1);
+    fixture_open(&f, &(cluster_options_t){.workers = 1, .slab = "192MiB", .ucx_slab = ucx_slab},
+                 10000, 11);
+    model_geometry(&geometry);
+    geometry.region_bytes = UINT64_C(160) << 20;
+    attn_cache_close(f.cache);
+    OK(attn_cache_open(f.client, "large", &geometry, &f.cache));
+    OK(attn_seq_create(f.cache, NULL, &seq));
+    attn_entry_t entry = {.seq = seq, .n_new = TOKENS};
+    OK(attn_step_begin(
+        f.cache,
+        &(attn_batch_t){
+            .size = sizeof(attn_batch_t), .n = 1, .entries = &entry, .q_dtype = ATTN_F32},
+        &step));
+    for (uint32_t l = 0; l < MODEL_LAYERS; l++) {
+        OK(attn_step_run(step, l, NULL, &(attn_tensor_t){.data = zeros, .dtype = ATTN_F32},
+                         &(attn_tensor_t){.data = zeros + k, .dtype = ATTN_F32}, NULL, NULL));
+    }
+    OK(attn_step_commit(step, NULL));
+    attn_link_info_t links = totals(f.client);
+    assert_int_equal(links.steps_no_slot, no_slot);
+    assert_int_equal(links.runs_ucx, no_slot > 0 ? 0 : MODEL_LAYERS);
+    fixture_down(&f);
+    free(zeros);
+}
+
+static void
+test_the_worker_says_how_much_fits(void **state)
+{
+    (void)state;
+    append_much(NULL, 1);
+    append_much("64MiB", 0);
+}
+
 /* ---- peers that stop, or are killed ---- */
 
 /* A worker that stops amid a run, and goes on: the slab of the step that broke off is given up,
@@ -491,6 +538,7 @@ main(int argc, char **argv)
         cmocka_unit_test(test_a_client_without),
         cmocka_unit_test(test_a_transport_that_is_none),
         cmocka_unit_test(test_steps_beyond_the_slots_go_over_grpc),
+        cmocka_unit_test(test_the_worker_says_how_much_fits),
         cmocka_unit_test(test_a_worker_that_stops_amid_a_run),
         cmocka_unit_test(test_a_worker_that_is_killed_leaves_no_memory),
         cmocka_unit_test(test_a_client_that_is_killed_harms_nobody),
