@@ -367,10 +367,11 @@ take_on(cuda_backend_t *backend, const attn_track_step_t *step, const track_shap
     pthread_mutex_lock(&backend->lock);
     t->serial = ++backend->last_serial;
     pthread_mutex_unlock(&backend->lock);
-    t->queued    = false;
-    t->replaying = false;
-    t->lost      = false;
-    t->clearing  = false;
+    t->queued     = false;
+    t->replaying  = false;
+    t->lost       = false;
+    t->clearing   = false;
+    t->marks_come = false;
     if ((status = send_tables(t, step, images)) != ATTN_OK) {
         cuda_track_ops.clear(t, UINT64_MAX);
         cuda_track_ops.give(t);

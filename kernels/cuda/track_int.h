@@ -43,6 +43,7 @@ struct attn_track {
     bool queued, replaying; /* ... anything was; before() was, and after() not yet */
     bool lost;              /* something was queued that no event tells of */
     bool clearing;          /* and what clears the tables was, too */
+    bool marks_come;        /* behind what was queued last the marks come back, too */
 };
 
 /** Bytes of ours to their place, on our own stream: what waits on the legacy one would break off

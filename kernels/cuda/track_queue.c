@@ -102,8 +102,9 @@ track_before(attn_track_t *t, void *stream)
         status = follow(t, stream);
     }
     if (status == ATTN_OK) {
-        t->replaying = true;
-        t->last      = stream;
+        t->replaying  = true;
+        t->last       = stream;
+        t->marks_come = false;
     }
     return status;
 }
@@ -315,6 +316,18 @@ launch_attend(const attn_track_t *t, uint32_t plan, const attn_track_call_t *cal
     return cuda_attend_launch(w, call->kv, call->q, &x, stream);
 }
 
+/* Behind the layer, where it is sure to be waited for: so that is the only time that results()
+ * waits. */
+static attn_status_t
+bring_marks(attn_track_t *t)
+{
+    attn_status_t status = CUDA_CALL(cuMemcpyDtoHAsync(t->host + t->marks, t->device + t->marks,
+                                                       t->layers * sizeof(cuda_mark_t), t->stream));
+
+    t->marks_come = status == ATTN_OK;
+    return status;
+}
+
 attn_status_t
 track_enqueue(attn_track_t *t, const attn_track_call_t *call)
 {
@@ -341,6 +354,10 @@ track_enqueue(attn_track_t *t, const attn_track_call_t *call)
     }
     if (status == ATTN_OK && call->q != NULL && t->shape.n_queries > 0) {
         status = launch_attend(t, call->plan, call, stream);
+    }
+    t->marks_come = false;
+    if (status == ATTN_OK && call->own_stream) {
+        status = bring_marks(t);
     }
     if (!captures) { /* of what failed a part may run */
         attn_status_t noted = note(t, stream);
@@ -392,16 +409,17 @@ report(attn_track_t *t, uint32_t layer, const cuda_mark_t *mark)
 attn_status_t
 track_results(attn_track_t *t, uint8_t *stored)
 {
-    uint64_t bytes = t->layers * sizeof(cuda_mark_t);
     attn_status_t status;
     CUDA_VISIT(t->backend);
 
-    if ((status = visit.status) != ATTN_OK ||
-        (status = CUDA_CALL(cuMemcpyDtoHAsync(t->host + t->marks, t->device + t->marks, bytes,
-                                              t->stream))) != ATTN_OK ||
-        (status = CUDA_CALL(cuStreamSynchronize(t->stream))) != ATTN_OK) {
+    if ((status = visit.status) != ATTN_OK) {
         return status;
     }
+    if (!t->marks_come && ((status = bring_marks(t)) != ATTN_OK ||
+                           (status = CUDA_CALL(cuStreamSynchronize(t->stream))) != ATTN_OK)) {
+        return status;
+    }
+    t->marks_come           = false;
     const cuda_mark_t *mark = (const cuda_mark_t *)(const void *)(t->host + t->marks);
     for (uint32_t l = 0; l < t->layers; l++) {
         bool wrong = mark[l].trouble != 0 || mark[l].error != UINT64_MAX;

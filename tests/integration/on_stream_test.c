@@ -27,10 +27,14 @@ test_runs_with_cuda_pointers(void **state)
         draw(r, n);
         send(r);
         OK(begin_with(r->on_gpu, s.gpu, s.length, n, n, memory[round / 2], 0, &step));
+        int first = fake.count != NULL ? fake.count("cuStreamSynchronize") : 0;
         for (uint32_t l = LAYERS; l-- > 0;) {
             views_t t = gpu_views(r, l);
             OK(attn_step_run(step, l, &t.q, &t.k, &t.v, &t.o, (float *)r->lse[l]));
             OK(attn_step_run(step, l, &t.q, NULL, NULL, &t.o, NULL)); /* asked again */
+            int now = fake.count != NULL ? fake.count("cuStreamSynchronize") : 0;
+            first   = memory[round / 2] != ATTN_MEMORY_CUDA && l + 1 == LAYERS ? now : first;
+            assert_int_equal(now, first); /* a run waits once: with its event */
         }
         OK(attn_step_commit(step, NULL));
         compare(r, &s, n);
