@@ -151,7 +151,7 @@ has_slot(ucx_link_t *link, link_step_t *step)
 }
 
 static attn_status_t
-ucx_link_map(link_step_t *step, int gpu, link_mapped_t *mapped)
+ucx_link_map(link_step_t *step, int gpu, uint64_t until_ns, link_mapped_t *mapped)
 {
     char reason[256] = "the step found no room in the shared memory of the worker";
 
@@ -168,7 +168,7 @@ ucx_link_map(link_step_t *step, int gpu, link_mapped_t *mapped)
     if (!step->gpu) {
         return attn_fail(ATTN_ERR_UNSUPPORTED, "the worker: %s", reason);
     }
-    attn_status_t status = slab_gpu_map(slab_gpu(step->slab), gpu, &mapped->memory);
+    attn_status_t status = slab_gpu_map(slab_gpu(step->slab), gpu, until_ns, &mapped->memory);
     if (status == ATTN_OK) {
         mapped->in        = attn_shared_at(mapped->memory) + ucx_place_in(&step->ask.place);
         mapped->out       = attn_shared_at(mapped->memory) + ucx_place_out(&step->ask.place);

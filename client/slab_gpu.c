@@ -11,6 +11,7 @@ slab_gpu_init(slab_gpu_t *gpu)
 {
     memset(gpu, 0, sizeof(*gpu));
     pthread_mutex_init(&gpu->lock, NULL);
+    pthread_mutex_init(&gpu->map_lock, NULL);
     gpu->state = SLAB_GPU_REFUSED;
     snprintf(gpu->reason, sizeof(gpu->reason), "there is no slab of the worker's yet");
 }
@@ -19,6 +20,7 @@ void
 slab_gpu_fini(slab_gpu_t *gpu)
 {
     slab_gpu_unmap(gpu);
+    pthread_mutex_destroy(&gpu->map_lock);
     pthread_mutex_destroy(&gpu->lock);
 }
 
@@ -85,55 +87,79 @@ slab_gpu_answered(slab_gpu_t *gpu, const Attn__V1__GpuSlab *words)
 
 /* ---- mapping ---- */
 
-/* For the first time. Under the lock. */
+/* For the first time, or where the GPU did not answer then. Under the map's lock. */
 static attn_status_t
-map(slab_gpu_t *gpu, int ordinal)
+map(slab_gpu_t *gpu, int ordinal, uint64_t until_ns)
 {
-    attn_status_t status = attn_shared_map(ordinal, gpu->key, gpu->card.bytes, &gpu->card,
-                                           sizeof(gpu->card), &gpu->maps[ordinal]);
+    attn_status_t status = gpu->maps[ordinal] != NULL
+                               ? ATTN_OK
+                               : attn_shared_map(ordinal, gpu->key, gpu->card.bytes, &gpu->card,
+                                                 sizeof(gpu->card), &gpu->maps[ordinal]);
 
-    if (status != ATTN_OK) {
+    if (status == ATTN_OK) {
+        status                = attn_shared_check(gpu->maps[ordinal], until_ns);
+        gpu->checked[ordinal] = status == ATTN_OK;
+    }
+    if (status != ATTN_OK && status != ATTN_ERR_DEADLINE) {
+        attn_shared_unref(gpu->maps[ordinal]);
         gpu->maps[ordinal]   = NULL;
         gpu->failed[ordinal] = status;
+        pthread_mutex_lock(&gpu->lock);
         snprintf(gpu->reason, sizeof(gpu->reason), "%s", attn_last_error());
-        attn_log(ATTN_LOG_WARN, "client.no_gpu_slab", "gpu=%d reason=\"%s\"", ordinal, gpu->reason);
+        pthread_mutex_unlock(&gpu->lock);
+        attn_log(ATTN_LOG_WARN, "client.no_gpu_slab", "gpu=%d reason=\"%s\"", ordinal,
+                 attn_last_error());
     }
     return status;
 }
 
+/* What was found out before. */
+static attn_status_t
+fail_again(slab_gpu_t *gpu, attn_status_t status)
+{
+    char reason[sizeof(gpu->reason)];
+
+    slab_gpu_reason(gpu, reason, sizeof(reason));
+    return attn_fail(status, "%s", reason);
+}
+
 attn_status_t
-slab_gpu_map(slab_gpu_t *gpu, int ordinal, attn_shared_t **memory_p)
+slab_gpu_map(slab_gpu_t *gpu, int ordinal, uint64_t until_ns, attn_shared_t **memory_p)
 {
     attn_status_t status = ATTN_OK;
 
-    pthread_mutex_lock(&gpu->lock);
     if (ordinal < 0 || ordinal >= (int)SLAB_GPUS) {
-        status =
-            attn_fail(ATTN_ERR_UNSUPPORTED, "tensors are on GPU %d of this process: at most %u",
-                      ordinal, SLAB_GPUS - 1);
-    } else if (gpu->state != SLAB_GPU_LENT || gpu->failed[ordinal] != ATTN_OK) {
-        status =
-            attn_fail(gpu->state != SLAB_GPU_LENT ? ATTN_ERR_UNSUPPORTED : gpu->failed[ordinal],
-                      "%s", gpu->reason);
-    } else if (gpu->maps[ordinal] == NULL) {
-        status = map(gpu, ordinal);
+        return attn_fail(ATTN_ERR_UNSUPPORTED, "tensors are on GPU %d of this process: at most %u",
+                         ordinal, SLAB_GPUS - 1);
+    }
+    if (!slab_gpu_is_lent(gpu)) {
+        return fail_again(gpu, ATTN_ERR_UNSUPPORTED);
+    }
+    pthread_mutex_lock(&gpu->map_lock);
+    if (gpu->failed[ordinal] != ATTN_OK) {
+        status = fail_again(gpu, gpu->failed[ordinal]);
+    } else if (!gpu->checked[ordinal]) {
+        status = map(gpu, ordinal, until_ns);
     }
     if (status == ATTN_OK) {
         *memory_p = gpu->maps[ordinal];
         attn_shared_ref(*memory_p);
     }
-    pthread_mutex_unlock(&gpu->lock);
+    pthread_mutex_unlock(&gpu->map_lock);
     return status;
 }
 
 void
 slab_gpu_unmap(slab_gpu_t *gpu)
 {
-    pthread_mutex_lock(&gpu->lock);
+    pthread_mutex_lock(&gpu->map_lock);
     for (uint32_t i = 0; i < SLAB_GPUS; i++) {
         attn_shared_unref(gpu->maps[i]);
-        gpu->maps[i] = NULL;
+        gpu->maps[i]    = NULL;
+        gpu->checked[i] = false;
     }
+    pthread_mutex_unlock(&gpu->map_lock);
+    pthread_mutex_lock(&gpu->lock);
     gpu->state = SLAB_GPU_REFUSED;
     pthread_mutex_unlock(&gpu->lock);
 }

@@ -21,7 +21,10 @@ typedef struct slab_gpu {
     slab_card_t card;
     uint8_t key[ATTN_SHARED_KEY];
     char reason[256]; /* of the last that could not be */
+
+    pthread_mutex_t map_lock; /* taken before the other; held while a GPU is waited for */
     attn_shared_t *maps[SLAB_GPUS];
+    bool checked[SLAB_GPUS];         /* those that are what was lent */
     attn_status_t failed[SLAB_GPUS]; /* of those that could not be mapped */
 } slab_gpu_t;
 
@@ -40,8 +43,11 @@ bool slab_gpu_is_lent(slab_gpu_t *gpu);
 void slab_gpu_answered(slab_gpu_t *gpu, const Attn__V1__GpuSlab *words);
 
 /** Mapped for a GPU of this process, with a reference. Blocks, the first time.
- * @return ATTN_ERR_UNSUPPORTED and such, with the reason */
-attn_status_t slab_gpu_map(slab_gpu_t *gpu, int ordinal, attn_shared_t **memory_p);
+ * @return ATTN_ERR_UNSUPPORTED and such, with the reason; ATTN_ERR_DEADLINE  the GPU does not
+ * answer
+ */
+attn_status_t slab_gpu_map(slab_gpu_t *gpu, int ordinal, uint64_t until_ns,
+                           attn_shared_t **memory_p);
 
 /** Nobody maps it any more, and who has it mapped has a reference: before the worker is told that
  * the slab is not needed. */

@@ -231,7 +231,7 @@ map_step(attn_step_t *step, int gpu)
         return attn_fail(ATTN_ERR_UNSUPPORTED, "the worker is reached by way of %s",
                          share->link->ops->name);
     }
-    return share->link->ops->map(share->remote, gpu, &step->mapped);
+    return share->link->ops->map(share->remote, gpu, step->deadline_ns, &step->mapped);
 }
 
 /* Which way the step's tensors go, if it is not settled. */
@@ -240,6 +240,9 @@ settle_way(attn_step_t *step, int gpu)
 {
     if (step->way == WAY_OPEN) {
         attn_status_t status = map_step(step, gpu);
+        if (status == ATTN_ERR_DEADLINE) {
+            return status;
+        }
         if (status != ATTN_OK && step->client->gpu_way == ATTN_GPU_MAPPED) {
             return attn_fail_in(ATTN_ERR_UNSUPPORTED,
                                 "gpu_way is mapped, but tensors of GPU %d "

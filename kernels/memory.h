@@ -71,12 +71,17 @@ typedef struct attn_shared attn_shared_t;
 attn_status_t attn_shared_create(int gpu, uint64_t bytes, const void *card, uint64_t card_bytes,
                                  attn_shared_t **shared_p);
 
-/** Another process' memory, for this GPU: its own, or one that can reach it.
+/** Another process' memory, for this GPU: its own, or one that can reach it. It is nothing to work
+ * with before attn_shared_check() was ATTN_OK.
  * @param key  as that process told: it may be anything
- * @return ATTN_ERR_UNSUPPORTED  it cannot be mapped, is shorter than `bytes`, or its card differs
- */
+ * @return ATTN_ERR_UNSUPPORTED  it cannot be mapped, or is shorter than `bytes` */
 attn_status_t attn_shared_map(int gpu, const uint8_t key[ATTN_SHARED_KEY], uint64_t bytes,
                               const void *card, uint64_t card_bytes, attn_shared_t **shared_p);
+
+/** Is it what was meant? One thread at a time.
+ * @return ATTN_ERR_UNSUPPORTED  its card differs
+ * @return ATTN_ERR_DEADLINE     the GPU has not read it by until_ns: ask again */
+attn_status_t attn_shared_check(attn_shared_t *shared, uint64_t until_ns);
 
 const uint8_t *attn_shared_key(const attn_shared_t *shared);
 uint8_t *attn_shared_at(const attn_shared_t *shared);

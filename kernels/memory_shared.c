@@ -5,13 +5,14 @@
 #include "base/clock.h"
 #include "base/status.h"
 
+#include <pthread.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 
 #define PIECE (UINT64_C(2) << 20) /* that the driver lends whole */
 #define CARD_MAX 256u
-#define CARD_WAIT_NS (5000 * ATTN_NS_PER_MS) /* for the device to fill it, or to read its card */
+#define FILL_WAIT_NS (5000 * ATTN_NS_PER_MS)
 
 enum { LAZY_ENABLE_PEER_ACCESS = 1, OUT_OF_MEMORY = 2 };
 
@@ -24,6 +25,13 @@ struct attn_shared {
     bool mapped; /* another process' */
     uint64_t at; /* 0: none yet */
     memory_key_t key;
+
+    /* Until it is known what was mapped. */
+    attn_copies_t *reading; /* NULL: nothing is read */
+    uint8_t *found;         /* pinned: the card */
+    uint8_t card[CARD_MAX]; /* as it is to be */
+    uint64_t card_bytes;
+    attn_shared_t *next; /* among those left */
 };
 
 static attn_shared_t *
@@ -40,20 +48,92 @@ shared_new(int gpu)
     return shared;
 }
 
-/* Bytes between the beginning of it and the host's memory. */
-static attn_status_t
-copy_card(const attn_shared_t *shared, attn_copies_t *copies, uint8_t *card, uint64_t bytes,
-          bool reads)
+/* The beginning of it. */
+static attn_strided_t
+card_of(const attn_shared_t *shared, uint64_t bytes)
 {
-    attn_strided_t there = {.at         = (uint8_t *)(uintptr_t)shared->at,
+    return (attn_strided_t){.at         = (uint8_t *)(uintptr_t)shared->at,
                             .rows       = 1,
                             .row_stride = bytes,
                             .heads      = 1,
                             .head_bytes = bytes};
-    attn_packed_t here   = {.at = card};
+}
 
-    return reads ? attn_copies_fetch(copies, &there, &here)
-                 : attn_copies_send(copies, &here, &there);
+/* ---- life ---- */
+
+const uint8_t *
+attn_shared_key(const attn_shared_t *shared)
+{
+    return shared->key.bytes;
+}
+
+uint8_t *
+attn_shared_at(const attn_shared_t *shared)
+{
+    return (uint8_t *)(uintptr_t)shared->at;
+}
+
+void
+attn_shared_ref(attn_shared_t *shared)
+{
+    atomic_fetch_add(&shared->references, 1);
+}
+
+/* Nothing works with it any more. */
+static void
+shared_free(attn_shared_t *shared)
+{
+    int mode;
+
+    attn_copies_close(shared->reading);
+    attn_memory_unpin(shared->gpu, shared->found);
+    if (shared->at != 0 && memory_enter(shared->gpu, &mode) == ATTN_OK) {
+        (shared->mapped ? memory_calls.unmap : memory_calls.give)(shared->at);
+        memory_leave(&mode);
+    }
+    free(shared);
+}
+
+static bool
+is_read(const attn_shared_t *shared)
+{
+    return shared->reading == NULL || attn_copies_wait(shared->reading, 0) == ATTN_OK;
+}
+
+/* Those whose card a GPU reads still: whoever maps something after it has answered frees them. */
+static pthread_mutex_t left_lock = PTHREAD_MUTEX_INITIALIZER;
+static attn_shared_t *left;
+
+static void
+free_left(void)
+{
+    pthread_mutex_lock(&left_lock);
+    for (attn_shared_t **at = &left; *at != NULL;) {
+        attn_shared_t *shared = *at;
+        if (is_read(shared)) {
+            *at = shared->next;
+            shared_free(shared);
+        } else {
+            at = &shared->next;
+        }
+    }
+    pthread_mutex_unlock(&left_lock);
+}
+
+void
+attn_shared_unref(attn_shared_t *shared)
+{
+    if (shared == NULL || atomic_fetch_sub(&shared->references, 1) > 1) {
+        return;
+    }
+    if (is_read(shared)) {
+        shared_free(shared);
+        return;
+    }
+    pthread_mutex_lock(&left_lock);
+    shared->next = left;
+    left         = shared;
+    pthread_mutex_unlock(&left_lock);
 }
 
 /* ---- taking ---- */
@@ -98,20 +178,22 @@ fill(attn_shared_t *shared, attn_copies_t *copies, uint64_t bytes, uint8_t *card
         memory_check(memory_calls.fill(shared->at, 0, bytes, copies->stream), "cuMemsetD8Async");
     memory_leave(&mode);
     if (status == ATTN_OK) {
-        status = copy_card(shared, copies, card, card_bytes, false);
+        attn_strided_t there = card_of(shared, card_bytes);
+        status               = attn_copies_send(copies, &(attn_packed_t){.at = card}, &there);
     }
     return status;
 }
 
-/* What was queued has to end before what it works with goes. */
+/* What was queued has to end before what it works with goes. Where it does not the device does not
+ * answer: then it stays. */
 static attn_status_t
-end(attn_copies_t *copies, attn_status_t status)
+end(attn_copies_t *copies, uint64_t until_ns, attn_status_t status)
 {
-    attn_status_t ended = attn_copies_wait(copies, attn_now_ns() + CARD_WAIT_NS);
+    attn_status_t ended = attn_copies_wait(copies, until_ns);
 
     if (ended == ATTN_OK) {
         attn_copies_close(copies);
-    } /* else they are the device's, which does not answer: this process will not be for long */
+    }
     return status != ATTN_OK ? status : ended;
 }
 
@@ -135,7 +217,8 @@ attn_shared_create(int gpu, uint64_t bytes, const void *card, uint64_t card_byte
     memcpy(words, card, card_bytes);
     status = take(shared, whole);
     if (status == ATTN_OK && (status = attn_copies_open(gpu, &copies)) == ATTN_OK) {
-        status = end(copies, fill(shared, copies, whole, words, card_bytes));
+        status = fill(shared, copies, whole, words, card_bytes);
+        status = end(copies, attn_now_ns() + FILL_WAIT_NS, status);
     }
     if (status != ATTN_OK) {
         attn_shared_unref(shared);
@@ -194,23 +277,21 @@ map(attn_shared_t *shared, uint64_t bytes)
     return status;
 }
 
+/* Have the card brought, to pinned memory: a copy to any other is waited for by the call that
+ * queues it. */
 static attn_status_t
-card_check(const attn_shared_t *shared, const void *card, uint64_t card_bytes)
+read_card(attn_shared_t *shared)
 {
-    attn_copies_t *copies;
-    uint8_t found[CARD_MAX] = {0};
-    attn_status_t status    = attn_copies_open(shared->gpu, &copies);
+    attn_strided_t there = card_of(shared, shared->card_bytes);
 
-    if (status == ATTN_OK) {
-        status = end(copies, copy_card(shared, copies, found, card_bytes, true));
+    shared->found = attn_memory_pin(shared->gpu, CARD_MAX);
+    if (shared->found == NULL) {
+        return attn_fail(ATTN_ERR_NO_MEMORY, "no pinned memory for what is lent of a GPU");
     }
-    if (status != ATTN_OK) {
-        return status;
-    }
-    return memcmp(found, card, card_bytes) == 0
-               ? ATTN_OK
-               : attn_fail(ATTN_ERR_UNSUPPORTED,
-                           "what was mapped of the worker's GPU is not the memory that it lent");
+    attn_status_t status = attn_copies_open(shared->gpu, &shared->reading);
+    return status == ATTN_OK
+               ? attn_copies_fetch(shared->reading, &there, &(attn_packed_t){.at = shared->found})
+               : status;
 }
 
 attn_status_t
@@ -223,15 +304,18 @@ attn_shared_map(int gpu, const uint8_t key[ATTN_SHARED_KEY], uint64_t bytes, con
         return attn_fail(ATTN_ERR_INVALID, "%llu bytes of a GPU to map, with a card of %llu",
                          (unsigned long long)bytes, (unsigned long long)card_bytes);
     }
+    free_left();
     attn_shared_t *shared = shared_new(gpu);
     if (shared == NULL) {
         return ATTN_ERR_NO_MEMORY;
     }
-    shared->mapped = true;
+    shared->mapped     = true;
+    shared->card_bytes = card_bytes;
+    memcpy(shared->card, card, card_bytes);
     memcpy(shared->key.bytes, key, sizeof(shared->key.bytes));
     status = map(shared, bytes);
     if (status == ATTN_OK) {
-        status = card_check(shared, card, card_bytes);
+        status = read_card(shared);
     }
     if (status != ATTN_OK) {
         attn_shared_unref(shared);
@@ -241,37 +325,21 @@ attn_shared_map(int gpu, const uint8_t key[ATTN_SHARED_KEY], uint64_t bytes, con
     return ATTN_OK;
 }
 
-/* ---- life ---- */
-
-const uint8_t *
-attn_shared_key(const attn_shared_t *shared)
+attn_status_t
+attn_shared_check(attn_shared_t *shared, uint64_t until_ns)
 {
-    return shared->key.bytes;
-}
+    attn_status_t status =
+        shared->reading != NULL ? attn_copies_wait(shared->reading, until_ns) : ATTN_OK;
 
-uint8_t *
-attn_shared_at(const attn_shared_t *shared)
-{
-    return (uint8_t *)(uintptr_t)shared->at;
-}
-
-void
-attn_shared_ref(attn_shared_t *shared)
-{
-    atomic_fetch_add(&shared->references, 1);
-}
-
-void
-attn_shared_unref(attn_shared_t *shared)
-{
-    int mode;
-
-    if (shared == NULL || atomic_fetch_sub(&shared->references, 1) > 1) {
-        return;
+    if (status != ATTN_OK || shared->found == NULL) {
+        return status;
     }
-    if (shared->at != 0 && memory_enter(shared->gpu, &mode) == ATTN_OK) {
-        (shared->mapped ? memory_calls.unmap : memory_calls.give)(shared->at);
-        memory_leave(&mode);
-    }
-    free(shared);
+    bool same = memcmp(shared->found, shared->card, shared->card_bytes) == 0;
+    attn_copies_close(shared->reading);
+    attn_memory_unpin(shared->gpu, shared->found);
+    shared->reading = NULL;
+    shared->found   = NULL;
+    return same ? ATTN_OK
+                : attn_fail(ATTN_ERR_UNSUPPORTED,
+                            "what was mapped of the worker's GPU is not the memory that it lent");
 }

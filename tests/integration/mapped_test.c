@@ -198,7 +198,6 @@ static void
 test_the_same_answers(void **state)
 {
     remote_t x;
-    int pinned = fake.count != NULL ? fake.count("cuMemHostAlloc") : 0;
 
     (void)state;
     cluster_with(&(cluster_options_t){0});
@@ -209,9 +208,8 @@ test_the_same_answers(void **state)
     good_step(&x, 64, ATTN_MEMORY_CUDA); /* the kernels for many rows */
     good_step(&x, 1, ATTN_MEMORY_AUTO);
     assert_ways(&x, 0, 4 * LAYERS, "");
-    if (fake.count != NULL) { /* no memory of the host was pinned for it */
-        assert_int_equal(fake.count("cuMemHostAlloc"), of_runner);
-        assert_true(pinned <= of_runner);
+    if (fake.count != NULL) { /* no memory of the host was pinned, but to look at the card */
+        assert_int_equal(fake.count("cuMemHostAlloc"), of_runner + 1);
     }
     await_gpu_clients(x.client, 1);
     uint64_t end = now_ms() + 5000;
@@ -549,15 +547,27 @@ test_copies_that_are_late(void **state)
     }
     cluster_with(&(cluster_options_t){0});
     remote_open(&x, ATTN_GPU_MAPPED);
+    send(x.r);
+    for (uint32_t i = 0; i < 2; i++) { /* what was lent is looked at by copies, too */
+        OK(begin_with(x.cache, x.seq, 0, 2, 2, ATTN_MEMORY_CUDA, 300, &step));
+        fake.hold_all(1);
+        uint64_t start = now_ms();
+        assert_says(run(&x, step, 0), ATTN_ERR_DEADLINE, "did not end before the deadline");
+        assert_true(now_ms() - start < 300 + 250);
+        attn_step_abort(step);
+    }
+    fake.hold_all(0);
     good_step(&x, 2, ATTN_MEMORY_CUDA);
+    uint64_t lost = ways(&x).slabs_lost;
+
     OK(begin_with(x.cache, x.seq, 2, 2, 2, ATTN_MEMORY_CUDA, 300, &step));
     fake.hold_all(1);
     assert_says(run(&x, step, 0), ATTN_ERR_DEADLINE, "did not end before the deadline");
     attn_step_abort(step);
-    assert_int_equal(ways(&x).slabs_lost, 1);
+    assert_int_equal(ways(&x).slabs_lost, lost + 1);
     fake.hold_all(0);
     good_step(&x, 2, ATTN_MEMORY_CUDA);
-    assert_int_equal(ways(&x).slabs_lost, 1);
+    assert_int_equal(ways(&x).slabs_lost, lost + 1);
     await_gpu_clients(x.client, 1);
 
     /* The client may close while copies are late: their memory is there until they ended. */
