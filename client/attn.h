@@ -75,7 +75,8 @@ typedef enum attn_gpu_way {
     ATTN_GPU_DEFAULT, /**< as $ATTN_GPU_WAY says (auto, staged, mapped), or else auto */
     ATTN_GPU_AUTO,    /**< from GPU to GPU, if the worker lends memory of its GPU that this process
                          can map (`attnd worker --gpu-lend`) and has all KV of the step; else
-                         through pinned memory of the host */
+                         through pinned memory of the host, and so where both share a GPU and
+                         a run has less than 1 MiB */
     ATTN_GPU_STAGED,  /**< through pinned memory */
     ATTN_GPU_MAPPED,  /**< as auto, but a run that would go through pinned memory fails, with the
                          reason */

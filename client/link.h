@@ -127,10 +127,12 @@ typedef struct link_ops {
     /**
      * Where tensors of a GPU of this process may be copied to, and the answer from, of a step that
      * has begun. NULL: no such link.
+     * @param insists  also where the host's memory is likely to be faster
      * @return ATTN_ERR_UNSUPPORTED and such, with the reason why they go through the host's memory;
      *         ATTN_ERR_DEADLINE  the GPU did not answer by until_ns
      */
-    attn_status_t (*map)(link_step_t *step, int gpu, uint64_t until_ns, link_mapped_t *mapped);
+    attn_status_t (*map)(link_step_t *step, int gpu, bool insists, uint64_t until_ns,
+                         link_mapped_t *mapped);
     /** Copies to there, or from there, go on: before step_free(). */
     void (*adrift)(link_step_t *step);
 

@@ -23,6 +23,10 @@
 #include <stdlib.h>
 #include <string.h>
 
+/* Runs of less than this are not mapped where both processes share a GPU, which a copy from one
+ * place of it to another waits its turn for (docs/performance.md). Bytes there and back. */
+#define SAME_GPU_LEAST (UINT64_C(1) << 20)
+
 #define NO_SLOT_LOG_NS (10000 * ATTN_NS_PER_MS) /* between two lines that say so */
 
 typedef struct ucx_link {
@@ -151,8 +155,10 @@ has_slot(ucx_link_t *link, link_step_t *step)
 }
 
 static attn_status_t
-ucx_link_map(link_step_t *step, int gpu, uint64_t until_ns, link_mapped_t *mapped)
+ucx_link_map(link_step_t *step, int gpu, bool insists, uint64_t until_ns, link_mapped_t *mapped)
 {
+    static const char same[] =
+        "the worker is on the same GPU, where runs of less than 1 MiB go faster through the host";
     char reason[256] = "the step found no room in the shared memory of the worker";
 
     if (!has_slot(ucx_of(step->link), step)) {
@@ -167,6 +173,10 @@ ucx_link_map(link_step_t *step, int gpu, uint64_t until_ns, link_mapped_t *mappe
     pipe_has_slot(step->pipe, &step->gpu, reason, sizeof(reason));
     if (!step->gpu) {
         return attn_fail(ATTN_ERR_UNSUPPORTED, "the worker: %s", reason);
+    }
+    if (!insists && step->ask.place.in + step->ask.place.out < SAME_GPU_LEAST &&
+        slab_gpu_is_same(slab_gpu(step->slab), gpu, same)) {
+        return attn_fail(ATTN_ERR_UNSUPPORTED, "%s", same);
     }
     attn_status_t status = slab_gpu_map(slab_gpu(step->slab), gpu, until_ns, &mapped->memory);
     if (status == ATTN_OK) {

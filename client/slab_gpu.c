@@ -76,6 +76,8 @@ slab_gpu_answered(slab_gpu_t *gpu, const Attn__V1__GpuSlab *words)
     pthread_mutex_lock(&gpu->lock);
     if (gpu->state == SLAB_GPU_ASKED && words->key.len == sizeof(gpu->key)) {
         memcpy(gpu->key, words->key.data, sizeof(gpu->key));
+        memcpy(gpu->uuid, words->gpu.data,
+               words->gpu.len == sizeof(gpu->uuid) ? sizeof(gpu->uuid) : 0);
         gpu->state = SLAB_GPU_LENT;
     } else if (gpu->state == SLAB_GPU_ASKED) {
         gpu->state = SLAB_GPU_REFUSED;
@@ -83,6 +85,23 @@ slab_gpu_answered(slab_gpu_t *gpu, const Attn__V1__GpuSlab *words)
                  words->refused[0] != '\0' ? words->refused : "its key is none");
     }
     pthread_mutex_unlock(&gpu->lock);
+}
+
+bool
+slab_gpu_is_same(slab_gpu_t *gpu, int ordinal, const char *reason)
+{
+    uint8_t uuid[ATTN_UUID];
+
+    if (attn_memory_uuid(ordinal, uuid) != ATTN_OK) {
+        return false;
+    }
+    pthread_mutex_lock(&gpu->lock);
+    bool same = memcmp(uuid, gpu->uuid, sizeof(uuid)) == 0;
+    if (same) {
+        snprintf(gpu->reason, sizeof(gpu->reason), "%s", reason);
+    }
+    pthread_mutex_unlock(&gpu->lock);
+    return same;
 }
 
 /* ---- mapping ---- */

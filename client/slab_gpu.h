@@ -20,7 +20,8 @@ typedef struct slab_gpu {
     enum { SLAB_GPU_NONE, SLAB_GPU_ASKED, SLAB_GPU_LENT, SLAB_GPU_REFUSED } state;
     slab_card_t card;
     uint8_t key[ATTN_SHARED_KEY];
-    char reason[256]; /* of the last that could not be */
+    uint8_t uuid[ATTN_UUID]; /* of the worker's GPU; zeros: it did not say */
+    char reason[256];        /* of the last that could not be */
 
     pthread_mutex_t map_lock; /* taken before the other; held while a GPU is waited for */
     attn_shared_t *maps[SLAB_GPUS];
@@ -41,6 +42,9 @@ bool slab_gpu_is_lent(slab_gpu_t *gpu);
 
 /** The worker's answer. */
 void slab_gpu_answered(slab_gpu_t *gpu, const Attn__V1__GpuSlab *words);
+
+/** Is the worker's GPU this one of ours? With `reason`, that is why tensors go through the host. */
+bool slab_gpu_is_same(slab_gpu_t *gpu, int ordinal, const char *reason);
 
 /** Mapped for a GPU of this process, with a reference. Blocks, the first time.
  * @return ATTN_ERR_UNSUPPORTED and such, with the reason; ATTN_ERR_DEADLINE  the GPU does not

@@ -231,7 +231,8 @@ map_step(attn_step_t *step, int gpu)
         return attn_fail(ATTN_ERR_UNSUPPORTED, "the worker is reached by way of %s",
                          share->link->ops->name);
     }
-    return share->link->ops->map(share->remote, gpu, step->deadline_ns, &step->mapped);
+    return share->link->ops->map(share->remote, gpu, step->client->gpu_way == ATTN_GPU_MAPPED,
+                                 step->deadline_ns, &step->mapped);
 }
 
 /* Which way the step's tensors go, if it is not settled. */

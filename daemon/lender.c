@@ -201,6 +201,8 @@ lend_gpu(lending_t *lending)
     if (status == ATTN_OK) {
         words.key.data = (uint8_t *)gpu_slab_key(slab);
         words.key.len  = ATTN_SHARED_KEY;
+        words.gpu.data = (uint8_t *)gpu_slab_uuid(slab);
+        words.gpu.len  = ATTN_UUID;
         pthread_mutex_lock(&lender->lock);
         lending->gpu = slab;
         pthread_mutex_unlock(&lender->lock);

@@ -20,6 +20,7 @@ struct gpu_slab {
     lender_gpu_t *gpu;
     attn_shared_t *memory;
     uint64_t bytes;
+    uint8_t uuid[ATTN_UUID];
     atomic_uint references;
 };
 
@@ -116,6 +117,9 @@ gpu_slab_open(lender_gpu_t *gpu, const ucx_session_t *session, gpu_slab_t **slab
         return status;
     }
     status = attn_shared_create(gpu->gpu, slab->bytes, &card, sizeof(card), &slab->memory);
+    if (status == ATTN_OK) {
+        status = attn_memory_uuid(gpu->gpu, slab->uuid);
+    }
     if (status != ATTN_OK) {
         gpu_slab_unref(slab);
         return status;
@@ -128,6 +132,12 @@ const uint8_t *
 gpu_slab_key(const gpu_slab_t *slab)
 {
     return attn_shared_key(slab->memory);
+}
+
+const uint8_t *
+gpu_slab_uuid(const gpu_slab_t *slab)
+{
+    return slab->uuid;
 }
 
 void

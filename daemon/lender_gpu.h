@@ -34,8 +34,9 @@ void lender_gpu_describe(lender_gpu_t *gpu, lender_gpu_figures_t *figures);
  * @return ATTN_ERR_EXHAUSTED, ATTN_ERR_NO_MEMORY, ATTN_ERR_UNSUPPORTED */
 attn_status_t gpu_slab_open(lender_gpu_t *gpu, const ucx_session_t *session, gpu_slab_t **slab_p);
 
-/** What its client is told: ATTN_SHARED_KEY bytes. */
+/** What its client is told: ATTN_SHARED_KEY bytes; and of which GPU it is: ATTN_UUID bytes. */
 const uint8_t *gpu_slab_key(const gpu_slab_t *slab);
+const uint8_t *gpu_slab_uuid(const gpu_slab_t *slab);
 
 void gpu_slab_ref(gpu_slab_t *slab);
 void gpu_slab_unref(gpu_slab_t *slab); /* NULL is allowed */

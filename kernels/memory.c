@@ -41,6 +41,7 @@ look_up(void *library)
     } wanted[] = {
         {&memory_calls.attributes, "cuPointerGetAttributes"},
         {&memory_calls.device, "cuDeviceGet"},
+        {&memory_calls.uuid, "cuDeviceGetUuid_v2"},
         {&memory_calls.retain, "cuDevicePrimaryCtxRetain"},
         {&memory_calls.push, "cuCtxPushCurrent_v2"},
         {&memory_calls.pop, "cuCtxPopCurrent_v2"},
@@ -168,6 +169,23 @@ memory_leave(int *mode)
 
     memory_calls.pop(&context);
     memory_calls.exchange_mode(mode);
+}
+
+attn_status_t
+attn_memory_uuid(int gpu, uint8_t uuid[ATTN_UUID])
+{
+    int device = 0, mode;
+    attn_status_t status;
+
+    if ((status = memory_enter(gpu, &mode)) != ATTN_OK) {
+        return status;
+    }
+    status = memory_check(memory_calls.device(&device, gpu), "cuDeviceGet");
+    if (status == ATTN_OK) {
+        status = memory_check(memory_calls.uuid(uuid, device), "cuDeviceGetUuid");
+    }
+    memory_leave(&mode);
+    return status;
 }
 
 /* ---- copies ---- */

@@ -15,6 +15,13 @@ bool attn_memory_has_cuda(void);
 /** The GPU in whose memory it lies; -1: none, or it is not known. Any thread. */
 int attn_memory_gpu(const void *at);
 
+#define ATTN_UUID 16u
+
+/** Which GPU it is, of all there are: the same for all processes, whatever their numbers. Any
+ * thread.
+ * @return as attn_copies_open() */
+attn_status_t attn_memory_uuid(int gpu, uint8_t uuid[ATTN_UUID]);
+
 /** Rows of a tensor; strides in bytes. */
 typedef struct attn_strided {
     uint8_t *at;

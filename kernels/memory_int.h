@@ -28,6 +28,7 @@ typedef struct memory_key {
 typedef struct memory_calls {
     int (*attributes)(unsigned n, const int *which, void **values, uint64_t at);
     int (*device)(int *device, int ordinal);
+    int (*uuid)(uint8_t *uuid, int device);
     int (*retain)(void **context, int device);
     int (*push)(void *context);
     int (*pop)(void **context);

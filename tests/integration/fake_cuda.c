@@ -10,6 +10,7 @@
  *     FAKE_CUDA_PLAY       if it is set kernels are played
  *     FAKE_CUDA_IDLE       a file: while it is there they are not
  *     FAKE_CUDA_HOLD       a file: while it is there nothing goes on on any stream
+ *     FAKE_CUDA_UUID       a number: GPUs are others than those of processes with another one
  *     FAKE_CUDA_IPC        what becomes of memory that processes share: "none" lends none, "other"
  *                          hands out keys of other memory
  *
@@ -111,6 +112,14 @@ VISIBLE CUresult
 cuDeviceGetName(char *name, int room, CUdevice device)
 {
     snprintf(name, (size_t)room, "Fake GPU %d", device);
+    return CUDA_SUCCESS;
+}
+
+VISIBLE CUresult
+cuDeviceGetUuid(CUuuid *uuid, CUdevice device)
+{
+    memset(uuid, 0x40 + device, sizeof(*uuid));
+    uuid->bytes[0] = (char)from_environment("FAKE_CUDA_UUID", 0);
     return CUDA_SUCCESS;
 }
 

@@ -24,6 +24,7 @@
 static test_cluster_t cluster;
 static const char *self; /* this program */
 static char idle_file[64], hold_file[64];
+static bool same_gpu; /* as ours, of workers to come */
 
 static void
 file_there(const char *path, bool there)
@@ -57,7 +58,9 @@ cluster_with(const cluster_options_t *options)
     o.device  = o.device != NULL ? o.device : "cuda:0";
     o.slab    = "64MiB";
     file_there(idle_file, true); /* a worker that starts measures itself */
+    setenv("FAKE_CUDA_UUID", same_gpu ? "0" : "1", 1);
     cluster_up(&cluster, &o);
+    unsetenv("FAKE_CUDA_UUID");
     file_there(idle_file, false);
 }
 
@@ -358,6 +361,9 @@ test_of_any_memory(void **state)
     static float o[ROW_Q];
 
     (void)state;
+    if (fake.count == NULL) {
+        return; /* they may share a GPU */
+    }
     cluster_with(&(cluster_options_t){0});
     remote_open(&x, ATTN_GPU_AUTO);
     good_step(&x, 1, ATTN_MEMORY_AUTO);
@@ -380,6 +386,43 @@ test_of_any_memory(void **state)
     OK(attn_step_commit(step, NULL));
     compare(x.r, &x.s, 1);
     assert_ways(&x, LAYERS + 2, 2 * LAYERS + 1, "");
+    remote_close(&x);
+    cluster_down(&cluster);
+}
+
+/* Where both share a GPU, what is small goes through the host, unless the caller insists. */
+static void
+test_a_gpu_that_is_shared(void **state)
+{
+    enum { MUCH = 2048 };
+    remote_t x;
+    attn_step_t *step;
+    CUdeviceptr rows;
+
+    (void)state;
+    if (fake.count == NULL) {
+        return;
+    }
+    same_gpu = true;
+    cluster_with(&(cluster_options_t){0});
+    same_gpu = false;
+    remote_open(&x, ATTN_GPU_AUTO);
+    good_step(&x, 64, ATTN_MEMORY_CUDA);
+    assert_ways(&x, LAYERS, 0, "on the same GPU");
+
+    CU(cuMemAlloc(&rows, MUCH * ROW_KV * 2));
+    attn_tensor_t kv = {.data = (void *)rows, .dtype = ATTN_F16, .memory = ATTN_MEMORY_CUDA};
+    for (uint32_t n = MUCH / 2; n <= MUCH; n *= 2) { /* half of a MiB, and all of it */
+        OK(begin_with(x.cache, x.seq, x.s.length, 0, n, ATTN_MEMORY_CUDA, 0, &step));
+        OK(attn_step_run(step, 0, NULL, &kv, &kv, NULL, NULL));
+        attn_step_abort(step);
+    }
+    CU(cuMemFree(rows));
+    assert_ways(&x, LAYERS + 1, 1, "on the same GPU");
+    remote_close(&x);
+    remote_open(&x, ATTN_GPU_MAPPED);
+    good_step(&x, 1, ATTN_MEMORY_CUDA);
+    assert_ways(&x, 0, LAYERS, "");
     remote_close(&x);
     cluster_down(&cluster);
 }
@@ -672,6 +715,7 @@ main(int argc, char **argv)
         cmocka_unit_test(test_all_kinds_of_runs),
         cmocka_unit_test(test_many_steps_at_once),
         cmocka_unit_test(test_of_any_memory),
+        cmocka_unit_test(test_a_gpu_that_is_shared),
         cmocka_unit_test(test_a_worker_that_lends_none),
         cmocka_unit_test(test_a_client_that_cannot_map),
         cmocka_unit_test(test_a_way_that_is_none),
