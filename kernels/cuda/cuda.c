@@ -8,7 +8,8 @@
  *     attend.cu   for requests of few rows, and of any on devices without wgmma; prefill.cu for others
  *     store.c     append, compare, read, move, copy
  *     track.c     the same without the host, on streams of callers, for graphs
- *     *.cu        the kernels; image.h, store.h, device.cuh: what they share
+ *     group.c     partials between the GPUs of a host (exchange.h)
+ *     *.cu        the kernels; image.h, store.h, exchange.h, device.cuh: what they share
  *
  * Tensors of attend are host memory: they travel through pinned memory of a workspace. A stream
  * a workspace; what stores KV ends before its call does, so streams need not wait for each other.

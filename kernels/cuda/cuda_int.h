@@ -95,6 +95,10 @@ cuda_take(uint64_t *end, uint64_t bytes)
 
 /* ---- module.c ---- */
 
+/** The embedded kernels of a name. @return ATTN_ERR_INTERNAL  there are none, or they do not load
+ */
+attn_status_t cuda_blob_load(const char *name, CUmodule *module_p);
+
 attn_status_t cuda_modules_load(cuda_backend_t *backend);
 void cuda_modules_unload(cuda_backend_t *backend);
 

@@ -9,7 +9,6 @@
 
 #define BATCH 8
 #define FAN 4
-#define NO_LEVEL 64u
 
 template <int VEC> struct one {
     float a[VEC], l;

@@ -16,8 +16,8 @@ static const struct {
 
 #define SHAPES_N (sizeof(shapes) / sizeof(shapes[0]))
 
-static attn_status_t
-load(const char *name, CUmodule *module_p)
+attn_status_t
+cuda_blob_load(const char *name, CUmodule *module_p)
 {
     for (const cuda_blob_t *blob = cuda_blobs; blob->name != NULL; blob++) {
         if (strcmp(blob->name, name) == 0) {
@@ -45,10 +45,10 @@ cuda_modules_load(cuda_backend_t *backend)
         {&backend->merge_module, &backend->merge[2], "merge_256"},
         {&backend->merge_module, &backend->merge_rows, "merge_rows"},
     };
-    attn_status_t status = load("store", &backend->store_module);
+    attn_status_t status = cuda_blob_load("store", &backend->store_module);
 
     if (status == ATTN_OK) {
-        status = load("merge", &backend->merge_module);
+        status = cuda_blob_load("merge", &backend->merge_module);
     }
     for (size_t i = 0; status == ATTN_OK && i < sizeof(wanted) / sizeof(wanted[0]); i++) {
         status =
@@ -101,7 +101,7 @@ load_prefill(const cuda_backend_t *backend, cuda_shape_t *shape, const char *typ
     char name[64];
 
     snprintf(name, sizeof(name), "prefill_%s_%u_%u", type, shape->d_k, shape->d_v);
-    attn_status_t status = load(name, &shape->wide);
+    attn_status_t status = cuda_blob_load(name, &shape->wide);
     for (int i = 0; i < 3 && status == ATTN_OK; i++) {
         status = CUDA_CALL(cuModuleGetFunction(&shape->prefill[i], shape->wide, names[i]));
         if (status == ATTN_OK) {
@@ -129,7 +129,7 @@ load_shape(cuda_backend_t *backend, cuda_shape_t *shape)
 
     snprintf(name, sizeof(name), "attend_%s_%u_%u", shape->dtype == ATTN_BF16 ? "bf16" : "f16",
              shape->d_k, shape->d_v);
-    attn_status_t status = load(name, &module);
+    attn_status_t status = cuda_blob_load(name, &module);
     if (status != ATTN_OK) {
         return status;
     }

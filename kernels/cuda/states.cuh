@@ -15,6 +15,7 @@
 
 #define EMPTY_E ((int)0x80000000)
 #define DIFFERENCE_MAX 126
+#define NO_LEVEL 64u /* above every node */
 
 /* 2^k for -126 <= k <= 0. */
 __device__ __forceinline__ float

@@ -1,0 +1,290 @@
+#include "kernels/cuda/group.h"
+
+#include "base/checked.h"
+#include "kernels/cuda/cuda_int.h"
+
+#include <assert.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* Beyond half of a device's memory nobody asks for it on purpose. */
+#define HALF_MAX (UINT64_C(1) << 36)
+
+struct cuda_group {
+    cuda_backend_t *backend;
+    cuda_group_options_t options;
+    CUdeviceptr inbox, control, tables;
+    uint64_t tables_bytes;
+    CUmodule module;
+    CUfunction kernel;
+    CUstream side;    /* for what is said and asked while launches run */
+    uint32_t *pinned; /* [8]: the control as it was read, the abort word behind it */
+    cuda_exchange_t x;
+};
+
+static attn_status_t
+check_options(const cuda_backend_t *backend, const cuda_group_options_t *o)
+{
+    if (o->ranks == 0 || o->ranks > CUDA_RANKS || o->me >= o->ranks) {
+        return attn_fail(ATTN_ERR_INVALID, "rank %u of %u: at most %u ranks", o->me, o->ranks,
+                         CUDA_RANKS);
+    }
+    if (o->head_dim_v != 64 && o->head_dim_v != 128 && o->head_dim_v != 256) {
+        return attn_fail(ATTN_ERR_INVALID, "states of %u columns: 64, 128 or 256", o->head_dim_v);
+    }
+    if (o->half == 0 || o->half % 16 != 0 || o->half > HALF_MAX) {
+        return attn_fail(ATTN_ERR_INVALID,
+                         "half an inbox of %llu bytes: a multiple of 16, at most %llu",
+                         (unsigned long long)o->half, (unsigned long long)HALF_MAX);
+    }
+    if (backend->major < 8) {
+        return attn_fail(ATTN_ERR_UNSUPPORTED,
+                         "cuda:%d is of compute capability %d.%d: 8.0 is the least",
+                         backend->ordinal, backend->major, backend->minor);
+    }
+    return ATTN_OK;
+}
+
+/* The kernel for the head dim; its shared memory may be all that there is. */
+static attn_status_t
+load_kernel(cuda_group_t *g)
+{
+    char name[32];
+    attn_status_t status = cuda_blob_load("exchange", &g->module);
+
+    snprintf(name, sizeof(name), "exchange_%u", g->options.head_dim_v);
+    if (status == ATTN_OK) {
+        status = CUDA_CALL(cuModuleGetFunction(&g->kernel, g->module, name));
+    }
+    return status != ATTN_OK
+               ? status
+               : CUDA_CALL(cuFuncSetAttribute(g->kernel,
+                                              CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+                                              g->backend->shared_bytes));
+}
+
+static attn_status_t
+take_memory(cuda_group_t *g)
+{
+    uint64_t inbox = sizeof(cuda_inbox_t) + 2 * g->options.half;
+    attn_status_t status;
+
+    if ((status = CUDA_CALL(cuStreamCreate(&g->side, CU_STREAM_NON_BLOCKING))) != ATTN_OK ||
+        (status = CUDA_CALL(cuMemHostAlloc((void **)&g->pinned, 8 * sizeof(uint32_t), 0))) !=
+            ATTN_OK ||
+        (status = CUDA_CALL(cuMemAlloc(&g->inbox, inbox))) != ATTN_OK ||
+        (status = CUDA_CALL(cuMemAlloc(&g->control, sizeof(cuda_exchange_control_t)))) != ATTN_OK ||
+        (status = CUDA_CALL(cuMemsetD8Async(g->inbox, 0, inbox, g->side))) != ATTN_OK ||
+        (status = CUDA_CALL(cuMemsetD8Async(g->control, 0, sizeof(cuda_exchange_control_t),
+                                            g->side))) != ATTN_OK) {
+        return status;
+    }
+    return CUDA_CALL(cuStreamSynchronize(g->side));
+}
+
+attn_status_t
+cuda_group_open(attn_backend_t *base, const cuda_group_options_t *options, cuda_group_t **group_p)
+{
+    cuda_backend_t *backend = (cuda_backend_t *)base;
+    attn_status_t status    = check_options(backend, options);
+    cuda_group_t *g;
+    CUDA_VISIT(backend);
+
+    status = status == ATTN_OK ? visit.status : status;
+    if (status != ATTN_OK) {
+        return status;
+    }
+    if ((g = calloc(1, sizeof(*g))) == NULL) {
+        return attn_fail(ATTN_ERR_NO_MEMORY, "no memory for a group of GPUs");
+    }
+    g->backend = backend;
+    g->options = *options;
+    if ((status = load_kernel(g)) != ATTN_OK || (status = take_memory(g)) != ATTN_OK) {
+        cuda_group_close(g);
+        return status;
+    }
+    g->x                      = (cuda_exchange_t){.me       = options->me,
+                                                  .ranks    = options->ranks,
+                                                  .half     = options->half,
+                                                  .limit_ns = options->limit_ns,
+                                                  .depth    = 1,
+                                                  .control  = (cuda_exchange_control_t *)(uintptr_t)g->control};
+    g->x.inboxes[options->me] = (uint8_t *)(uintptr_t)g->inbox;
+    *group_p                  = g;
+    return ATTN_OK;
+}
+
+uint64_t
+cuda_group_inbox(const cuda_group_t *group)
+{
+    return group->inbox;
+}
+
+void
+cuda_group_connect(cuda_group_t *g, const uint64_t inboxes[CUDA_RANKS])
+{
+    for (uint32_t r = 0; r < g->options.ranks; r++) {
+        if (r != g->options.me) {
+            g->x.inboxes[r] = (uint8_t *)(uintptr_t)inboxes[r];
+        }
+    }
+}
+
+/* Room for so many bytes of tables. */
+static attn_status_t
+take_tables(cuda_group_t *g, uint64_t bytes)
+{
+    if (bytes <= g->tables_bytes) {
+        return ATTN_OK;
+    }
+    if (g->tables != 0) {
+        g->backend->cu->cuMemFree(g->tables);
+        g->tables       = 0;
+        g->tables_bytes = 0;
+    }
+    attn_status_t status = CUDA_CALL(cuMemAlloc(&g->tables, bytes));
+    g->tables_bytes      = status == ATTN_OK ? bytes : 0;
+    return status;
+}
+
+attn_status_t
+cuda_group_load(cuda_group_t *g, const cuda_exchange_plan_t *plan)
+{
+    uint64_t sends = attn_div_up(plan->n_sends * sizeof(*plan->sends), 256) * 256;
+    uint64_t rows  = attn_div_up(plan->n_rows * sizeof(*plan->rows), 256) * 256;
+    uint64_t parts = plan->n_parts * sizeof(*plan->parts);
+    uint64_t need  = CUDA_EXCHANGE_SHARED(g->options.head_dim_v, (uint64_t)plan->depth);
+    attn_status_t status;
+
+    if (need > (uint64_t)g->backend->shared_bytes) {
+        return attn_fail(ATTN_ERR_TOO_LARGE,
+                         "rows of an exchange need stacks of %u states, %llu bytes: cuda:%d has %d",
+                         plan->depth, (unsigned long long)need, g->backend->ordinal,
+                         g->backend->shared_bytes);
+    }
+    CUDA_VISIT(g->backend);
+    if ((status = visit.status) != ATTN_OK ||
+        (status = take_tables(g, attn_max(sends + rows + parts, 256))) != ATTN_OK) {
+        return status;
+    }
+    const struct {
+        const void *from;
+        uint64_t at, bytes;
+    } tables[] = {{plan->sends, 0, plan->n_sends * sizeof(*plan->sends)},
+                  {plan->rows, sends, plan->n_rows * sizeof(*plan->rows)},
+                  {plan->parts, sends + rows, parts}};
+    for (int i = 0; i < 3 && status == ATTN_OK; i++) {
+        if (tables[i].bytes > 0) {
+            status = CUDA_CALL(cuMemcpyHtoDAsync(g->tables + tables[i].at, tables[i].from,
+                                                 tables[i].bytes, g->side));
+        }
+    }
+    status       = status == ATTN_OK ? CUDA_CALL(cuStreamSynchronize(g->side)) : status;
+    g->x.sends   = (const cuda_send_t *)(uintptr_t)g->tables;
+    g->x.rows    = (const cuda_exchange_row_t *)(uintptr_t)(g->tables + sends);
+    g->x.parts   = (const cuda_exchange_part_t *)(uintptr_t)(g->tables + sends + rows);
+    g->x.n_sends = (uint32_t)plan->n_sends;
+    g->x.n_rows  = (uint32_t)plan->n_rows;
+    g->x.depth   = plan->depth;
+    return status;
+}
+
+attn_status_t
+cuda_group_enqueue(cuda_group_t *g, const cuda_group_call_t *call, CUstream stream)
+{
+    uint64_t tasks    = attn_max(g->x.n_sends, g->x.n_rows);
+    uint64_t ctas     = attn_max(attn_div_up(tasks, CUDA_EXCHANGE_WARPS), 1);
+    cuda_exchange_t x = g->x;
+    CUDA_VISIT(g->backend);
+
+    assert(x.inboxes[0] != NULL && (x.ranks < 2 || x.inboxes[1] != NULL)); /* connected */
+    x.a      = (const float *)(uintptr_t)call->a;
+    x.l      = (const float *)(uintptr_t)call->l;
+    x.e      = (const int32_t *)(uintptr_t)call->e;
+    x.o      = (void *)(uintptr_t)call->o;
+    x.o_type = (uint32_t)call->o_type;
+    x.lse    = (float *)(uintptr_t)call->lse;
+    x.sink_l = (const float *)(uintptr_t)call->sink_l;
+    x.sink_e = (const int32_t *)(uintptr_t)call->sink_e;
+    x.error  = (unsigned long long *)(uintptr_t)call->error;
+    if (visit.status != ATTN_OK) {
+        return visit.status;
+    }
+    return cuda_launch(g->kernel, (uint32_t)attn_min(ctas, (uint64_t)g->backend->cut_for), 1,
+                       32 * CUDA_EXCHANGE_WARPS,
+                       (uint32_t)CUDA_EXCHANGE_SHARED(g->options.head_dim_v, x.depth),
+                       g->backend->major >= 9, stream, (void *[]){&x});
+}
+
+attn_status_t
+cuda_group_abort(cuda_group_t *g)
+{
+    attn_status_t status;
+    CUDA_VISIT(g->backend);
+
+    if (visit.status != ATTN_OK) {
+        return visit.status;
+    }
+    g->pinned[7] = CUDA_EXCHANGE_ABORTED | g->options.me << 8;
+    status = CUDA_CALL(cuMemcpyHtoDAsync(g->inbox + offsetof(cuda_inbox_t, abort), &g->pinned[7],
+                                         sizeof(uint32_t), g->side));
+    return status == ATTN_OK ? CUDA_CALL(cuStreamSynchronize(g->side)) : status;
+}
+
+attn_status_t
+cuda_group_check(cuda_group_t *g)
+{
+    cuda_exchange_control_t *seen = (cuda_exchange_control_t *)(void *)g->pinned;
+    attn_status_t status;
+    CUDA_VISIT(g->backend);
+
+    if ((status = visit.status) != ATTN_OK ||
+        (status = CUDA_CALL(cuMemcpyDtoHAsync(seen, g->control, sizeof(*seen), g->side))) !=
+            ATTN_OK ||
+        (status = CUDA_CALL(cuStreamSynchronize(g->side))) != ATTN_OK) {
+        return status;
+    }
+    if ((seen->failed & 255) == CUDA_EXCHANGE_LATE) {
+        return attn_fail(ATTN_ERR_DEADLINE,
+                         "rank %u of a group of %u GPUs did not come to exchange %u within %llu us",
+                         seen->failed >> 8, g->options.ranks, seen->epoch,
+                         (unsigned long long)g->options.limit_ns / 1000);
+    }
+    if (seen->failed != 0) {
+        return attn_fail(ATTN_ERR_ABORTED, "the group's exchange %u was aborted, with rank %u due",
+                         seen->epoch, seen->failed >> 8);
+    }
+    if (seen->epoch >= CUDA_EPOCHS) {
+        return attn_fail(ATTN_ERR_EXHAUSTED, "the group's numbers are used up: make it anew");
+    }
+    return ATTN_OK;
+}
+
+void
+cuda_group_close(cuda_group_t *g)
+{
+    if (g == NULL) {
+        return;
+    }
+    const cuda_driver_t *cu = g->backend->cu;
+    CUDA_VISIT(g->backend);
+    if (visit.status == ATTN_OK) {
+        CUdeviceptr memory[] = {g->inbox, g->control, g->tables};
+        for (int i = 0; i < 3; i++) {
+            if (memory[i] != 0) {
+                cu->cuMemFree(memory[i]);
+            }
+        }
+        if (g->pinned != NULL) {
+            cu->cuMemFreeHost(g->pinned);
+        }
+        if (g->side != NULL) {
+            cu->cuStreamDestroy(g->side);
+        }
+        if (g->module != NULL) {
+            cu->cuModuleUnload(g->module);
+        }
+    }
+    free(g);
+}

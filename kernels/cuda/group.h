@@ -1,0 +1,88 @@
+/*
+ * group.h: a rank of a group of GPUs on one host that exchange partials (exchange.h has the rules):
+ * its inbox, its tables, its launches. Interior: how processes come to map each other's inboxes is
+ * the caller's. CUDA IPC is what tests/exchange/exchange_gpu_test.c uses; a transport in rpc/,
+ * which hands the same handles over gRPC, is this file's next user, and device-driven steps after
+ * it.
+ *
+ * CUDA IPC first, not NCCL: it needs no library at run time, no communicator and no promise about a
+ * device-side ABI; a mapped pointer is all that the kernel wants. NCCL's windows would be another
+ * way to the same pointers. Against it: memory of a process that is killed goes from under those
+ * who have it mapped, and what they write there is an error of their context. A transport that
+ * outlives that exports inboxes as descriptors (cuMemExportToShareableHandle), which count their
+ * users; the kernel does not know the difference.
+ *
+ * Device pointers are uint64_t here, streams CUstream. One thread at a time, but for abort.
+ */
+#ifndef ATTN_KERNELS_CUDA_GROUP_H
+#define ATTN_KERNELS_CUDA_GROUP_H
+
+#include "kernels/cuda/exchange_plan.h"
+
+#include <cuda.h>
+
+typedef struct cuda_group cuda_group_t;
+
+typedef struct cuda_group_options {
+    uint32_t ranks, me;
+    uint32_t head_dim_v; /**< 64, 128 or 256 */
+    uint64_t half;       /**< bytes of a half of an inbox: CUDA_LINE_BYTES() a state */
+    uint64_t limit_ns;   /**< of the waits of a launch */
+} cuda_group_options_t;
+
+/** What a launch reads and writes, all in memory of the device. */
+typedef struct cuda_group_call {
+    uint64_t a, l, e; /**< own states, as cuda_exchange_entry_t numbers them: [n][d], [n], [n] */
+    uint64_t o;       /**< [rows of the share][d] */
+    attn_dtype_t o_type;
+    uint64_t lse;            /**< [rows of the share] f32, or 0 */
+    uint64_t sink_l, sink_e; /**< [heads], sinks as states; or 0 */
+    uint64_t error;          /**< 64 bits, all ones before: the first row that was not finite */
+} cuda_group_call_t;
+
+/**
+ * A rank with an empty inbox. The backend outlives it.
+ *
+ * @return ATTN_ERR_INVALID      ranks, head dim or half out of range
+ * @return ATTN_ERR_UNSUPPORTED  the device is older than sm_80
+ * @return ATTN_ERR_NO_MEMORY, ATTN_ERR_INTERNAL  of the device
+ */
+attn_status_t cuda_group_open(attn_backend_t *backend, const cuda_group_options_t *options,
+                              cuda_group_t **group_p);
+
+/** Where the inbox lies, an allocation of its own: for exporting it. */
+uint64_t cuda_group_inbox(const cuda_group_t *group);
+
+/** Where all ranks' inboxes are mapped here; [me] is not looked at. Before the first launch. */
+void cuda_group_connect(cuda_group_t *group, const uint64_t inboxes[CUDA_RANKS]);
+
+/**
+ * Tables for the launches that are queued from here on. Launches queued before have ended, and
+ * graphs captured before are not launched any more.
+ *
+ * @return ATTN_ERR_TOO_LARGE  a row's stack does not fit in shared memory
+ * @return ATTN_ERR_NO_MEMORY, ATTN_ERR_INTERNAL  of the device
+ */
+attn_status_t cuda_group_load(cuda_group_t *group, const cuda_exchange_plan_t *plan);
+
+/** Queue a launch; may be captured in a graph. All ranks do, the same number of times. */
+attn_status_t cuda_group_enqueue(cuda_group_t *group, const cuda_group_call_t *call,
+                                 CUstream stream);
+
+/** End this rank's launches, and with them, through their inboxes, those of others. Any thread. */
+attn_status_t cuda_group_abort(cuda_group_t *group);
+
+/**
+ * How launches that have ended went. After anything but ATTN_OK the group is closed and made anew.
+ *
+ * @return ATTN_ERR_DEADLINE   a rank did not come in time; the sentence names it
+ * @return ATTN_ERR_ABORTED    somebody said so
+ * @return ATTN_ERR_EXHAUSTED  the group's numbers are used up
+ * @return ATTN_ERR_INTERNAL   of the device
+ */
+attn_status_t cuda_group_check(cuda_group_t *group);
+
+/** NULL is allowed. No launch is under way, and no rank sends to this one any more. */
+void cuda_group_close(cuda_group_t *group);
+
+#endif
