@@ -13,6 +13,7 @@
 #define ATTN_KERNELS_H
 
 #include "base/attn_types.h"
+#include "kernels/groups.h"
 
 /* ---- the merge tree (docs/numerics.md) ---- */
 
@@ -427,6 +428,9 @@ typedef struct attn_backend_ops {
 
     /** Steps whose tensors are in the device's memory; NULL: this backend has none. */
     const attn_track_ops_t *tracks;
+
+    /** Devices of a host that merge among themselves; NULL: those of this backend do not. */
+    const attn_group_ops_t *groups;
 } attn_backend_ops_t;
 
 struct attn_backend {

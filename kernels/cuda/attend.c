@@ -612,23 +612,33 @@ cuda_attend_enqueue(const attn_workspace_t *w, const attn_kv_t *kv, cuda_args_t 
     return cuda_attend_launch(w, kv, &q, x, stream);
 }
 
-/* Queue all of it, and wait. */
+/* Bytes [at, end) of the block to where fetch() looks for them. */
+static attn_status_t
+bring(const attn_workspace_t *w, uint64_t at, uint64_t end)
+{
+    return CUDA_CALL(
+        cuMemcpyDtoHAsync(w->block->host + at, w->block->device + at, end - at, w->block->stream));
+}
+
+/* Queue all of it, and wait. Who is behind takes the states: they stay where they are. */
 static attn_status_t
 attend(attn_workspace_t *w, const attn_kv_t *kv, const attn_layer_t *layer, const void *q,
-       const attn_answer_t *answer)
+       const attn_answer_t *answer, cuda_behind_t *behind)
 {
     CUstream stream = w->block->stream;
     cuda_args_t x;
     attn_status_t status;
 
     if ((status = cuda_attend_prepare(w, kv, layer, q, answer, &x)) != ATTN_OK ||
-        (status = cuda_attend_enqueue(w, kv, &x, stream)) != ATTN_OK) {
+        (status = cuda_attend_enqueue(w, kv, &x, stream)) != ATTN_OK ||
+        (behind != NULL && (status = behind->queue(behind, &x, stream)) != ATTN_OK)) {
         return status;
     }
     if (w->answer_end <= w->block->host_bytes) {
-        status =
-            CUDA_CALL(cuMemcpyDtoHAsync(w->block->host + w->answer, w->block->device + w->answer,
-                                        w->answer_end - w->answer, stream));
+        status = bring(w, w->answer, behind == NULL ? w->answer_end : w->a);
+        if (status == ATTN_OK && behind != NULL) {
+            status = bring(w, w->error, w->answer_end);
+        }
     }
     if (status == ATTN_OK) {
         status = CUDA_CALL(cuStreamSynchronize(stream));
@@ -641,19 +651,24 @@ cuda_attend(attn_backend_t *base, const attn_plan_t *plan, const attn_kv_t *kv,
             const attn_layer_t *layer, const void *q, attn_dtype_t q_dtype, attn_workspace_t *w,
             const attn_answer_t *answer)
 {
-    const attn_problem_t *p = &plan->problem;
-
     (void)base;
     assert(w->plan == plan && w->q_dtype == q_dtype &&
-           (answer->o == NULL || w->o_dtype == answer->o_dtype) && kv->kv_heads == p->kv_heads &&
-           kv->page_size == p->page_size && kv->chunk_size == p->chunk_size);
-    if (plan->n_works == 0) {
-        return ATTN_OK;
-    }
+           (answer->o == NULL || w->o_dtype == answer->o_dtype));
+    return plan->n_works > 0 ? cuda_attend_before(w, kv, layer, q, answer, NULL) : ATTN_OK;
+}
+
+attn_status_t
+cuda_attend_before(attn_workspace_t *w, const attn_kv_t *kv, const attn_layer_t *layer,
+                   const void *q, const attn_answer_t *answer, cuda_behind_t *behind)
+{
+    const attn_problem_t *p = &w->plan->problem;
+
+    assert(kv->kv_heads == p->kv_heads && kv->page_size == p->page_size &&
+           kv->chunk_size == p->chunk_size);
     CUDA_VISIT(w->backend);
     attn_status_t status = visit.status;
     if (status == ATTN_OK) {
-        status = attend(w, kv, layer, q, answer);
+        status = attend(w, kv, layer, q, answer, behind);
     }
     if (status == ATTN_OK) {
         return fetch_answer(w, answer);

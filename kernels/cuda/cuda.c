@@ -9,6 +9,7 @@
  *     store.c     append, compare, read, move, copy
  *     track.c     the same without the host, on streams of callers, for graphs
  *     group.c     partials between the GPUs of a host (exchange.h)
+ *     groups.c    the same as workers use it
  *     *.cu        the kernels; image.h, store.h, exchange.h, device.cuh: what they share
  *
  * Tensors of attend are host memory: they travel through pinned memory of a workspace. A stream
@@ -523,4 +524,5 @@ const attn_backend_ops_t attn_cuda_backend_ops = {
     .workspace_destroy = cuda_workspace_destroy,
     .attend            = cuda_attend,
     .tracks            = &cuda_track_ops,
+    .groups            = &cuda_group_ops,
 };

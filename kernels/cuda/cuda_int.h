@@ -46,9 +46,9 @@ typedef struct cuda_backend {
     bool wide;          /**< has wgmma: requests of many rows go to the prefill kernel */
     char kind[64], name[96];
 
-    CUmodule store_module, merge_module;
+    CUmodule store_module, merge_module, exchange_module;
     CUfunction move_rows, move_places, split_queries, bring_rows, merge_rows;
-    CUfunction merge[3]; /**< for head dims of V of 64, 128, 256 */
+    CUfunction merge[3], exchange[3]; /**< for head dims of V of 64, 128, 256 */
 
     pthread_mutex_t lock; /* guards what follows */
     cuda_shape_t *shapes;
@@ -94,10 +94,6 @@ cuda_take(uint64_t *end, uint64_t bytes)
 }
 
 /* ---- module.c ---- */
-
-/** The embedded kernels of a name. @return ATTN_ERR_INTERNAL  there are none, or they do not load
- */
-attn_status_t cuda_blob_load(const char *name, CUmodule *module_p);
 
 attn_status_t cuda_modules_load(cuda_backend_t *backend);
 void cuda_modules_unload(cuda_backend_t *backend);
@@ -188,6 +184,21 @@ void cuda_workspace_destroy(attn_backend_t *backend, attn_workspace_t *workspace
 attn_status_t cuda_attend(attn_backend_t *backend, const attn_plan_t *plan, const attn_kv_t *kv,
                           const attn_layer_t *layer, const void *q, attn_dtype_t q_dtype,
                           attn_workspace_t *workspace, const attn_answer_t *answer);
+
+/** What is to be queued behind an attend, on its stream; x names its states. */
+typedef struct cuda_behind {
+    attn_status_t (*queue)(struct cuda_behind *behind, const cuda_args_t *x, CUstream stream);
+} cuda_behind_t;
+
+/** As cuda_attend(), of a plan with works, with something behind it or NULL: what is queued has
+ * ended when this returns. With something behind it answer has no states. */
+attn_status_t cuda_attend_before(attn_workspace_t *workspace, const attn_kv_t *kv,
+                                 const attn_layer_t *layer, const void *q,
+                                 const attn_answer_t *answer, cuda_behind_t *behind);
+
+/* ---- groups.c ---- */
+
+extern const attn_group_ops_t cuda_group_ops;
 
 /* ---- track.c ---- */
 

@@ -17,6 +17,7 @@
     X(cuDeviceGetCount)                                                                            \
     X(cuDeviceGet)                                                                                 \
     X(cuDeviceGetName)                                                                             \
+    X(cuDeviceGetPCIBusId)                                                                         \
     X(cuDeviceGetAttribute)                                                                        \
     X(cuDevicePrimaryCtxRetain)                                                                    \
     X(cuDevicePrimaryCtxRelease)                                                                   \
@@ -47,6 +48,9 @@
     X(cuEventSynchronize)                                                                          \
     X(cuEventQuery)                                                                                \
     X(cuEventElapsedTime)                                                                          \
+    X(cuIpcGetMemHandle)                                                                           \
+    X(cuIpcOpenMemHandle)                                                                          \
+    X(cuIpcCloseMemHandle)                                                                         \
     X(cuTensorMapEncodeTiled)                                                                      \
     X(cuModuleLoadData)                                                                            \
     X(cuModuleUnload)                                                                              \

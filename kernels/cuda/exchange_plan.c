@@ -48,7 +48,7 @@ check(const cuda_exchange_batch_t *b)
 /* The next part in ascending key of those that `at` points to, a node a rank; false: there is none.
  */
 static bool
-next_part(const cuda_exchange_entry_t *entry, uint32_t ranks, uint32_t *at, part_t *part)
+next_part(const attn_group_entry_t *entry, uint32_t ranks, uint32_t *at, part_t *part)
 {
     bool found = false;
 
@@ -73,7 +73,7 @@ next_part(const cuda_exchange_entry_t *entry, uint32_t ranks, uint32_t *at, part
 static attn_status_t
 order_parts(planner_t *p, uint32_t e)
 {
-    const cuda_exchange_entry_t *entry = &p->batch->entries[e];
+    const attn_group_entry_t *entry = &p->batch->entries[e];
     uint32_t at[CUDA_RANKS] = {0}, stack[PARTS_MAX], n = 0;
     part_t part;
 
@@ -187,8 +187,9 @@ add_entry(planner_t *p, uint32_t e, uint64_t at)
     bool there                     = true;
 
     for (uint32_t rank = 0; rank < b->ranks && there; rank++) {
-        uint64_t first = attn_max(p->plan->rows_all * rank / b->ranks, at);
-        uint64_t end   = attn_min(p->plan->rows_all * (rank + 1) / b->ranks, at + rows);
+        attn_group_share_t share = attn_group_share(p->plan->rows_all, rank, b->ranks);
+        uint64_t first           = attn_max(share.first, at);
+        uint64_t end             = attn_min(share.first + share.n, at + rows);
         if (first >= end) {
             continue;
         }
@@ -246,7 +247,7 @@ cuda_exchange_plan(const cuda_exchange_batch_t *batch, cuda_exchange_plan_t *pla
     for (uint32_t e = 0; e < batch->n; e++) {
         plan->rows_all += (uint64_t)batch->entries[e].n_q * batch->q_heads;
     }
-    plan->row_first = plan->rows_all * batch->me / batch->ranks;
+    plan->row_first = attn_group_share(plan->rows_all, batch->me, batch->ranks).first;
     if (plan->rows_all > UINT32_MAX) {
         status = attn_fail(ATTN_ERR_TOO_LARGE, "%llu rows in an exchange: at most 2^32",
                            (unsigned long long)plan->rows_all);

@@ -3,9 +3,8 @@
  * Host code; no driver calls.
  *
  * Rows are the pairs (query, head) of all entries, one after the other: row r of an entry is query
- * r / heads, head r % heads. Rank g of G finishes rows [R g / G, R (g + 1) / G) of all R, which is
- * a contiguous piece of O[R][d]. Every rank works its own tables out of the same batch; lines are
- * numbered alike by who writes and who reads them.
+ * r / heads, head r % heads. Which of them a rank finishes: groups.h. Every rank works its own
+ * tables out of the same batch; lines are numbered alike by who writes and who reads them.
  */
 #ifndef ATTN_KERNELS_CUDA_EXCHANGE_PLAN_H
 #define ATTN_KERNELS_CUDA_EXCHANGE_PLAN_H
@@ -13,19 +12,13 @@
 #include "kernels/cuda/exchange.h"
 #include "kernels/kernels.h"
 
-/** What an entry's ranks have of it. */
-typedef struct cuda_exchange_entry {
-    uint32_t n_q;
-    uint32_t n_nodes[CUDA_RANKS];
-    const attn_node_t *nodes[CUDA_RANKS]; /**< ascending, as attn_tree_frontier() gives them */
-    uint64_t state; /**< of this rank's states of it the first: [node][query][head] */
-} cuda_exchange_entry_t;
+_Static_assert(CUDA_RANKS == ATTN_RANKS_MAX, "a group's ranks are the exchange's");
 
 typedef struct cuda_exchange_batch {
     uint32_t ranks, me;
     uint32_t q_heads, head_dim_v;
     uint32_t n;
-    const cuda_exchange_entry_t *entries;
+    const attn_group_entry_t *entries;
     uint64_t half; /**< bytes of a half of each rank's inbox, the same on all */
 } cuda_exchange_batch_t;
 

@@ -11,16 +11,19 @@
 /* Beyond half of a device's memory nobody asks for it on purpose. */
 #define HALF_MAX (UINT64_C(1) << 36)
 
+/* Other processes that map memory map all of the driver's pieces that it has a part of. */
+#define LENT (UINT64_C(2) << 20)
+
 struct cuda_group {
     cuda_backend_t *backend;
     cuda_group_options_t options;
     CUdeviceptr inbox, control, tables;
     uint64_t tables_bytes;
-    CUmodule module;
     CUfunction kernel;
     CUstream side;    /* for what is said and asked while launches run */
     uint32_t *pinned; /* [8]: the control as it was read, the abort word behind it */
     cuda_exchange_t x;
+    uint64_t limit_ns; /* of the latest launch */
 };
 
 static attn_status_t
@@ -46,28 +49,10 @@ check_options(const cuda_backend_t *backend, const cuda_group_options_t *o)
     return ATTN_OK;
 }
 
-/* The kernel for the head dim; its shared memory may be all that there is. */
-static attn_status_t
-load_kernel(cuda_group_t *g)
-{
-    char name[32];
-    attn_status_t status = cuda_blob_load("exchange", &g->module);
-
-    snprintf(name, sizeof(name), "exchange_%u", g->options.head_dim_v);
-    if (status == ATTN_OK) {
-        status = CUDA_CALL(cuModuleGetFunction(&g->kernel, g->module, name));
-    }
-    return status != ATTN_OK
-               ? status
-               : CUDA_CALL(cuFuncSetAttribute(g->kernel,
-                                              CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
-                                              g->backend->shared_bytes));
-}
-
 static attn_status_t
 take_memory(cuda_group_t *g)
 {
-    uint64_t inbox = sizeof(cuda_inbox_t) + 2 * g->options.half;
+    uint64_t inbox = attn_div_up(sizeof(cuda_inbox_t) + 2 * g->options.half, LENT) * LENT;
     attn_status_t status;
 
     if ((status = CUDA_CALL(cuStreamCreate(&g->side, CU_STREAM_NON_BLOCKING))) != ATTN_OK ||
@@ -100,16 +85,16 @@ cuda_group_open(attn_backend_t *base, const cuda_group_options_t *options, cuda_
     }
     g->backend = backend;
     g->options = *options;
-    if ((status = load_kernel(g)) != ATTN_OK || (status = take_memory(g)) != ATTN_OK) {
+    g->kernel  = backend->exchange[options->head_dim_v / 128];
+    if ((status = take_memory(g)) != ATTN_OK) {
         cuda_group_close(g);
         return status;
     }
-    g->x                      = (cuda_exchange_t){.me       = options->me,
-                                                  .ranks    = options->ranks,
-                                                  .half     = options->half,
-                                                  .limit_ns = options->limit_ns,
-                                                  .depth    = 1,
-                                                  .control  = (cuda_exchange_control_t *)(uintptr_t)g->control};
+    g->x                      = (cuda_exchange_t){.me      = options->me,
+                                                  .ranks   = options->ranks,
+                                                  .half    = options->half,
+                                                  .depth   = 1,
+                                                  .control = (cuda_exchange_control_t *)(uintptr_t)g->control};
     g->x.inboxes[options->me] = (uint8_t *)(uintptr_t)g->inbox;
     *group_p                  = g;
     return ATTN_OK;
@@ -195,24 +180,28 @@ cuda_group_enqueue(cuda_group_t *g, const cuda_group_call_t *call, CUstream stre
 {
     uint64_t tasks    = attn_max(g->x.n_sends, g->x.n_rows);
     uint64_t ctas     = attn_max(attn_div_up(tasks, CUDA_EXCHANGE_WARPS), 1);
+    uint64_t most     = (uint64_t)g->backend->cut_for;
     cuda_exchange_t x = g->x;
     CUDA_VISIT(g->backend);
 
     assert(x.inboxes[0] != NULL && (x.ranks < 2 || x.inboxes[1] != NULL)); /* connected */
-    x.a      = (const float *)(uintptr_t)call->a;
-    x.l      = (const float *)(uintptr_t)call->l;
-    x.e      = (const int32_t *)(uintptr_t)call->e;
-    x.o      = (void *)(uintptr_t)call->o;
-    x.o_type = (uint32_t)call->o_type;
-    x.lse    = (float *)(uintptr_t)call->lse;
-    x.sink_l = (const float *)(uintptr_t)call->sink_l;
-    x.sink_e = (const int32_t *)(uintptr_t)call->sink_e;
-    x.error  = (unsigned long long *)(uintptr_t)call->error;
+    x.a        = (const float *)(uintptr_t)call->a;
+    x.l        = (const float *)(uintptr_t)call->l;
+    x.e        = (const int32_t *)(uintptr_t)call->e;
+    x.o        = (void *)(uintptr_t)call->o;
+    x.o_type   = (uint32_t)call->o_type;
+    x.lse      = (float *)(uintptr_t)call->lse;
+    x.sink_l   = (const float *)(uintptr_t)call->sink_l;
+    x.sink_e   = (const int32_t *)(uintptr_t)call->sink_e;
+    x.error    = (unsigned long long *)(uintptr_t)call->error;
+    x.limit_ns = g->limit_ns = call->limit_ns;
+    if (g->options.ctas_max > 0) {
+        most = attn_min(most, g->options.ctas_max);
+    }
     if (visit.status != ATTN_OK) {
         return visit.status;
     }
-    return cuda_launch(g->kernel, (uint32_t)attn_min(ctas, (uint64_t)g->backend->cut_for), 1,
-                       32 * CUDA_EXCHANGE_WARPS,
+    return cuda_launch(g->kernel, (uint32_t)attn_min(ctas, most), 1, 32 * CUDA_EXCHANGE_WARPS,
                        (uint32_t)CUDA_EXCHANGE_SHARED(g->options.head_dim_v, x.depth),
                        g->backend->major >= 9, stream, (void *[]){&x});
 }
@@ -245,11 +234,23 @@ cuda_group_check(cuda_group_t *g)
         (status = CUDA_CALL(cuStreamSynchronize(g->side))) != ATTN_OK) {
         return status;
     }
+    return cuda_group_verdict(g, seen);
+}
+
+uint64_t
+cuda_group_control(const cuda_group_t *g)
+{
+    return g->control;
+}
+
+attn_status_t
+cuda_group_verdict(const cuda_group_t *g, const cuda_exchange_control_t *seen)
+{
     if ((seen->failed & 255) == CUDA_EXCHANGE_LATE) {
         return attn_fail(ATTN_ERR_DEADLINE,
                          "rank %u of a group of %u GPUs did not come to exchange %u within %llu us",
                          seen->failed >> 8, g->options.ranks, seen->epoch,
-                         (unsigned long long)g->options.limit_ns / 1000);
+                         (unsigned long long)g->limit_ns / 1000);
     }
     if (seen->failed != 0) {
         return attn_fail(ATTN_ERR_ABORTED, "the group's exchange %u was aborted, with rank %u due",
@@ -281,9 +282,6 @@ cuda_group_close(cuda_group_t *g)
         }
         if (g->side != NULL) {
             cu->cuStreamDestroy(g->side);
-        }
-        if (g->module != NULL) {
-            cu->cuModuleUnload(g->module);
         }
     }
     free(g);

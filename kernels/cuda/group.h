@@ -1,9 +1,7 @@
 /*
  * group.h: a rank of a group of GPUs on one host that exchange partials (exchange.h has the rules):
  * its inbox, its tables, its launches. Interior: how processes come to map each other's inboxes is
- * the caller's. CUDA IPC is what tests/exchange/exchange_gpu_test.c uses; a transport in rpc/,
- * which hands the same handles over gRPC, is this file's next user, and device-driven steps after
- * it.
+ * the caller's, groups.c, by CUDA IPC.
  *
  * CUDA IPC first, not NCCL: it needs no library at run time, no communicator and no promise about a
  * device-side ABI; a mapped pointer is all that the kernel wants. NCCL's windows would be another
@@ -27,7 +25,7 @@ typedef struct cuda_group_options {
     uint32_t ranks, me;
     uint32_t head_dim_v; /**< 64, 128 or 256 */
     uint64_t half;       /**< bytes of a half of an inbox: CUDA_LINE_BYTES() a state */
-    uint64_t limit_ns;   /**< of the waits of a launch */
+    uint32_t ctas_max;   /**< of a launch, all of which are resident while it waits; 0: any */
 } cuda_group_options_t;
 
 /** What a launch reads and writes, all in memory of the device. */
@@ -38,6 +36,7 @@ typedef struct cuda_group_call {
     uint64_t lse;            /**< [rows of the share] f32, or 0 */
     uint64_t sink_l, sink_e; /**< [heads], sinks as states; or 0 */
     uint64_t error;          /**< 64 bits, all ones before: the first row that was not finite */
+    uint64_t limit_ns;       /**< of the launch's waits */
 } cuda_group_call_t;
 
 /**
@@ -81,6 +80,10 @@ attn_status_t cuda_group_abort(cuda_group_t *group);
  * @return ATTN_ERR_INTERNAL   of the device
  */
 attn_status_t cuda_group_check(cuda_group_t *group);
+
+/** The control, in the device's memory, and how launches went by a copy of it: as above. */
+uint64_t cuda_group_control(const cuda_group_t *group);
+attn_status_t cuda_group_verdict(const cuda_group_t *group, const cuda_exchange_control_t *seen);
 
 /** NULL is allowed. No launch is under way, and no rank sends to this one any more. */
 void cuda_group_close(cuda_group_t *group);

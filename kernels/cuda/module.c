@@ -16,8 +16,8 @@ static const struct {
 
 #define SHAPES_N (sizeof(shapes) / sizeof(shapes[0]))
 
-attn_status_t
-cuda_blob_load(const char *name, CUmodule *module_p)
+static attn_status_t
+load(const char *name, CUmodule *module_p)
 {
     for (const cuda_blob_t *blob = cuda_blobs; blob->name != NULL; blob++) {
         if (strcmp(blob->name, name) == 0) {
@@ -44,18 +44,24 @@ cuda_modules_load(cuda_backend_t *backend)
         {&backend->merge_module, &backend->merge[1], "merge_128"},
         {&backend->merge_module, &backend->merge[2], "merge_256"},
         {&backend->merge_module, &backend->merge_rows, "merge_rows"},
+        {&backend->exchange_module, &backend->exchange[0], "exchange_64"},
+        {&backend->exchange_module, &backend->exchange[1], "exchange_128"},
+        {&backend->exchange_module, &backend->exchange[2], "exchange_256"},
     };
-    attn_status_t status = cuda_blob_load("store", &backend->store_module);
+    attn_status_t status = load("store", &backend->store_module);
 
     if (status == ATTN_OK) {
-        status = cuda_blob_load("merge", &backend->merge_module);
+        status = load("merge", &backend->merge_module);
+    }
+    if (status == ATTN_OK) { /* now, for to load it later may wait for one that waits */
+        status = load("exchange", &backend->exchange_module);
     }
     for (size_t i = 0; status == ATTN_OK && i < sizeof(wanted) / sizeof(wanted[0]); i++) {
         status =
             CUDA_CALL(cuModuleGetFunction(wanted[i].function, *wanted[i].module, wanted[i].name));
     }
-    for (int i = 0; status == ATTN_OK && i < 3; i++) {
-        status = CUDA_CALL(cuFuncSetAttribute(backend->merge[i],
+    for (int i = 0; status == ATTN_OK && i < 6; i++) {
+        status = CUDA_CALL(cuFuncSetAttribute(i < 3 ? backend->merge[i] : backend->exchange[i - 3],
                                               CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
                                               backend->shared_bytes));
     }
@@ -80,6 +86,9 @@ cuda_modules_unload(cuda_backend_t *backend)
     if (backend->merge_module != NULL) {
         backend->cu->cuModuleUnload(backend->merge_module);
     }
+    if (backend->exchange_module != NULL) {
+        backend->cu->cuModuleUnload(backend->exchange_module);
+    }
 }
 
 bool
@@ -101,7 +110,7 @@ load_prefill(const cuda_backend_t *backend, cuda_shape_t *shape, const char *typ
     char name[64];
 
     snprintf(name, sizeof(name), "prefill_%s_%u_%u", type, shape->d_k, shape->d_v);
-    attn_status_t status = cuda_blob_load(name, &shape->wide);
+    attn_status_t status = load(name, &shape->wide);
     for (int i = 0; i < 3 && status == ATTN_OK; i++) {
         status = CUDA_CALL(cuModuleGetFunction(&shape->prefill[i], shape->wide, names[i]));
         if (status == ATTN_OK) {
@@ -129,7 +138,7 @@ load_shape(cuda_backend_t *backend, cuda_shape_t *shape)
 
     snprintf(name, sizeof(name), "attend_%s_%u_%u", shape->dtype == ATTN_BF16 ? "bf16" : "f16",
              shape->d_k, shape->d_v);
-    attn_status_t status = cuda_blob_load(name, &module);
+    attn_status_t status = load(name, &module);
     if (status != ATTN_OK) {
         return status;
     }

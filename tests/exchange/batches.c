@@ -61,7 +61,7 @@ make_batch(batch_t *b, uint32_t ranks, uint32_t q_heads, uint32_t d)
 }
 
 void
-batch_of(const batch_t *b, uint32_t me, uint64_t half, cuda_exchange_entry_t *entries,
+batch_of(const batch_t *b, uint32_t me, uint64_t half, attn_group_entry_t *entries,
          cuda_exchange_batch_t *batch)
 {
     memcpy(entries, b->entries, b->n * sizeof(*entries));

@@ -9,7 +9,7 @@
 
 typedef struct batch {
     uint32_t ranks, q_heads, d, n;
-    cuda_exchange_entry_t entries[ENTRIES_MAX]; /**< but for `state` */
+    attn_group_entry_t entries[ENTRIES_MAX]; /**< but for `state` */
     attn_node_t nodes[ENTRIES_MAX][CUDA_RANKS][CHUNKS_MAX];
     uint64_t state[CUDA_RANKS][ENTRIES_MAX]; /**< the first of an entry on a rank */
     uint64_t states[CUDA_RANKS];             /**< of a rank */
@@ -30,7 +30,7 @@ void chance_seed(uint64_t seed);
 void make_batch(batch_t *b, uint32_t ranks, uint32_t q_heads, uint32_t d);
 
 /** The entries as a rank gives them to cuda_exchange_plan(). */
-void batch_of(const batch_t *b, uint32_t me, uint64_t half, cuda_exchange_entry_t *entries,
+void batch_of(const batch_t *b, uint32_t me, uint64_t half, attn_group_entry_t *entries,
               cuda_exchange_batch_t *batch);
 
 /** All states of a row of all, ascending in key. Returns how many. */

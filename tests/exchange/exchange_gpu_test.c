@@ -55,6 +55,7 @@ typedef struct world {
     cuda_group_t *group;
     uint64_t mapped[CUDA_RANKS];
     CUstream stream;
+    uint64_t limit_ns; /* of launches */
 } world_t;
 
 static void
@@ -100,10 +101,10 @@ find_ipc(ipc_t *ipc)
 static void
 join_group(world_t *w, uint64_t limit_ns)
 {
-    cuda_group_options_t options = {
-        .ranks = w->ranks, .me = w->me, .head_dim_v = D, .half = HALF, .limit_ns = limit_ns};
+    cuda_group_options_t options = {.ranks = w->ranks, .me = w->me, .head_dim_v = D, .half = HALF};
     CUdeviceptr at;
 
+    w->limit_ns = limit_ns;
     must(cuda_group_open(w->backend, &options, &w->group), "group");
     MUST(w->ipc.get(&w->common->handles[w->me], cuda_group_inbox(w->group)));
     pthread_barrier_wait(&w->common->barrier);
@@ -164,7 +165,7 @@ typedef struct launch {
 static void
 make_launch(world_t *w, const batch_t *b, uint64_t seed, launch_t *launch)
 {
-    cuda_exchange_entry_t entries[ENTRIES_MAX];
+    attn_group_entry_t entries[ENTRIES_MAX];
     cuda_exchange_batch_t batch;
     uint64_t n = b->states[w->me], rows, end = 0, at[6], none = UINT64_MAX;
 
@@ -192,13 +193,14 @@ make_launch(world_t *w, const batch_t *b, uint64_t seed, launch_t *launch)
     free(a);
     free(l);
     free(e);
-    launch->call = (cuda_group_call_t){.a      = launch->memory + at[0],
-                                       .l      = launch->memory + at[1],
-                                       .e      = launch->memory + at[2],
-                                       .o      = launch->memory + at[3],
-                                       .o_type = ATTN_F32,
-                                       .lse    = launch->memory + at[4],
-                                       .error  = launch->memory + at[5]};
+    launch->call = (cuda_group_call_t){.a        = launch->memory + at[0],
+                                       .l        = launch->memory + at[1],
+                                       .e        = launch->memory + at[2],
+                                       .o        = launch->memory + at[3],
+                                       .o_type   = ATTN_F32,
+                                       .lse      = launch->memory + at[4],
+                                       .error    = launch->memory + at[5],
+                                       .limit_ns = w->limit_ns};
 }
 
 static void
@@ -264,13 +266,16 @@ static void
 test_bits_on_one(attn_backend_t *backend, uint32_t ranks)
 {
     static world_t of[CUDA_RANKS];
-    cuda_group_options_t options = {
-        .ranks = ranks, .head_dim_v = D, .half = HALF, .limit_ns = UINT64_C(5000000000)};
+    cuda_group_options_t options = {.ranks = ranks, .head_dim_v = D, .half = HALF};
     uint64_t inboxes[CUDA_RANKS];
 
     attn_cuda_cut_for(backend, 64 / ranks); /* CTAs of all ranks have room at once */
     for (uint32_t r = 0; r < ranks; r++) {
-        of[r]      = (world_t){.ranks = ranks, .me = r, .cu = cuda_driver(), .backend = backend};
+        of[r]      = (world_t){.ranks    = ranks,
+                               .me       = r,
+                               .cu       = cuda_driver(),
+                               .backend  = backend,
+                               .limit_ns = UINT64_C(5000000000)};
         options.me = r;
         must(cuda_group_open(backend, &options, &of[r].group), "group");
         MUST(of[r].cu->cuStreamCreate(&of[r].stream, CU_STREAM_NON_BLOCKING));

@@ -71,7 +71,7 @@ test_lines_are_written_for_who_reads_them(void **state)
 
     for (int round = 0; round < 200; round++) {
         batch_t b;
-        cuda_exchange_entry_t entries[ENTRIES_MAX];
+        attn_group_entry_t entries[ENTRIES_MAX];
         cuda_exchange_batch_t batch;
         uint64_t rows = 0, sends = 0, read = 0;
         make_batch(&b, chance_in(1, CUDA_RANKS), chance_in(1, chance_in(1, 40)),
@@ -104,7 +104,7 @@ test_shares_are_even(void **state)
     (void)state;
 
     for (uint32_t ranks = 1; ranks <= CUDA_RANKS; ranks++) {
-        cuda_exchange_entry_t entry = {.n_q = 3};
+        attn_group_entry_t entry = {.n_q = 3};
         for (uint32_t me = 0; me < ranks; me++) {
             cuda_exchange_batch_t batch = {.ranks      = ranks,
                                            .me         = me,
@@ -133,9 +133,9 @@ static void
 test_bad_batches_are_refused(void **state)
 {
     attn_node_t whole = {.level = 32, .index = 0}, chunk = {.level = 0, .index = 5};
-    cuda_exchange_entry_t entry = {.n_q = 1, .n_nodes = {1, 1}, .nodes = {&whole, &chunk}};
-    cuda_exchange_batch_t good  = {
-         .ranks = 2, .q_heads = 4, .head_dim_v = 128, .n = 1, .entries = &entry, .half = HALF};
+    attn_group_entry_t entry   = {.n_q = 1, .n_nodes = {1, 1}, .nodes = {&whole, &chunk}};
+    cuda_exchange_batch_t good = {
+        .ranks = 2, .q_heads = 4, .head_dim_v = 128, .n = 1, .entries = &entry, .half = HALF};
     (void)state;
 
     expect(&good, ATTN_ERR_INVALID, "the same leaves");

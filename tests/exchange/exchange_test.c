@@ -122,7 +122,7 @@ make_world(uint32_t ranks, uint32_t d, uint32_t launches, uint64_t limit_ns)
     for (uint32_t i = 0; i < launches; i++) {
         make_batch(&w->batches[i], ranks, heads, d);
         for (uint32_t r = 0; r < ranks; r++) {
-            cuda_exchange_entry_t entries[ENTRIES_MAX];
+            attn_group_entry_t entries[ENTRIES_MAX];
             cuda_exchange_batch_t batch;
             rank_t *rank = &w->of[r][i];
             batch_of(&w->batches[i], r, HALF, entries, &batch);
