@@ -10,8 +10,6 @@
 #define XXH_INLINE_ALL
 #include <xxhash.h>
 
-#define ANSWER_BYTES_MAX (UINT64_C(1) << 30)
-
 /* ---- check ---- */
 
 static attn_status_t
@@ -90,13 +88,13 @@ node_first_key(attn_node_t node)
     return (uint64_t)node.index << node.level;
 }
 
-static attn_status_t
-check_nodes(const engine_entry_t *e)
+attn_status_t
+engine_nodes_check(const attn_node_t *nodes, uint32_t n)
 {
     uint64_t end = 0; /* keys below this are covered */
 
-    for (uint32_t i = 0; i < e->n_nodes; i++) {
-        attn_node_t node = e->nodes[i];
+    for (uint32_t i = 0; i < n; i++) {
+        attn_node_t node = nodes[i];
         if (node.level > 32 || (uint64_t)node.index >= UINT64_C(1) << (32 - node.level) ||
             node_first_key(node) < end) {
             return attn_fail(ATTN_ERR_INVALID,
@@ -243,7 +241,7 @@ check_entry(const attn_geometry_t *g, const engine_entry_t *e)
     if (e->mask != NULL && (status = attn_mask_check(e->mask, e->n_q, e->n_new)) != ATTN_OK) {
         return status;
     }
-    if ((status = check_nodes(e)) != ATTN_OK ||
+    if ((status = engine_nodes_check(e->nodes, e->n_nodes)) != ATTN_OK ||
         (status = check_sparse(g, e, kv_length)) != ATTN_OK) {
         return status;
     }
@@ -340,8 +338,8 @@ engine_step_check(const engine_cache_t *cache, const engine_batch_t *batch)
         uint32_t first;
         new_rows += engine_entry_rows(g, e, &first);
         if (rows > ENGINE_ROWS_MAX || new_rows > ENGINE_ROWS_MAX ||
-            states > ANSWER_BYTES_MAX / (8 + 4 * g->head_dim_v) ||
-            rows * g->q_heads * g->head_dim_v > ANSWER_BYTES_MAX / 8) {
+            states > ENGINE_ANSWER_MAX / (8 + 4 * g->head_dim_v) ||
+            rows * g->q_heads * g->head_dim_v > ENGINE_ANSWER_MAX / 8) {
             return attn_fail(ATTN_ERR_TOO_LARGE,
                              "n_q or n_new add up to more than %u query rows or new tokens, or the "
                              "answer to more than "
@@ -450,10 +448,10 @@ engine_batch_fingerprint(const engine_batch_t *batch)
     mix(&hash, &batch->cache, sizeof(batch->cache));
     for (uint32_t i = 0; i < batch->n; i++) {
         const engine_entry_t *e = &batch->entries[i];
-        uint64_t numbers[]      = {e->seq,         e->base,         e->n_q,          e->n_new,
-                                   e->n_chunks,    e->n_nodes,      e->n_lists,      batch->n,
-                                   batch->q_dtype, batch->o_dtype,  batch->want_lse, e->mask != NULL,
-                                   e->list_room,   batch->on_device};
+        uint64_t numbers[]      = {e->seq,         e->base,          e->n_q,          e->n_new,
+                                   e->n_chunks,    e->n_nodes,       e->n_lists,      batch->n,
+                                   batch->q_dtype, batch->o_dtype,   batch->want_lse, e->mask != NULL,
+                                   e->list_room,   batch->on_device, batch->group};
         mix(&hash, numbers, sizeof(numbers));
         for (uint32_t c = 0; c < e->n_chunks; c++) {
             uint64_t chunk[] = {e->chunks[c].chunk, e->chunks[c].generation, e->chunks[c].length,

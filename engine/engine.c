@@ -79,6 +79,7 @@ engine_create(const engine_options_t *options, engine_t **engine_p)
     strncpy(engine->name, options->name != NULL ? options->name : "local",
             sizeof(engine->name) - 1);
     pthread_mutex_init(&engine->lock, NULL);
+    pthread_mutex_init(&engine->groups_lock, NULL);
     pthread_mutex_init(&engine->spare_lock, NULL);
     engine->ordinal = ordinal;
 
@@ -111,6 +112,7 @@ err_close:
     ops->close(engine->backend);
 err_free:
     pthread_mutex_destroy(&engine->spare_lock);
+    pthread_mutex_destroy(&engine->groups_lock);
     pthread_mutex_destroy(&engine->lock);
     free(engine);
     return status;
@@ -124,12 +126,14 @@ engine_destroy(engine_t *engine)
     }
     engine_caches_close(engine);
     engine_caches_wait(engine);
+    engine_groups_free(engine);
     HASH_CLEAR(hh, engine->ended_by_id);
     kv_store_destroy(engine->store);
     engine->backend->ops->slab_free(engine->backend, engine->slab, engine->slab_bytes);
     engine->backend->ops->close(engine->backend);
     engine_spares_free(engine);
     pthread_mutex_destroy(&engine->spare_lock);
+    pthread_mutex_destroy(&engine->groups_lock);
     pthread_mutex_destroy(&engine->lock);
     free(engine);
 }
@@ -152,6 +156,7 @@ engine_describe(engine_t *engine, engine_info_t *info)
     if (engine->backend->ops->device(engine->backend, &info->device) != ATTN_OK) {
         info->device = (attn_device_t){0};
     }
+    info->groups = engine_groups_count(engine);
 
     pthread_mutex_lock(&engine->lock);
     info->kv_rate = engine_rate_of(&engine->rate, attn_now_ns(), info->kv_bytes);

@@ -92,6 +92,7 @@ typedef struct engine_info {
     engine_times_t times;    /**< of `runs`: storing k, v and attention */
     engine_steps_t steps;    /**< since start */
     uint64_t epoch;
+    uint32_t groups;      /**< that the device is in, and connected */
     attn_device_t device; /**< as it is now; zeros if it does not say */
     double kv_rate;       /**< KV bytes per second of the last ten: engine_tick() samples them */
 } engine_info_t;
@@ -261,7 +262,13 @@ typedef struct engine_batch {
     /** Its tensors lie in the device's memory: for engine_step_enqueue(), not for
      * engine_step_run(). It has no nodes and no list_room. */
     bool on_device;
-    uint64_t deadline_ns; /**< the step aborts then */
+    /** 0, or a group that is connected here: then it merges all entries with nodes, and the answer
+     * has O and LSE of this rank's share of their rows (attn_group_share()), behind those of
+     * entries without. grouped: all such entries of all ranks, in the same order for each. */
+    uint64_t group;
+    uint32_t n_grouped;
+    const attn_group_entry_t *grouped; /**< `state` is not looked at */
+    uint64_t deadline_ns;              /**< the step aborts then */
 } engine_batch_t;
 
 /** Sizes of every run's tensors: what a transport must move. Bytes. */
@@ -274,9 +281,10 @@ typedef struct engine_sizes {
 
 /**
  * Begin. Everything is copied. The same step_id with the same batch again is ATTN_OK.
- * @return as kv_step_begin, and ATTN_ERR_STALE epoch, ATTN_ERR_NOT_FOUND cache,
- *         ATTN_ERR_INVALID rows above ENGINE_ROWS_MAX, pages, nodes, ATTN_ERR_UNSUPPORTED on_device
- *         on a device that has no memory for tensors, ATTN_ERR_EXHAUSTED graphs of too many shapes
+ * @return as kv_step_begin, and ATTN_ERR_STALE epoch or group, ATTN_ERR_BUSY group,
+ * ATTN_ERR_NOT_FOUND cache, ATTN_ERR_INVALID rows above ENGINE_ROWS_MAX, pages, nodes,
+ * ATTN_ERR_UNSUPPORTED on_device on a device that has no memory for tensors, ATTN_ERR_EXHAUSTED
+ * graphs of too many shapes
  */
 attn_status_t engine_step_begin(engine_t *engine, const engine_batch_t *batch,
                                 engine_sizes_t *sizes);
@@ -353,6 +361,63 @@ attn_status_t engine_path_check(const uint32_t *path, uint32_t n, uint32_t n_new
  * step that the device works for this waits a second at most; then the step is refused to
  * everybody, and a tick returns what it has when the device is through. */
 attn_status_t engine_step_abort(engine_t *engine, uint64_t step_id, const char *reason);
+
+/** The step's exchange, if it is in one, ends soon, as the step is to: before an abort that waits
+ * for its lock. Never blocks. */
+void engine_step_interrupt(engine_t *engine, uint64_t step_id);
+
+/* ---- groups of devices that merge among themselves: groups.c ---- */
+
+#define ENGINE_HALF_MIN (1u << 20) /* bytes of half an inbox at least */
+#define ENGINE_PROOF_FEW 32u       /* rows */
+
+typedef struct engine_group_options {
+    uint64_t id; /**< chosen by who makes it, the same on all ranks; not 0 */
+    uint32_t ranks, me;
+    uint32_t head_dim_v;
+    uint64_t half_bytes; /**< of every rank's inbox; at least ENGINE_HALF_MIN */
+} engine_group_options_t;
+
+/**
+ * An inbox here, for a group. Groups that no step used for 30 s end.
+ * @param handle  what other processes of this host map it by
+ * @param device  which of the host's devices it is on; empty: not known
+ * @return ATTN_ERR_UNSUPPORTED  the device is not of a kind that has groups
+ * @return ATTN_ERR_EXISTS       there is one of this id
+ * @return ATTN_ERR_EXHAUSTED    it is in ATTN_GROUPS_MAX groups, or their inboxes are too large
+ */
+attn_status_t engine_group_open(engine_t *engine, const engine_group_options_t *options,
+                                uint8_t handle[ATTN_INBOX_HANDLE], char device[ATTN_GROUP_DEVICE]);
+
+/** All ranks' inboxes, in their order. */
+typedef struct engine_inboxes {
+    uint64_t group;
+    uint32_t ranks;
+    uint64_t half_bytes; /**< of each */
+    const uint8_t (*handles)[ATTN_INBOX_HANDLE];
+} engine_inboxes_t;
+
+/**
+ * Map them. What they stand for is the caller's to be sure of.
+ * @return ATTN_ERR_STALE        no such group
+ * @return ATTN_ERR_INVALID      the group was opened with other numbers
+ * @return ATTN_ERR_EXISTS       it is connected
+ * @return ATTN_ERR_UNSUPPORTED  they cannot be mapped here
+ */
+attn_status_t engine_group_connect(engine_t *engine, const engine_inboxes_t *inboxes);
+
+/** Exchanges with made-up states, all ranks at once, until until_ns at most: right, and how long
+ * one takes, of ENGINE_PROOF_FEW rows and of as many as fit, *many_p.
+ * @return ATTN_ERR_STALE, ATTN_ERR_BUSY; otherwise as attn_group_ops_t.prove(), and it is over */
+attn_status_t engine_group_prove(engine_t *engine, uint64_t id, uint64_t until_ns,
+                                 double seconds[2], uint32_t *many_p);
+
+/** It is over: this rank writes to no other one any more, once the step that may be in it ended.
+ * forget: and no other one does here, so its inbox goes. Missing groups count as closed. */
+attn_status_t engine_group_close(engine_t *engine, uint64_t id, bool forget);
+
+/** Groups that are connected. */
+uint32_t engine_groups_count(engine_t *engine);
 
 /* ---- steps whose tensors are in the device's memory ---- */
 

@@ -13,6 +13,7 @@
 #define ENDED_STEPS 4096u                      /* how many ended steps are remembered */
 #define ENGINE_BY_CACHE "its cache was closed" /* why steps end, as those of engine.h */
 #define RELEASED_CHUNKS 4096u                  /* and released chunks of a cache */
+#define ENGINE_ANSWER_MAX (UINT64_C(1) << 30)  /* bytes of an answer, and of its partials */
 #define SPARE_PLANS 8u                         /* of ended steps, kept for their memory ... */
 #define SPARE_BYTES (UINT64_C(4) << 20)        /* ... if it is no more than this */
 
@@ -44,6 +45,8 @@ typedef enum step_state {
     STEP_ABORTED,
 } step_state_t;
 
+typedef struct engine_group engine_group_t; /* groups.c */
+
 /* A step. `lock` is held through run, commit and abort. What begin made does not change. */
 typedef struct engine_step {
     uint64_t id; /* key */
@@ -74,6 +77,8 @@ typedef struct engine_step {
 
     attn_dtype_t q_dtype, o_dtype;
     engine_sizes_t sizes;
+    engine_group_t *group;               /* that merges its partials; under the groups' lock */
+    uint64_t own_o, own_lse;             /* bytes of the answer that are not the group's */
     uint64_t n_new_rows;                 /* k, v rows stored here */
     uint32_t *slot_pages, *slot_offsets; /* [n_new_rows] */
     uint64_t *slot_first;                /* [n] of each entry */
@@ -110,6 +115,9 @@ struct engine {
     uint32_t ticks;
 
     engine_rate_t rate; /* of kv_bytes */
+
+    pthread_mutex_t groups_lock; /* innermost; guards groups */
+    engine_group_t *groups;
 
     pthread_mutex_t spare_lock; /* innermost; guards the plans whose memory waits for new ones */
     attn_plan_t *spares[SPARE_PLANS];
@@ -153,6 +161,9 @@ uint32_t engine_entry_rows(const attn_geometry_t *geometry, const engine_entry_t
 
 /** Does the new token of that index go to a chunk named here? */
 bool engine_entry_owns(const attn_geometry_t *geometry, const engine_entry_t *e, uint32_t token);
+
+/** Are these nodes of the tree, in ascending order, none of which has a part of another? */
+attn_status_t engine_nodes_check(const attn_node_t *nodes, uint32_t n);
 
 /** Check the lists that a run brings. */
 attn_status_t engine_lists_check(const engine_step_t *step, const engine_lists_t *lists,
@@ -200,6 +211,23 @@ void engine_caches_tick(engine_t *engine);
 
 /** Wait until all that were closed are gone. */
 void engine_caches_wait(engine_t *engine);
+
+/* ---- groups.c ---- */
+
+/** The step has the group of its batch, and the sizes that come of it. Under the step's lock, when
+ * it is planned; whatever comes of it, engine_group_give() follows. */
+attn_status_t engine_group_take(engine_t *engine, engine_step_t *step, const engine_batch_t *batch);
+void engine_group_give(engine_t *engine, engine_step_t *step); /* of one without: nothing */
+
+/** A layer, or (run->q NULL) a part in its exchange alone. Under the step's lock. */
+attn_status_t engine_group_run(engine_t *engine, engine_step_t *step, const attn_group_run_t *run);
+
+/** The step is to end: so does its group, and the exchange that it may be in. Without its lock. */
+void engine_group_interrupt(engine_t *engine, engine_step_t *step);
+
+/** Those that nobody uses any more go. */
+void engine_groups_tick(engine_t *engine, uint64_t now_ns);
+void engine_groups_free(engine_t *engine);
 
 /* ---- commit.c ---- */
 

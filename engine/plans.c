@@ -82,6 +82,7 @@ void
 engine_plans_free(engine_t *engine, engine_step_t *step)
 {
     engine_track_give(engine, step);
+    engine_group_give(engine, step);
     for (uint32_t v = 0; v < step->cache->n_variants; v++) {
         if (step->workspaces[v] != NULL) {
             engine->backend->ops->workspace_destroy(engine->backend, step->workspaces[v]);

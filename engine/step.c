@@ -351,7 +351,8 @@ engine_step_begin(engine_t *engine, const engine_batch_t *batch, engine_sizes_t 
         return status;
     }
     if ((status = copy_pages(engine, step)) != ATTN_OK ||
-        (status = engine_plans_make(engine, step)) != ATTN_OK) {
+        (status = engine_plans_make(engine, step)) != ATTN_OK ||
+        (batch->group != 0 && (status = engine_group_take(engine, step, batch)) != ATTN_OK)) {
         begin_undo(engine, step);
     } else {
         *sizes = step->sizes;
@@ -408,6 +409,33 @@ run_store(engine_t *engine, engine_step_t *step, uint32_t layer, const attn_kv_t
     return status;
 }
 
+/* A layer of a step in a group. Without q it takes part in the exchange, for others do. */
+static attn_status_t
+run_grouped(engine_t *engine, engine_step_t *step, uint32_t layer, const attn_kv_t *kv,
+            const void *q, void *answer)
+{
+    uint32_t variant     = step->cache->variant_of[layer];
+    uint8_t *o           = answer, *lse;
+    attn_answer_t to     = {.o_dtype = step->o_dtype, .o = step->own_o > 0 ? o : NULL};
+    attn_group_run_t run = {.plan      = step->plans[variant],
+                            .kv        = kv,
+                            .layer     = &step->cache->geometry.layer_table[layer],
+                            .workspace = step->workspaces[variant],
+                            .q_dtype   = step->q_dtype,
+                            .o_dtype   = step->o_dtype,
+                            .q         = q,
+                            .answer    = &to,
+                            .until_ns  = step->deadline_ns};
+
+    if (q != NULL) {
+        lse     = o + step->sizes.o;
+        to.lse  = step->own_lse > 0 ? (float *)(void *)lse : NULL;
+        run.o   = o + step->own_o;
+        run.lse = step->sizes.lse > 0 ? (float *)(void *)(lse + step->own_lse) : NULL;
+    }
+    return engine_group_run(engine, step, &run);
+}
+
 static attn_status_t
 run_attend(engine_t *engine, engine_step_t *step, uint32_t layer, const attn_kv_t *kv,
            const void *q, void *answer)
@@ -415,6 +443,7 @@ run_attend(engine_t *engine, engine_step_t *step, uint32_t layer, const attn_kv_
     const engine_sizes_t *s = &step->sizes;
     uint8_t *at             = answer;
     attn_answer_t to        = {.o_dtype = step->o_dtype};
+    attn_status_t status;
 
     to.o = s->o > 0 ? at : NULL;
     at += s->o;
@@ -426,10 +455,14 @@ run_attend(engine_t *engine, engine_step_t *step, uint32_t layer, const attn_kv_
     at += s->states * sizeof(float);
     to.a = (float *)(void *)at;
 
-    uint32_t variant     = step->cache->variant_of[layer];
-    attn_status_t status = engine->backend->ops->attend(
-        engine->backend, step->plans[variant], kv, &step->cache->geometry.layer_table[layer], q,
-        step->q_dtype, step->workspaces[variant], &to);
+    uint32_t variant = step->cache->variant_of[layer];
+    if (step->group != NULL) {
+        status = run_grouped(engine, step, layer, kv, q, answer);
+    } else {
+        status = engine->backend->ops->attend(engine->backend, step->plans[variant], kv,
+                                              &step->cache->geometry.layer_table[layer], q,
+                                              step->q_dtype, step->workspaces[variant], &to);
+    }
     if (status != ATTN_OK) {
         return attn_fail_in(status, "step %016llx, layer %u on %s: ", (unsigned long long)step->id,
                             layer, engine->name);
@@ -480,6 +513,12 @@ run_locked(engine_t *engine, engine_step_t *step, uint32_t layer, const void *q,
     } else if (step->n_new_rows > 0 && !step->stored[layer]) {
         status = attn_fail(ATTN_ERR_INCOMPLETE, "layer %u has no k, v yet: send them with this run",
                            layer);
+    }
+    if (status != ATTN_OK && q != NULL && step->group != NULL) { /* other ranks wait for this one */
+        char sentence[512];
+        snprintf(sentence, sizeof(sentence), "%s", attn_last_error());
+        attn_status_t part = run_grouped(engine, step, layer, &kv, NULL, NULL);
+        return part == ATTN_OK ? attn_fail(status, "%s", sentence) : part;
     }
     if (status != ATTN_OK || q == NULL || step->sizes.q == 0) {
         return status;
@@ -598,10 +637,24 @@ engine_step_commit(engine_t *engine, uint64_t step_id, const uint32_t *accepted,
 }
 
 void
+engine_step_interrupt(engine_t *engine, uint64_t id)
+{
+    engine_step_t *step;
+
+    pthread_mutex_lock(&engine->lock);
+    HASH_FIND(hh, engine->steps, &id, sizeof(id), step);
+    if (step != NULL) {
+        engine_group_interrupt(engine, step);
+    }
+    pthread_mutex_unlock(&engine->lock);
+}
+
+void
 engine_step_abort_until(engine_t *engine, uint64_t id, const char *reason, uint64_t until_ns)
 {
     engine_step_t *step;
 
+    engine_step_interrupt(engine, id);
     if (step_find(engine, id, &step) == ATTN_OK) {
         if (step->state == STEP_OPEN) {
             step_abort_locked(engine, step, reason, until_ns);
@@ -649,6 +702,7 @@ engine_tick(engine_t *engine, uint64_t now_ns)
         engine_step_abort(engine, id, ENGINE_BY_DEADLINE);
     }
     engine_caches_tick(engine);
+    engine_groups_tick(engine, now_ns);
     pthread_mutex_lock(&engine->lock);
     kv_leaving_tick(engine->store, now_ns);
     engine_rate_sample(&engine->rate, now_ns, atomic_load(&engine->kv_bytes));
