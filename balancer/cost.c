@@ -342,3 +342,33 @@ cost_break_even_tokens(const cost_constants_t *constants, const attn_geometry_t 
     }
     return (first - 1) * chunk_size_of(geometry);
 }
+
+/* ---- who merges, of partials that are where they are ---- */
+
+void
+cost_exchange_init(cost_exchange_t *exchange)
+{
+    *exchange = (cost_exchange_t){.seconds = 30e-6, .bandwidth = 10e9};
+}
+
+static double
+states_bytes(const cost_merge_t *merge)
+{
+    return (double)merge->states * (8.0 + 4.0 * merge->head_dim_v);
+}
+
+double
+cost_merge_client(const cost_link_t *link, double merge_bandwidth, const cost_merge_t *merge)
+{
+    return states_bytes(merge) / link->bandwidth + states_bytes(merge) / merge_bandwidth;
+}
+
+double
+cost_merge_group(const cost_link_t *link, const cost_exchange_t *exchange,
+                 const cost_merge_t *merge)
+{
+    double o    = (double)merge->rows * merge->head_dim_v * merge->o_size;
+    double away = states_bytes(merge) * (merge->workers - 1) / merge->workers;
+
+    return exchange->seconds + away / merge->workers / exchange->bandwidth + o / link->bandwidth;
+}

@@ -77,6 +77,31 @@ typedef struct cost_seconds {
     double total;
 } cost_seconds_t;
 
+/** Partials of a layer that are put together: the same bits by whom ever. */
+typedef struct cost_merge {
+    uint32_t workers;    /**< that have some, at least 1 */
+    uint64_t rows;       /**< query rows times heads */
+    uint64_t states;     /**< of all rows, on all workers */
+    uint32_t head_dim_v; /**< of a state */
+    uint32_t o_size;     /**< bytes of an element of O */
+} cost_merge_t;
+
+/** How GPUs of one host exchange partials, and merge them. */
+typedef struct cost_exchange {
+    double seconds;   /**< of next to nothing; above 0 */
+    double bandwidth; /**< bytes/s of partials from each to the others; above 0 */
+} cost_exchange_t;
+
+/** What is assumed until something was measured: PCIe, and a launch beside attention's. */
+void cost_exchange_init(cost_exchange_t *exchange);
+
+/** What comes behind attention, but for the hop, which is the same: partials to the client and
+ * their merge there; or the exchange, and O to the client. Seconds. */
+double cost_merge_client(const cost_link_t *link, double merge_bandwidth,
+                         const cost_merge_t *merge);
+double cost_merge_group(const cost_link_t *link, const cost_exchange_t *exchange,
+                        const cost_merge_t *merge);
+
 /** FLOP/s that the worker does for rows of this batch; 0: not known. */
 double cost_flops(const cost_batch_t *batch, const cost_worker_t *worker);
 
@@ -112,7 +137,7 @@ void cost_layout_spread(const cost_constants_t *constants, const cost_batch_t *b
 /** Where partial answers are put together. */
 typedef enum cost_place {
     COST_LOCAL,       /**< nowhere: each sequence is whole on one worker */
-    COST_GROUP,       /**< among workers that share a host; none are formed yet */
+    COST_GROUP,       /**< among workers that share a host: cost_merge_group(), where they lie so */
     COST_CLIENT,      /**< in libattn */
     COST_COORDINATOR, /**< in the coordinator, for a thin client; or nowhere, if that is cheaper */
     COST_PLACES,

@@ -464,6 +464,22 @@ test_one_worker_never_spreads(void **state)
     assert_true(cost_break_even_tokens(&constants, &geometry, 8) == UINT64_MAX);
 }
 
+static void
+test_who_merges(void **state)
+{
+    const cost_link_t link         = {.hop_seconds = 1, .bandwidth = 1000};
+    const cost_exchange_t exchange = {.seconds = 0.5, .bandwidth = 100};
+    /* 10 rows of 4 columns, 24 bytes a state, on 4 workers. */
+    const cost_merge_t merge = {
+        .workers = 4, .rows = 10, .states = 40, .head_dim_v = 4, .o_size = 2};
+
+    (void)state;
+    assert_near(cost_merge_client(&link, 480, &merge), 960 / 1000.0 + 960 / 480.0);
+    /* Three quarters of the states go to another worker, each sending a quarter of those. */
+    assert_near(cost_merge_group(&link, &exchange, &merge),
+                0.5 + 960 * 0.75 / 4 / 100 + 10 * 4 * 2 / 1000.0);
+}
+
 int
 main(void)
 {
@@ -488,6 +504,7 @@ main(void)
         cmocka_unit_test(test_break_even_by_hand),
         cmocka_unit_test(test_more_workers_than_lanes_change_nothing),
         cmocka_unit_test(test_one_worker_never_spreads),
+        cmocka_unit_test(test_who_merges),
     };
     return cmocka_run_group_tests_name("balancer.cost", tests, NULL, NULL);
 }

@@ -99,7 +99,8 @@ typedef struct dir_worker {
     uint64_t ucx_runs;
     uint32_t gpu_clients; /**< that have memory of its GPU, as the layers in gpu_runs were asked */
     uint64_t gpu_runs;
-    bool leaving; /**< nothing new is placed there: directory_worker_leave() */
+    uint32_t groups; /**< that its GPU is in, and merges partials in */
+    bool leaving;    /**< nothing new is placed there: directory_worker_leave() */
 } dir_worker_t;
 
 /**

@@ -115,6 +115,7 @@ test_heartbeats_keep_a_worker_alive(void **state)
                             .ucx_clients  = 9,
                             .ucx_runs     = 10,
                             .gpu_clients  = 11,
+                            .groups       = 13,
                             .gpu_runs     = 12,
                             .ucx_ways     = "shm net",
                             .slab_bytes   = 7};
@@ -135,6 +136,7 @@ test_heartbeats_keep_a_worker_alive(void **state)
     assert_true(worker->kv_rate == 8);
     assert_true(worker->ucx && worker->ucx_clients == 9 && worker->ucx_runs == 10);
     assert_true(worker->gpu_clients == 11 && worker->gpu_runs == 12);
+    assert_int_equal(worker->groups, 13);
     assert_string_equal(worker->ucx_ways, "shm net");
     assert_int_equal(worker->slab_bytes, 1 << 20); /* told by hello alone */
 

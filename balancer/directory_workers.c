@@ -138,6 +138,7 @@ directory_worker_heartbeat(directory_t *directory, uint32_t id, uint64_t incarna
     worker->ucx_runs     = figures->ucx_runs;
     worker->gpu_clients  = figures->gpu_clients;
     worker->gpu_runs     = figures->gpu_runs;
+    worker->groups       = figures->groups;
     worker->seen_ns      = now_ns;
     memcpy(worker->ucx_ways, figures->ucx_ways, sizeof(worker->ucx_ways));
     return ATTN_OK;

@@ -82,6 +82,17 @@ typedef enum attn_gpu_way {
                          reason */
 } attn_gpu_way_t;
 
+/**
+ * Where the partial answers of a sequence that lies on several workers are put together. The answer
+ * has the same bits in any case.
+ */
+typedef enum attn_merging {
+    ATTN_MERGING_AUTO,   /**< where it costs least, step by step */
+    ATTN_MERGING_CLIENT, /**< in this process */
+    ATTN_MERGING_GROUP,  /**< among the workers, also where they share a GPU and take turns on it;
+                          attn_step_begin() fails, with the reason, where they cannot */
+} attn_merging_t;
+
 typedef struct attn_client_options {
     size_t size;              /**< sizeof(attn_client_options_t) */
     uint32_t timeout_ms;      /**< of every call but steps': default 10,000, at most 60,000 */
@@ -100,6 +111,7 @@ typedef struct attn_client_options {
 
     attn_transport_t transport; /**< of runs */
     attn_gpu_way_t gpu_way;     /**< of tensors in a GPU's memory */
+    attn_merging_t merging;
 } attn_client_options_t;
 
 ATTN_API void attn_client_options_init(attn_client_options_t *options);
@@ -151,6 +163,7 @@ typedef struct attn_worker_info {
     uint64_t ucx_runs;     /**< layers asked so since start */
     char ucx_ways[32];     /**< how: "shm" (shared memory of its host), and "net" or, once a client
                               came by it, the transport that UCX chose: "tcp", "rc_mlx5", ... */
+    uint32_t groups;       /**< that its GPU is in: attn_merging_t */
     uint32_t gpu_clients;  /**< that have memory of its GPU for tensors of theirs ... */
     uint64_t gpu_runs;     /**< ... and of ucx_runs, layers asked so: from GPU to GPU */
     /* Constants of the cost model, as measured at its start; 0: not known. */
@@ -235,6 +248,7 @@ typedef struct attn_links_info {
                                 what is enqueued or replayed is no run */
     uint64_t runs_staged;    /**< and those that were copied through the host's */
     uint64_t runs_mapped;    /**< and those that were copied to the worker's GPU, and from there */
+    uint64_t steps_grouped;  /**< steps whose workers merged among themselves */
 } attn_links_info_t;
 
 /** Workers are listed from the first step on that involves them; inproc:// has none.
@@ -676,7 +690,7 @@ ATTN_API void attn_step_abort(attn_step_t *step);
 /** Where the partial answers of a sequence are put together. */
 typedef enum attn_merge_place {
     ATTN_MERGE_LOCAL,       /**< nowhere: one worker has all of it */
-    ATTN_MERGE_GROUP,       /**< among workers that share a host; none do yet */
+    ATTN_MERGE_GROUP,       /**< among workers whose GPUs are in one host */
     ATTN_MERGE_CLIENT,      /**< in this library */
     ATTN_MERGE_COORDINATOR, /**< in the coordinator, for clients that speak to it alone */
 } attn_merge_place_t;

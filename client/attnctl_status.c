@@ -30,7 +30,7 @@ static void
 print_ucx(const attn_worker_info_t *w)
 {
     if (!w->ucx) {
-        printf("  none: gRPC\n");
+        printf("  none: gRPC");
     } else {
         printf("  %s: %u clients, %.0f %% of layers", w->ucx_ways, w->ucx_clients,
                w->runs > 0 ? fmin(100.0 * (double)w->ucx_runs / (double)w->runs, 100) : 0);
@@ -38,8 +38,11 @@ print_ucx(const attn_worker_info_t *w)
             printf("; GPU to GPU: %u, %.0f %%", w->gpu_clients,
                    w->runs > 0 ? fmin(100.0 * (double)w->gpu_runs / (double)w->runs, 100) : 0);
         }
-        printf("\n");
     }
+    if (w->groups > 0) {
+        printf("; in %u groups", w->groups);
+    }
+    printf("\n");
 }
 
 /* What the workers run on, and how near attention is to what that reads. */
@@ -119,6 +122,7 @@ worker_json(const attn_worker_info_t *w, rates_t rates)
     attnctl_json_u64(object, "ucx_clients", w->ucx_clients);
     attnctl_json_u64(object, "ucx_runs", w->ucx_runs);
     attnctl_json_u64(object, "gpu_clients", w->gpu_clients);
+    attnctl_json_u64(object, "groups", w->groups);
     attnctl_json_u64(object, "gpu_runs", w->gpu_runs);
     cJSON_AddStringToObject(object, "ucx_ways", w->ucx_ways);
     cJSON_AddBoolToObject(object, "leaving", w->leaving);

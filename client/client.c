@@ -19,6 +19,8 @@
 #define OVERDUE_MAX 64u /* steps looked at under one lock */
 
 #define RENEW_TIMEOUT_MS 2000u
+#define GROUPS_LOOK_MS 500u  /* how often the keeper looks for groups to be closed */
+#define GROUPS_CLOSE_MS 500u /* for closing what is left of them */
 
 #define STR2(x) #x
 #define STR(x) STR2(x)
@@ -58,6 +60,10 @@ options_take(attn_client_t *client, const attn_client_options_t *options)
         return attn_fail(ATTN_ERR_INVALID,
                          "timeout_ms is %u (1 to 60,000), step_timeout_ms is %u (1 to %u)",
                          o->timeout_ms, o->step_timeout_ms, ENGINE_TIMEOUT_MS_MAX);
+    }
+    if ((unsigned)o->merging > ATTN_MERGING_GROUP) {
+        return attn_fail(ATTN_ERR_INVALID, "merging is %d: 0 (auto), 1 (client) or 2 (group)",
+                         (int)o->merging);
     }
     if (o->name != NULL && strlen(o->name) >= sizeof(client->name)) {
         return attn_fail(ATTN_ERR_INVALID, "name has %zu bytes: at most 63", strlen(o->name));
@@ -221,12 +227,18 @@ keeper(void *arg)
     while (!client->stopping) {
         uint64_t now      = attn_now_ns();
         attn_step_t *step = a_given_up_step(client, NULL);
-        if (step == NULL && now < renew_at) {
-            doze(client, attn_min(attn_div_up(renew_at - now, ATTN_NS_PER_MS), 60000));
+        bool due          = client->groups != NULL && groups_due(client->groups);
+        if (step == NULL && now < renew_at && !due) {
+            uint64_t most =
+                client->groups != NULL && groups_count(client->groups) > 0 ? GROUPS_LOOK_MS : 60000;
+            doze(client, attn_min(attn_div_up(renew_at - now, ATTN_NS_PER_MS), most));
             continue;
         }
         pthread_mutex_unlock(&client->lock);
         attn_step_abort(step);
+        if (due) {
+            groups_sweep(client->groups);
+        }
         renew_at = now >= renew_at ? renew(client) : renew_at;
         pthread_mutex_lock(&client->lock);
     }
@@ -295,6 +307,7 @@ client_free(attn_client_t *client)
     if (client->control != NULL) {
         client->control->ops->close(client->control);
     }
+    groups_destroy(client->groups, attn_now_ns() + GROUPS_CLOSE_MS * ATTN_NS_PER_MS);
     if (client->owns) {
         ucx_asks_t *asks = client->links != NULL ? links_asks(client->links) : NULL;
         cluster_destroy(client->cluster);
@@ -388,6 +401,9 @@ open_remote(attn_client_t *client, const char *address)
     if (status == ATTN_OK) {
         status = links_set_transport(client->links, client->options.transport);
     }
+    if (status == ATTN_OK) {
+        status = groups_create(&client->groups);
+    }
     return status == ATTN_OK ? control_grpc_open(client->rpc, address, client->name,
                                                  client_deadline(client), &client->control)
                              : status;
@@ -475,6 +491,9 @@ client_open_on(rpc_client_t *rpc, cluster_t *cluster, links_t *links,
         status = control_cluster_open(cluster, client->name, &client->control);
     }
     if (status == ATTN_OK) {
+        status = groups_create(&client->groups);
+    }
+    if (status == ATTN_OK) {
         status = start_threads(client);
     }
     if (status != ATTN_OK) {
@@ -558,9 +577,10 @@ attn_client_links(attn_client_t *client, attn_links_info_t *info)
     info->links   = links;
     info->dropped =
         links_asks(client->links) != NULL ? ucx_asks_dropped(links_asks(client->links)) : 0;
-    info->runs_cuda   = atomic_load(&client->runs_cuda);
-    info->runs_staged = atomic_load(&client->runs_staged);
-    info->runs_mapped = atomic_load(&client->runs_mapped);
+    info->runs_cuda     = atomic_load(&client->runs_cuda);
+    info->runs_staged   = atomic_load(&client->runs_staged);
+    info->runs_mapped   = atomic_load(&client->runs_mapped);
+    info->steps_grouped = atomic_load(&client->steps_grouped);
     return ATTN_OK;
 }
 

@@ -6,6 +6,7 @@
 #include "base/table.h"
 #include "client/client.h"
 #include "client/control.h"
+#include "client/groups.h"
 
 #include <pthread.h>
 #include <stdatomic.h>
@@ -19,6 +20,7 @@ struct attn_client {
     rpc_client_t *rpc; /* NULL for inproc */
     rpc_tls_t *tls;    /* NULL: plaintext */
     links_t *links;
+    groups_t *groups;   /* NULL for inproc */
     cluster_t *cluster; /* NULL: the coordinator's is elsewhere */
     control_t *control;
     bool owns; /* rpc, links and cluster are ours */
@@ -37,6 +39,7 @@ struct attn_client {
     attn_gpu_way_t gpu_way; /* settled: not DEFAULT */
     /* With tensors of a GPU: there, copied through the host's memory, copied from GPU to GPU. */
     atomic_uint_fast64_t runs_cuda, runs_staged, runs_mapped;
+    atomic_uint_fast64_t steps_grouped;
     struct stages_pool *stages;        /* what those are copied with; under lock */
     _Atomic(struct carrier *) carrier; /* NULL: no submitted run needed one yet */
 };

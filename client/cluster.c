@@ -556,6 +556,7 @@ cluster_describe(cluster_t *cluster, attn_cluster_info_t *info)
                                      .ucx_clients       = w->ucx_clients,
                                      .ucx_runs          = w->ucx_runs,
                                      .gpu_clients       = w->gpu_clients,
+                                     .groups            = w->groups,
                                      .gpu_runs          = w->gpu_runs,
                                      .leaving           = w->leaving,
                                      .attend_seconds    = w->speed.attend_seconds,

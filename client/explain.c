@@ -317,6 +317,57 @@ price(explainer_t *x, uint32_t way)
     }
 }
 
+/* As the client's, over this client's way, but that the workers merge: where they are known to. */
+static void
+price_group(explainer_t *x)
+{
+    const attn_client_t *client = x->cache->client;
+    const attn_geometry_t *g    = &x->cache->geometry;
+    attn_cost_t *client_cost = NULL, *cost = add_cost(x, ATTN_MERGE_GROUP, 0, 0, NULL);
+    cost_link_t link = link_of(&x->out->ways[0]);
+    cost_exchange_t exchange;
+
+    for (uint32_t i = 0; i < x->out->n_costs; i++) {
+        attn_cost_t *c = &x->out->costs[i];
+        client_cost =
+            c->place == ATTN_MERGE_CLIENT && c->way == 0 && c->available ? c : client_cost;
+    }
+    if (client_cost == NULL || client->groups == NULL ||
+        !groups_exchange(client->groups, &exchange)) {
+        snprintf(cost->reason, sizeof(cost->reason), "no group of workers is formed");
+        return;
+    }
+    cost_merge_t merge = {.workers    = client_cost->workers,
+                          .rows       = (uint64_t)x->batch.sequences * x->batch.rows * g->q_heads,
+                          .head_dim_v = g->head_dim_v,
+                          .o_size     = (uint32_t)attn_dtype_size(g->kv_dtype)};
+    merge.states       = merge.rows * merge.workers;
+    double theirs      = cost_merge_group(&link, &exchange, &merge);
+    double ours        = cost_merge_client(&link, x->constants.merge_bandwidth, &merge);
+    double o           = (double)merge.rows * merge.head_dim_v * merge.o_size / link.bandwidth;
+    uint32_t index     = x->out->n_costs - 1;
+    *cost              = *client_cost;
+    cost->place        = ATTN_MERGE_GROUP;
+    cost->merge        = theirs - o;
+    cost->total        = client_cost->total - ours + theirs;
+    cost->link         = cost->total - cost->attend -
+                 (cost->read > cost->compute ? cost->read : cost->compute) - cost->hop -
+                 cost->merge;
+    cost->taken = client_cost->taken && client->options.merging != ATTN_MERGING_CLIENT &&
+                  (client->options.merging == ATTN_MERGING_GROUP || theirs < ours);
+    client_cost->taken = client_cost->taken && !cost->taken;
+    cost->cheapest     = true;
+    for (uint32_t i = 0; i < index; i++) {
+        cost->cheapest =
+            cost->cheapest && !(x->out->costs[i].way == 0 && x->out->costs[i].available &&
+                                x->out->costs[i].place != ATTN_MERGE_COORDINATOR &&
+                                x->out->costs[i].total <= cost->total);
+    }
+    for (uint32_t i = 0; cost->cheapest && i < index; i++) {
+        x->out->costs[i].cheapest = x->out->costs[i].cheapest && x->out->costs[i].way != 0;
+    }
+}
+
 static attn_status_t
 take_batch(explainer_t *x)
 {
@@ -376,8 +427,7 @@ explain_all(explainer_t *x)
         price(x, i);
     }
     price_coordinator(x, out->n_ways - 1); /* pings: thin clients and the coordinator speak gRPC */
-    snprintf(add_cost(x, ATTN_MERGE_GROUP, 0, 0, NULL)->reason, sizeof(out->costs[0].reason),
-             "no group of workers is formed");
+    price_group(x);
 }
 
 attn_status_t

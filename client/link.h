@@ -39,6 +39,19 @@ typedef struct link_run {
     bool mapped;
 } link_run_t;
 
+/** An inbox of a rank, as its worker offered it and others take it: proto, Inbox. */
+typedef struct link_inbox {
+    engine_group_options_t of;
+    char host[96], device[ATTN_GROUP_DEVICE];
+    uint8_t handle[ATTN_INBOX_HANDLE], mac[32];
+} link_inbox_t;
+
+/** How long exchanges of a group took. */
+typedef struct link_proof {
+    double few_seconds, many_seconds; /**< of ENGINE_PROOF_FEW rows, and of: */
+    uint32_t many;
+} link_proof_t;
+
 /** The most that a run of a step takes there and back. Bytes. */
 typedef struct link_room {
     uint64_t in; /**< q, k and v together */
@@ -144,6 +157,17 @@ typedef struct link_ops {
     attn_status_t (*enqueue)(link_step_t *step, const engine_call_t *call);
     attn_status_t (*replay)(link_step_t *step, void *stream, bool launched);
     attn_status_t (*graph)(link_step_t *step, uint64_t *graph_p);
+
+    /* Groups of workers that merge among themselves; NULL: not over such links. */
+
+    /** As engine_group_open() and so on. */
+    attn_status_t (*group_open)(link_t *link, const engine_group_options_t *options,
+                                uint64_t deadline_ns, link_inbox_t *inbox);
+    attn_status_t (*group_connect)(link_t *link, const link_inbox_t *inboxes, uint32_t ranks,
+                                   uint64_t deadline_ns);
+    attn_status_t (*group_prove)(link_t *link, uint64_t group, uint64_t deadline_ns,
+                                 link_proof_t *proof);
+    attn_status_t (*group_close)(link_t *link, uint64_t group, bool forget, uint64_t deadline_ns);
 
     /** Which way runs go, and went. */
     void (*describe)(link_t *link, attn_link_info_t *info);

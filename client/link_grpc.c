@@ -11,6 +11,7 @@
 
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 
 /* A worker has all of a run in memory before it computes, and runs of all peers in 4 GiB. */
 #define RUN_BYTES_MAX (UINT64_C(1) << 30)
@@ -391,6 +392,109 @@ grpc_link_chunk_leave(link_t *link, uint64_t epoch, uint64_t cache, const kv_lea
     return status;
 }
 
+static attn_status_t
+inbox_decode(const grpc_link_t *link, const engine_group_options_t *options,
+             const Attn__V1__Inbox *from, link_inbox_t *inbox)
+{
+    if (from == NULL || from->handle.len != sizeof(inbox->handle) ||
+        from->mac.len != sizeof(inbox->mac) || strlen(from->host) >= sizeof(inbox->host) ||
+        strlen(from->device) >= sizeof(inbox->device)) {
+        return attn_fail(ATTN_ERR_INTERNAL, "worker %s offered what is no inbox",
+                         link->pipes.address);
+    }
+    *inbox = (link_inbox_t){.of = *options};
+    strcpy(inbox->host, from->host);
+    strcpy(inbox->device, from->device);
+    memcpy(inbox->handle, from->handle.data, sizeof(inbox->handle));
+    memcpy(inbox->mac, from->mac.data, sizeof(inbox->mac));
+    return ATTN_OK;
+}
+
+static attn_status_t
+grpc_link_group_open(link_t *link, const engine_group_options_t *options, uint64_t deadline_ns,
+                     link_inbox_t *inbox)
+{
+    Attn__V1__OpenGroupRequest request = ATTN__V1__OPEN_GROUP_REQUEST__INIT;
+    Attn__V1__OpenGroupReply *reply;
+    rpc_message_t *message;
+
+    request.group      = options->id;
+    request.ranks      = options->ranks;
+    request.rank       = options->me;
+    request.head_dim_v = options->head_dim_v;
+    request.half_bytes = options->half_bytes;
+    attn_status_t status =
+        rpc_call_typed(channel_of(link), "/attn.v1.Worker/OpenGroup", &request, deadline_ns,
+                       &attn__v1__open_group_reply__descriptor, &reply, &message);
+    if (status == ATTN_OK) {
+        status = inbox_decode(grpc_of(link), options, reply->inbox, inbox);
+        rpc_message_free(message);
+    }
+    return status;
+}
+
+static attn_status_t
+grpc_link_group_connect(link_t *link, const link_inbox_t *inboxes, uint32_t ranks,
+                        uint64_t deadline_ns)
+{
+    Attn__V1__ConnectGroupRequest request = ATTN__V1__CONNECT_GROUP_REQUEST__INIT;
+    Attn__V1__Inbox of[ATTN_RANKS_MAX], *all[ATTN_RANKS_MAX];
+
+    for (uint32_t r = 0; r < ranks; r++) {
+        const link_inbox_t *from = &inboxes[r];
+        attn__v1__inbox__init(&of[r]);
+        of[r].group      = from->of.id;
+        of[r].ranks      = from->of.ranks;
+        of[r].rank       = from->of.me;
+        of[r].half_bytes = from->of.half_bytes;
+        of[r].host       = (char *)from->host;
+        of[r].device     = (char *)from->device;
+        of[r].handle =
+            (ProtobufCBinaryData){.data = (uint8_t *)from->handle, .len = sizeof(from->handle)};
+        of[r].mac = (ProtobufCBinaryData){.data = (uint8_t *)from->mac, .len = sizeof(from->mac)};
+        all[r]    = &of[r];
+    }
+    request.group     = inboxes[0].of.id;
+    request.n_inboxes = ranks;
+    request.inboxes   = all;
+    return rpc_call_typed(channel_of(link), "/attn.v1.Worker/ConnectGroup", &request, deadline_ns,
+                          NULL, NULL, NULL);
+}
+
+static attn_status_t
+grpc_link_group_prove(link_t *link, uint64_t group, uint64_t deadline_ns, link_proof_t *proof)
+{
+    Attn__V1__ProveGroupRequest request = ATTN__V1__PROVE_GROUP_REQUEST__INIT;
+    Attn__V1__ProveGroupReply *reply;
+    uint64_t now = attn_now_ns();
+    rpc_message_t *message;
+
+    request.group      = group;
+    request.timeout_ms = (uint32_t)attn_min(
+        attn_max(deadline_ns > now ? (deadline_ns - now) / ATTN_NS_PER_MS : 0, 1), 10000);
+    attn_status_t status =
+        rpc_call_typed(channel_of(link), "/attn.v1.Worker/ProveGroup", &request, deadline_ns,
+                       &attn__v1__prove_group_reply__descriptor, &reply, &message);
+    if (status == ATTN_OK) {
+        *proof = (link_proof_t){.few_seconds  = reply->few_seconds,
+                                .many_seconds = reply->many_seconds,
+                                .many         = reply->many};
+        rpc_message_free(message);
+    }
+    return status;
+}
+
+static attn_status_t
+grpc_link_group_close(link_t *link, uint64_t group, bool forget, uint64_t deadline_ns)
+{
+    Attn__V1__CloseGroupRequest request = ATTN__V1__CLOSE_GROUP_REQUEST__INIT;
+
+    request.group  = group;
+    request.forget = forget;
+    return rpc_call_typed(channel_of(link), "/attn.v1.Worker/CloseGroup", &request, deadline_ns,
+                          NULL, NULL, NULL);
+}
+
 static void
 grpc_link_describe(link_t *link, attn_link_info_t *info)
 {
@@ -438,6 +542,10 @@ const link_ops_t link_grpc_ops = {
     .abort           = grpc_link_abort,
     .cancel          = grpc_link_cancel,
     .step_free       = grpc_link_step_free,
+    .group_open      = grpc_link_group_open,
+    .group_connect   = grpc_link_group_connect,
+    .group_prove     = grpc_link_group_prove,
+    .group_close     = grpc_link_group_close,
     .describe        = grpc_link_describe,
 };
 

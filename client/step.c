@@ -74,6 +74,46 @@ call_end_one(attn_step_t *step)
     }
 }
 
+bool
+step_survives(attn_status_t status)
+{
+    return status == ATTN_ERR_INVALID || status == ATTN_ERR_CONFLICT ||
+           status == ATTN_ERR_INCOMPLETE || status == ATTN_ERR_NUMERIC ||
+           status == ATTN_ERR_TOO_LARGE || status == ATTN_ERR_EXHAUSTED;
+}
+
+/* Under the step's lock: the first one counts. */
+static void
+note_failure(const share_t *share, attn_status_t status, const char *sentence)
+{
+    attn_step_t *step = share->step;
+
+    if (step->status == ATTN_OK) {
+        step->status = status;
+        snprintf(step->sentence, sizeof(step->sentence), "worker %u: %s", share->split->worker,
+                 sentence);
+    }
+}
+
+void
+step_rank_failed(share_t *share, attn_status_t status, const char *sentence)
+{
+    attn_step_t *step = share->step;
+
+    pthread_mutex_lock(&step->lock);
+    note_failure(share, status, sentence);
+    pthread_mutex_unlock(&step->lock);
+    for (uint32_t s = 0; s < step->n_shares; s++) {
+        share_t *other = &step->shares[s];
+        pthread_mutex_lock(&step->lock);
+        link_step_t *remote = other != share && other->outstanding ? other->remote : NULL;
+        pthread_mutex_unlock(&step->lock);
+        if (remote != NULL) {
+            other->link->ops->cancel(remote);
+        }
+    }
+}
+
 void
 step_share_done(void *arg, attn_status_t status, const char *sentence)
 {
@@ -82,10 +122,8 @@ step_share_done(void *arg, attn_status_t status, const char *sentence)
 
     pthread_mutex_lock(&step->lock);
     share->outstanding = false;
-    if (status != ATTN_OK && step->status == ATTN_OK) {
-        step->status = status;
-        snprintf(step->sentence, sizeof(step->sentence), "worker %u: %s", share->split->worker,
-                 sentence);
+    if (status != ATTN_OK) {
+        note_failure(share, status, sentence);
     }
     call_end_one(step);
 }
@@ -171,6 +209,7 @@ step_free(attn_step_t *step)
     for (uint32_t t = 0; t < 4; t++) {
         free(step->packed[t]);
     }
+    step_group_give(step);
     free(step->gathers);
     free(step->shares);
     split_free(step->split);
@@ -445,6 +484,7 @@ attn_step_commit_with(attn_step_t *step, const attn_commit_t *commit)
         return status;
     }
     layouts_advance(step, commit->accepted);
+    step->group_whole = true;
     step_retire(step);
     return ATTN_OK;
 }

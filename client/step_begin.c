@@ -249,19 +249,23 @@ spans_bytes(const span_t *spans, uint32_t n)
     return bytes;
 }
 
+attn_status_t
+step_link(const attn_step_t *step, uint32_t worker, link_t **link_p)
+{
+    attn_client_t *client = step->client;
+    char address[64];
+    bool alive;
+    attn_status_t status = client->control->ops->worker(client->control, worker, address, &alive);
+
+    return status == ATTN_OK ? links_get(client->links, address, link_p) : status;
+}
+
 /* The way to the share's worker, if a run fits through it. */
 static attn_status_t
 share_link(share_t *share)
 {
-    attn_client_t *client = share->step->client;
-    char address[64];
-    bool alive;
-    attn_status_t status =
-        client->control->ops->worker(client->control, share->split->worker, address, &alive);
+    attn_status_t status = step_link(share->step, share->split->worker, &share->link);
 
-    if (status == ATTN_OK) {
-        status = links_get(client->links, address, &share->link);
-    }
     if (status != ATTN_OK || share->link->ops->run_bytes_max == 0) {
         return status;
     }
@@ -329,6 +333,11 @@ share_batch(share_t *share, const attn_batch_t *batch, uint64_t epoch, engine_ba
                             .o_dtype     = step->o_dtype,
                             .want_lse    = step->want_lse,
                             .deadline_ns = step->deadline_ns};
+    if (share->ranked) {
+        out->group     = step->group->id;
+        out->grouped   = step->grouped;
+        out->n_grouped = step->n_grouped;
+    }
     return ATTN_OK;
 }
 
@@ -375,7 +384,7 @@ begin_once(attn_cache_t *cache, const attn_batch_t *batch, uint64_t deadline_ns,
     if (status != ATTN_OK || (status = step_new(cache, batch, deadline_ns, &step)) != ATTN_OK) {
         return status;
     }
-    if ((status = begin_split(step, &epoch)) != ATTN_OK ||
+    if ((status = begin_split(step, &epoch)) != ATTN_OK || (status = step_group(step)) != ATTN_OK ||
         (status = step_layout(step)) != ATTN_OK) {
         step_free(step);
         return status;

@@ -16,6 +16,8 @@ typedef struct share {
     link_t *link;
     link_step_t *remote; /* NULL until begun */
     bool outstanding;    /* a call of ours is on its way; under step->lock */
+    bool ranked;         /* it is a rank of the step's group */
+    uint32_t rank;
 
     span_t *q, *k, *v, *o, *lse; /* of the caller's packed tensors */
     uint32_t n_q, n_k, n_v, n_o, n_lse;
@@ -78,6 +80,11 @@ struct attn_step {
     attn_memory_t memory; /* as begin said */
     bool on_device;       /* begun so at its one worker: layers are enqueued */
     bool dead;            /* a share failed for good */
+    group_t *group;       /* NULL: what comes as partials is merged here */
+    bool group_whole;     /* it is fit for the next step */
+    uint32_t n_grouped;   /* entries that it merges */
+    attn_group_entry_t *grouped;
+    uint64_t *grouped_rows; /* the first query row of each in the batch */
     atomic_bool aborting;
     bool given_up;      /* the keeper is to abort it; under client->lock */
     uint32_t looked_at; /* the housekeeper's round; under client->lock */
@@ -131,6 +138,13 @@ void step_call_start(attn_step_t *step);
 void step_share_start(share_t *share);
 void step_share_done(void *share, attn_status_t status, const char *sentence); /* a link_done_fn */
 void step_call_started(attn_step_t *step);
+
+/** A rank's run failed for good: before it is done. The others', which wait for it, are cancelled.
+ */
+void step_rank_failed(share_t *share, attn_status_t status, const char *sentence);
+
+/** Does a step go on after a run that failed so? Wrong arguments leave it as it was. */
+bool step_survives(attn_status_t status);
 
 /** Wait for the end of the call; overdue parts are cancelled. Sets the sentence. */
 attn_status_t step_call_wait(attn_step_t *step, uint64_t deadline_ns);
@@ -196,6 +210,25 @@ void step_free(attn_step_t *step); /* one that was never published */
 
 /** The step's part of begin that needs no network: spans, gathers, buffers. */
 attn_status_t step_layout(attn_step_t *step);
+
+/** Append a span, joined to the one before if it follows it. */
+void span_add(span_t *spans, uint32_t *n, uint64_t offset, uint64_t bytes);
+
+/** The link to a worker. */
+attn_status_t step_link(const attn_step_t *step, uint32_t worker, link_t **link_p);
+
+/* ---- step_group.c: partials that workers merge among themselves ---- */
+
+/** When it is split: a group for it, if there is to be one. @return what groups_take() failed with,
+ * where the client's options say that there must be one */
+attn_status_t step_group(attn_step_t *step);
+
+/** Its shares are there: those that are ranks, and what of the answer comes from them. */
+void step_group_ranks(attn_step_t *step);
+void step_group_spans(const attn_step_t *step, share_t *share, uint64_t o_row, uint64_t lse_row);
+
+/** The step is over. */
+void step_group_give(attn_step_t *step);
 
 /** Merge and finish the entries that came as partials. */
 void step_gather(attn_step_t *step);

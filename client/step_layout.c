@@ -10,8 +10,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* Append a span, joined to the one before if it follows it. */
-static void
+void
 span_add(span_t *spans, uint32_t *n, uint64_t offset, uint64_t bytes)
 {
     if (bytes == 0) {
@@ -62,7 +61,7 @@ part_spans(attn_step_t *step, share_t *share, const split_part_t *part, const ro
         span_add(share->k, &share->n_k, first * row->k, part->rows[r].n * row->k);
         span_add(share->v, &share->n_v, first * row->v, part->rows[r].n * row->v);
     }
-    if (part->attends) {
+    if (part->attends && step->group == NULL) {
         share->n_states += (uint64_t)part->n_nodes * e->n_q * step->cache->geometry.q_heads;
     }
 }
@@ -79,23 +78,26 @@ share_layout(attn_step_t *step, share_t *share)
         runs += split->parts[p].n_rows;
         path += e->masked ? e->n_new : 0;
     }
-    uint64_t parts  = split->n_parts;
-    span_t *spans   = calloc(3 * parts + 2 * runs + 1, sizeof(*spans));
+    uint64_t parts = split->n_parts, answers = parts + step->n_grouped;
+    span_t *spans   = calloc(parts + 2 * answers + 2 * runs + 1, sizeof(*spans));
     share->q        = spans;
     share->accepted = calloc(parts + 1, sizeof(*share->accepted));
     share->path     = calloc(path + 1, sizeof(*share->path));
     share->lists    = step->list_room > 0 ? calloc(parts + 1, sizeof(*share->lists)) : NULL;
-    share->pieces   = calloc(3 * parts + 2 * runs + 2, sizeof(*share->pieces));
+    share->pieces   = calloc(parts + 2 * answers + 2 * runs + 2, sizeof(*share->pieces));
     if (spans == NULL || share->accepted == NULL || share->path == NULL ||
         (share->lists == NULL && step->list_room > 0) || share->pieces == NULL) {
         return attn_fail(ATTN_ERR_NO_MEMORY, "no memory for a step's layout");
     }
     share->o   = spans + parts;
-    share->lse = spans + 2 * parts;
-    share->k   = spans + 3 * parts;
+    share->lse = spans + parts + answers;
+    share->k   = spans + parts + 2 * answers;
     share->v   = share->k + runs;
     for (uint32_t p = 0; p < split->n_parts; p++) {
         part_spans(step, share, &split->parts[p], &row);
+    }
+    if (share->ranked) {
+        step_group_spans(step, share, row.o / step->cache->geometry.q_heads, sizeof(float));
     }
     share->states =
         malloc(share->n_states * (8 + 4 * (uint64_t)step->cache->geometry.head_dim_v) + 1);
@@ -192,12 +194,15 @@ step_layout(attn_step_t *step)
     for (uint32_t s = 0; s < step->n_shares; s++) {
         step->shares[s].step  = step;
         step->shares[s].split = &step->split->shares[s];
-        attn_status_t status  = share_layout(step, &step->shares[s]);
+    }
+    step_group_ranks(step);
+    for (uint32_t s = 0; s < step->n_shares; s++) {
+        attn_status_t status = share_layout(step, &step->shares[s]);
         if (status != ATTN_OK) {
             return status;
         }
     }
-    return gathers_layout(step);
+    return step->group == NULL ? gathers_layout(step) : ATTN_OK;
 }
 
 /* ---- the merge ---- */

@@ -225,6 +225,9 @@ run_done(void *arg, attn_status_t status, const char *sentence)
         way_meter_run(&share->link->meter, share->run_bytes,
                       took > share->compute_ns ? took - share->compute_ns : 0, now);
     }
+    if (status != ATTN_OK && share->ranked && !step_survives(status)) {
+        step_rank_failed(share, status, sentence);
+    }
     step_share_done(share, status, sentence);
 }
 
@@ -293,9 +296,7 @@ run_merge(attn_step_t *step)
         return status;
     }
     /* Wrong arguments leave the step as it was; anything else ended it at some worker. */
-    step->dead = !(status == ATTN_ERR_INVALID || status == ATTN_ERR_CONFLICT ||
-                   status == ATTN_ERR_INCOMPLETE || status == ATTN_ERR_NUMERIC ||
-                   status == ATTN_ERR_TOO_LARGE || status == ATTN_ERR_EXHAUSTED);
+    step->dead = !step_survives(status);
     return status;
 }
 

@@ -312,13 +312,46 @@ mask_encode(const uint8_t *mask, uint32_t n_q, uint32_t n_new)
 }
 
 static attn_status_t
+nodes_decode(wire_block_t *block, Attn__V1__Node *const *messages, size_t n, attn_node_t **nodes_p)
+{
+    attn_node_t *nodes = wire_alloc(block, n, sizeof(*nodes));
+
+    for (size_t k = 0; nodes != NULL && k < n; k++) {
+        nodes[k] = (attn_node_t){.level = messages[k]->level, .index = messages[k]->index};
+    }
+    *nodes_p = nodes;
+    return nodes != NULL ? ATTN_OK : ATTN_ERR_NO_MEMORY;
+}
+
+static attn_status_t
+nodes_encode(wire_block_t *block, const attn_node_t *nodes, uint32_t n,
+             Attn__V1__Node ***messages_p)
+{
+    Attn__V1__Node *items     = wire_alloc(block, n, sizeof(*items));
+    Attn__V1__Node **messages = wire_alloc(block, n, sizeof(*messages));
+
+    if (items == NULL || messages == NULL) {
+        return ATTN_ERR_NO_MEMORY;
+    }
+    for (uint32_t k = 0; k < n; k++) {
+        attn__v1__node__init(&items[k]);
+        items[k].level = nodes[k].level;
+        items[k].index = nodes[k].index;
+        messages[k]    = &items[k];
+    }
+    *messages_p = messages;
+    return ATTN_OK;
+}
+
+static attn_status_t
 worker_entry_decode(wire_block_t *block, const Attn__V1__WorkerEntry *message,
                     engine_entry_t *entry)
 {
     kv_step_chunk_t *chunks = wire_alloc(block, message->n_chunks, sizeof(*chunks));
-    attn_node_t *nodes      = wire_alloc(block, message->n_nodes, sizeof(*nodes));
+    attn_node_t *nodes;
 
-    if (chunks == NULL || nodes == NULL) {
+    if (chunks == NULL ||
+        nodes_decode(block, message->nodes, message->n_nodes, &nodes) != ATTN_OK) {
         return ATTN_ERR_NO_MEMORY;
     }
     for (size_t c = 0; c < message->n_chunks; c++) {
@@ -328,10 +361,6 @@ worker_entry_decode(wire_block_t *block, const Attn__V1__WorkerEntry *message,
                                                           .length     = ref->length,
                                                           .n_new      = ref->n_new,
                                                           .number     = ref->number};
-    }
-    for (size_t k = 0; k < message->n_nodes; k++) {
-        nodes[k] =
-            (attn_node_t){.level = message->nodes[k]->level, .index = message->nodes[k]->index};
     }
     *entry               = (engine_entry_t){.seq      = message->seq,
                                             .base     = message->base_position,
@@ -361,6 +390,68 @@ timeout_check(uint32_t timeout_ms)
     return ATTN_OK;
 }
 
+/* Entries that are merged in a group. */
+static attn_status_t
+grouped_decode(wire_block_t *block, Attn__V1__GroupEntry *const *messages, size_t n,
+               attn_group_entry_t **entries_p)
+{
+    attn_group_entry_t *entries = wire_alloc(block, n, sizeof(*entries));
+    attn_status_t status        = entries != NULL ? ATTN_OK : ATTN_ERR_NO_MEMORY;
+
+    if (n > ATTN_KV_ENTRIES_MAX) {
+        return attn_fail(ATTN_ERR_INVALID, "grouped has %zu entries: at most %u", n,
+                         ATTN_KV_ENTRIES_MAX);
+    }
+    for (size_t i = 0; status == ATTN_OK && i < n; i++) {
+        const Attn__V1__GroupEntry *from = messages[i];
+        if (from->n_ranks > ATTN_RANKS_MAX || from->n_q == 0 || from->n_q > ENGINE_ROWS_MAX) {
+            return attn_fail(ATTN_ERR_INVALID,
+                             "grouped[%zu] has %zu ranks and n_q %u: at most %u ranks, and 1 to %u",
+                             i, from->n_ranks, from->n_q, ATTN_RANKS_MAX, ENGINE_ROWS_MAX);
+        }
+        entries[i].n_q = from->n_q;
+        for (size_t r = 0; status == ATTN_OK && r < from->n_ranks; r++) {
+            attn_node_t *nodes;
+            status = nodes_decode(block, from->ranks[r]->nodes, from->ranks[r]->n_nodes, &nodes);
+            entries[i].n_nodes[r] = (uint32_t)from->ranks[r]->n_nodes;
+            entries[i].nodes[r]   = nodes;
+        }
+    }
+    *entries_p = entries;
+    return status;
+}
+
+static attn_status_t
+grouped_encode(wire_block_t *block, const engine_batch_t *batch,
+               Attn__V1__WorkerBeginRequest *message)
+{
+    Attn__V1__GroupEntry *entries  = wire_alloc(block, batch->n_grouped, sizeof(*entries));
+    Attn__V1__GroupEntry **grouped = wire_alloc(block, batch->n_grouped, sizeof(*grouped));
+    attn_status_t status = entries != NULL && grouped != NULL ? ATTN_OK : ATTN_ERR_NO_MEMORY;
+
+    for (uint32_t i = 0; status == ATTN_OK && i < batch->n_grouped; i++) {
+        const attn_group_entry_t *from = &batch->grouped[i];
+        Attn__V1__GroupNodes *of       = wire_alloc(block, ATTN_RANKS_MAX, sizeof(*of));
+        Attn__V1__GroupNodes **ranks   = wire_alloc(block, ATTN_RANKS_MAX, sizeof(*ranks));
+        attn__v1__group_entry__init(&entries[i]);
+        grouped[i] = &entries[i];
+        status     = of != NULL && ranks != NULL ? ATTN_OK : ATTN_ERR_NO_MEMORY;
+        for (uint32_t r = 0; status == ATTN_OK && r < ATTN_RANKS_MAX; r++) {
+            attn__v1__group_nodes__init(&of[r]);
+            ranks[r]      = &of[r];
+            of[r].n_nodes = from->n_nodes[r];
+            status        = nodes_encode(block, from->nodes[r], from->n_nodes[r], &of[r].nodes);
+        }
+        entries[i].n_q     = from->n_q;
+        entries[i].n_ranks = ATTN_RANKS_MAX;
+        entries[i].ranks   = ranks;
+    }
+    message->group     = batch->group;
+    message->n_grouped = batch->n_grouped;
+    message->grouped   = grouped;
+    return status;
+}
+
 attn_status_t
 wire_worker_begin_decode(wire_block_t *block, const Attn__V1__WorkerBeginRequest *message,
                          uint64_t now_ns, engine_batch_t *batch)
@@ -384,6 +475,13 @@ wire_worker_begin_decode(wire_block_t *block, const Attn__V1__WorkerBeginRequest
         .want_lse    = message->want_lse,
         .deadline_ns = now_ns + timeout * ATTN_NS_PER_MS,
     };
+    if (status == ATTN_OK && message->group != 0) {
+        attn_group_entry_t *grouped = NULL;
+        status           = grouped_decode(block, message->grouped, message->n_grouped, &grouped);
+        batch->group     = message->group;
+        batch->grouped   = grouped;
+        batch->n_grouped = (uint32_t)message->n_grouped;
+    }
     return status;
 }
 
@@ -392,10 +490,10 @@ worker_entry_encode(wire_block_t *block, const engine_entry_t *e, Attn__V1__Work
 {
     Attn__V1__ChunkRef *refs    = wire_alloc(block, e->n_chunks, sizeof(*refs));
     Attn__V1__ChunkRef **chunks = wire_alloc(block, e->n_chunks, sizeof(*chunks));
-    Attn__V1__Node *items       = wire_alloc(block, e->n_nodes, sizeof(*items));
-    Attn__V1__Node **nodes      = wire_alloc(block, e->n_nodes, sizeof(*nodes));
+    Attn__V1__Node **nodes;
 
-    if (refs == NULL || chunks == NULL || items == NULL || nodes == NULL) {
+    if (refs == NULL || chunks == NULL ||
+        nodes_encode(block, e->nodes, e->n_nodes, &nodes) != ATTN_OK) {
         return ATTN_ERR_NO_MEMORY;
     }
     for (uint32_t c = 0; c < e->n_chunks; c++) {
@@ -406,12 +504,6 @@ worker_entry_encode(wire_block_t *block, const engine_entry_t *e, Attn__V1__Work
         refs[c].length     = e->chunks[c].length;
         refs[c].n_new      = e->chunks[c].n_new;
         chunks[c]          = &refs[c];
-    }
-    for (uint32_t k = 0; k < e->n_nodes; k++) {
-        attn__v1__node__init(&items[k]);
-        items[k].level = e->nodes[k].level;
-        items[k].index = e->nodes[k].index;
-        nodes[k]       = &items[k];
     }
     attn__v1__worker_entry__init(message);
     message->seq           = e->seq;
@@ -459,7 +551,7 @@ wire_worker_begin_encode(wire_block_t *block, const engine_batch_t *batch, uint6
     message->want_lse   = batch->want_lse;
     message->timeout_ms = (uint32_t)attn_min(attn_max(left, 1), ENGINE_TIMEOUT_MS_MAX);
     *message_p          = message;
-    return ATTN_OK;
+    return batch->group != 0 ? grouped_encode(block, batch, message) : ATTN_OK;
 }
 
 static attn_status_t
@@ -625,6 +717,7 @@ wire_worker_decode(const Attn__V1__WorkerInfo *message, attn_worker_info_t *info
         .ucx_clients       = message->ucx_clients,
         .ucx_runs          = message->ucx_runs,
         .gpu_clients       = message->gpu_clients,
+        .groups            = message->groups,
         .gpu_runs          = message->gpu_runs,
         .leaving           = message->leaving,
         .attend_seconds    = message->attend_seconds,

@@ -308,6 +308,55 @@ test_worker_begin_round_trip(void **state)
     wire_free(&out);
 }
 
+/* Two entries, the second of which two of the ranks have nothing of. */
+static engine_batch_t
+grouped_batch(attn_group_entry_t entries[2])
+{
+    static const attn_node_t some[] = {{26, 3}, {0, 9}, {32, 0}};
+    engine_batch_t batch            = worker_batch;
+
+    memset(entries, 0, 2 * sizeof(*entries));
+    entries[0].n_q = 5, entries[1].n_q = 1;
+    entries[0].n_nodes[0] = 2, entries[0].nodes[0] = some;
+    entries[0].n_nodes[2] = 1, entries[0].nodes[2] = some + 2;
+    entries[1].n_nodes[1] = 1, entries[1].nodes[1] = some + 1;
+    batch.group = UINT64_MAX - 1, batch.n_grouped = 2, batch.grouped = entries;
+    return batch;
+}
+
+static void
+test_a_group_round_trip(void **state)
+{
+    wire_block_t out = {0}, in = {0};
+    Attn__V1__WorkerBeginRequest *message, *got;
+    attn_group_entry_t entries[2];
+    engine_batch_t sent = grouped_batch(entries), batch;
+
+    (void)state;
+    assert_int_equal(wire_worker_begin_encode(&out, &sent, NOW, &message), ATTN_OK);
+    RESEND(worker_begin_request, message, got);
+    assert_int_equal(wire_worker_begin_decode(&in, got, NOW, &batch), ATTN_OK);
+    assert_true(batch.group == UINT64_MAX - 1 && batch.n_grouped == 2);
+    for (uint32_t i = 0; i < 2; i++) {
+        assert_int_equal(batch.grouped[i].n_q, entries[i].n_q);
+        for (uint32_t r = 0; r < ATTN_RANKS_MAX; r++) {
+            assert_int_equal(batch.grouped[i].n_nodes[r], entries[i].n_nodes[r]);
+            for (uint32_t k = 0; k < entries[i].n_nodes[r]; k++) {
+                assert_memory_equal(&batch.grouped[i].nodes[r][k], &entries[i].nodes[r][k],
+                                    sizeof(attn_node_t));
+            }
+        }
+    }
+    assert_int_not_equal(engine_batch_fingerprint(&batch), engine_batch_fingerprint(&worker_batch));
+
+    got->grouped[1]->n_q = 0;
+    assert_int_equal(wire_worker_begin_decode(&in, got, NOW, &batch), ATTN_ERR_INVALID);
+    assert_non_null(strstr(attn_last_error(), "grouped[1]"));
+    attn__v1__worker_begin_request__free_unpacked(got, NULL);
+    wire_free(&in);
+    wire_free(&out);
+}
+
 static uint32_t
 encoded_timeout(uint64_t deadline_ns)
 {
@@ -493,7 +542,7 @@ test_figures_and_long_texts_of_a_worker(void **state)
     message.device_bytes = 8, message.device_free_bytes = 9;
     message.kv_bytes_per_s = 10, message.read_bandwidth = 11;
     message.ucx = true, message.ucx_clients = 12, message.ucx_runs = 13;
-    message.gpu_clients = 14, message.gpu_runs = 15;
+    message.gpu_clients = 14, message.gpu_runs = 15, message.groups = 17;
     double few[] = {1e9, 2e9}, many[] = {3e9, 4e9, 5e9, 6e9}; /* too few, and too many */
     message.few_flops = few, message.n_few_flops = 2;
     message.many_flops = many, message.n_many_flops = 4;
@@ -507,7 +556,7 @@ test_figures_and_long_texts_of_a_worker(void **state)
     assert_true(info.device_bytes == 8 && info.device_free_bytes == 9);
     assert_true(info.kv_bytes_per_s == 10 && info.read_bandwidth == 11);
     assert_true(info.ucx && info.ucx_clients == 12 && info.ucx_runs == 13);
-    assert_true(info.gpu_clients == 14 && info.gpu_runs == 15);
+    assert_true(info.gpu_clients == 14 && info.gpu_runs == 15 && info.groups == 17);
     assert_true(info.attend_seconds == 14 && info.hop_seconds == 15 && info.link_bandwidth == 16);
     assert_true(info.few_flops[ATTN_F32] == 1e9 && info.few_flops[ATTN_F16] == 2e9);
     assert_true(info.few_flops[ATTN_BF16] == 0 && info.few_flops[ATTN_DTYPE_NONE] == 0);
@@ -557,6 +606,11 @@ test_out_of_memory_is_told(void **state)
     SWEEP(&block, wire_geometry_encode(&block, &geometry, &g_other));
     SWEEP(&block, wire_geometry_decode(&block, g_message, &g));
     SWEEP(&block, wire_worker_begin_encode(&block, &worker_batch, NOW, &w_other));
+    SWEEP(&block, wire_worker_begin_decode(&block, w_message, NOW, &batch));
+    attn_group_entry_t grouped[2];
+    engine_batch_t with_group = grouped_batch(grouped);
+    assert_int_equal(wire_worker_begin_encode(&kept, &with_group, NOW, &w_message), ATTN_OK);
+    SWEEP(&block, wire_worker_begin_encode(&block, &with_group, NOW, &w_other));
     SWEEP(&block, wire_worker_begin_decode(&block, w_message, NOW, &batch));
     SWEEP(&block, wire_chunks_encode(&block, &info, &chunk_list));
     SWEEP(&block, wire_layout_decode(&layout, &decoded));
@@ -722,6 +776,7 @@ main(void)
         cmocka_unit_test(test_wrong_counts_in_a_geometry_are_refused),
         cmocka_unit_test(test_unknown_enums_are_refused_by_who_uses_them),
         cmocka_unit_test(test_worker_begin_round_trip),
+        cmocka_unit_test(test_a_group_round_trip),
         cmocka_unit_test(test_timeouts_of_a_worker_begin),
         cmocka_unit_test(test_begin_is_decoded),
         cmocka_unit_test(test_layout_round_trip),

@@ -361,6 +361,9 @@ void
 steps_tick(steps_t *steps, uint64_t now_ns)
 {
     tensors_sweep(steps->tensors, now_ns);
+    if (steps->ops->interrupt != NULL) {
+        streams_tick(steps);
+    }
 }
 
 void

@@ -60,6 +60,9 @@ typedef struct steps_ops {
     attn_status_t (*lend)(void *service, uint64_t step_id);
     attn_status_t (*commit)(void *service, uint64_t step_id, const engine_commit_t *commit);
     attn_status_t (*abort)(void *service, uint64_t step_id, const char *reason);
+    /** An abort of it is to follow, which may have to wait for a run of it that waits for others:
+     * that is to end. Does not block. NULL: runs wait for nobody. */
+    void (*interrupt)(void *service, uint64_t step_id);
 } steps_ops_t;
 
 typedef struct steps_limits {
@@ -78,7 +81,8 @@ attn_status_t steps_create(rpc_server_t *server, const char *prefix, const steps
 /** Where the slots of steps are opened: before the server starts. */
 void steps_set_lender(steps_t *steps, lender_t *lender);
 
-/** Give memory back that was kept for runs which did not come. Every 100 ms or so. */
+/** Give memory back that was kept for runs which did not come, and interrupt steps whose streams have
+ * ended. Every 100 ms or so. */
 void steps_tick(steps_t *steps, uint64_t now_ns);
 
 /** From now on begin is refused, and so are new streams. */

@@ -59,5 +59,6 @@ void steps_run_close(steps_run_t *run);
 /* stream.c */
 void stream_handle(void *service, rpc_call_t *call, rpc_message_t *message);
 void stream_closed(void *service, rpc_call_t *call);
+void streams_tick(steps_t *steps);
 
 #endif

@@ -56,6 +56,17 @@ stream_end_job(job_t *job)
     stream_unref(JOB_OF(stream_t, end_job, job));
 }
 
+/* The call is over: runs that wait for others end. Under the stream's lock. */
+static void
+interrupt_steps(const stream_t *stream)
+{
+    const steps_t *steps = stream->steps;
+
+    for (uint32_t i = 0; steps->ops->interrupt != NULL && i < stream->n_open; i++) {
+        steps->ops->interrupt(steps->service, stream->open_steps[i].id);
+    }
+}
+
 void
 stream_closed(void *service, rpc_call_t *call)
 {
@@ -67,6 +78,7 @@ stream_closed(void *service, rpc_call_t *call)
     }
     pthread_mutex_lock(&stream->lock);
     stream->over = true;
+    interrupt_steps(stream);
     pthread_mutex_unlock(&stream->lock);
     jobs_add(steps->jobs, &stream->end_job); /* aborting steps may block */
 }
@@ -237,6 +249,21 @@ stream_handle(void *service, rpc_call_t *call, rpc_message_t *message)
     stream->references++;
     pthread_mutex_unlock(&stream->lock);
     jobs_add(steps->jobs, &stream->message_job);
+}
+
+/* A run that waits for others is in the call's one handler: nobody hears of its end before that. */
+void
+streams_tick(steps_t *steps)
+{
+    pthread_mutex_lock(&steps->lock);
+    for (stream_t *stream = steps->streams; stream != NULL; stream = stream->next) {
+        pthread_mutex_lock(&stream->lock);
+        if (!stream->over && rpc_call_cancelled(stream->call)) {
+            interrupt_steps(stream);
+        }
+        pthread_mutex_unlock(&stream->lock);
+    }
+    pthread_mutex_unlock(&steps->lock);
 }
 
 void

@@ -25,7 +25,7 @@ struct stream {
     rpc_message_t *message;
     steps_run_t run; /* whose parts are coming in, if run.data */
     bool skipping;   /* the rest of the parts of a run that failed */
-    stream_step_t *open_steps;
+    stream_step_t *open_steps; /* changed under the lock: other threads read ids */
     uint32_t n_open, room;
 };
 

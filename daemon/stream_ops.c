@@ -25,7 +25,9 @@ steps_drop(stream_t *stream, uint64_t id)
     for (uint32_t i = 0; i < stream->n_open; i++) {
         if (stream->open_steps[i].id == id) {
             stream_step_close(&stream->open_steps[i]);
+            pthread_mutex_lock(&stream->lock);
             stream->open_steps[i] = stream->open_steps[--stream->n_open];
+            pthread_mutex_unlock(&stream->lock);
             return;
         }
     }
@@ -41,13 +43,18 @@ steps_prune(stream_t *stream)
 
     for (uint32_t i = 0; i < stream->n_open; i++) {
         stream_step_t *step = &stream->open_steps[i];
-        if (steps->ops->sizes(steps->service, step->id, &sizes) == ATTN_OK) {
-            stream->open_steps[kept++] = *step;
-        } else {
+        bool keep           = steps->ops->sizes(steps->service, step->id, &sizes) == ATTN_OK;
+        if (!keep) {
             stream_step_close(step);
         }
+        pthread_mutex_lock(&stream->lock);
+        stream->open_steps[kept] = *step;
+        kept += keep;
+        pthread_mutex_unlock(&stream->lock);
     }
+    pthread_mutex_lock(&stream->lock);
     stream->n_open = kept;
+    pthread_mutex_unlock(&stream->lock);
 }
 
 /* Room for one step more. */
@@ -66,22 +73,31 @@ steps_reserve(stream_t *stream)
     if (stream->n_open < stream->room / 2) {
         return ATTN_OK;
     }
-    uint32_t room        = stream->room > 0 ? 2 * stream->room : 16;
+    uint32_t room = stream->room > 0 ? 2 * stream->room : 16;
+    pthread_mutex_lock(&stream->lock);
     stream_step_t *steps = realloc(stream->open_steps, room * sizeof(*steps));
-    if (steps == NULL) {
-        return attn_fail(ATTN_ERR_NO_MEMORY, "no memory for %u open steps", room);
+    if (steps != NULL) {
+        stream->open_steps = steps;
+        stream->room       = room;
     }
-    stream->open_steps = steps;
-    stream->room       = room;
-    return ATTN_OK;
+    pthread_mutex_unlock(&stream->lock);
+    return steps != NULL ? ATTN_OK
+                         : attn_fail(ATTN_ERR_NO_MEMORY, "no memory for %u open steps", room);
 }
 
 static stream_step_t *
 steps_add(stream_t *stream, uint64_t id)
 {
     steps_drop(stream, id); /* begin may be repeated */
-    stream->open_steps[stream->n_open] = (stream_step_t){.id = id};
-    return &stream->open_steps[stream->n_open++];
+    pthread_mutex_lock(&stream->lock);
+    stream_step_t *step = &stream->open_steps[stream->n_open++];
+    *step               = (stream_step_t){.id = id};
+    bool over           = stream->over;
+    pthread_mutex_unlock(&stream->lock);
+    if (over && stream->steps->ops->interrupt != NULL) { /* the stream's end did not see it */
+        stream->steps->ops->interrupt(stream->steps->service, id);
+    }
+    return step;
 }
 
 /* ---- operations ---- */

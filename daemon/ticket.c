@@ -10,7 +10,7 @@
 #include <string.h>
 
 #define VERSION 1
-#define MAC 32u             /* bytes */
+#define MAC TICKET_MAC
 #define MAC_TEXT (2u * MAC) /* in hex */
 
 /* The MAC of n bytes of text, in hex; an empty string, which is no MAC of any text, if OpenSSL is
@@ -29,6 +29,15 @@ sign(const char *text, size_t n, const uint8_t secret[TICKET_SECRET], char hex[M
         hex[2 * i + 1] = digits[mac[i] & 15];
     }
     hex[made ? MAC_TEXT : 0] = '\0';
+}
+
+bool
+ticket_sign(const uint8_t *bytes, size_t n, const uint8_t secret[TICKET_SECRET],
+            uint8_t mac[TICKET_MAC])
+{
+    unsigned size = MAC;
+
+    return HMAC(EVP_sha256(), secret, TICKET_SECRET, bytes, n, mac, &size) != NULL && size == MAC;
 }
 
 void

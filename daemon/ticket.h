@@ -20,6 +20,7 @@
 
 #define TICKET_HEADER "attn-ticket" /* the metadata that it goes in */
 #define TICKET_SECRET 32u           /* bytes */
+#define TICKET_MAC 32u              /* bytes of an HMAC-SHA256 */
 #define TICKET_MAX 128u             /* bytes of the text, its end included */
 
 typedef enum ticket_role {
@@ -46,6 +47,11 @@ bool ticket_may_be(const char *text);
  */
 attn_status_t ticket_read(const char *text, const uint8_t secret[TICKET_SECRET], uint64_t period,
                           ticket_t *ticket);
+
+/** The MAC of bytes that are no ticket, and look like none: those of a ticket begin with a digit.
+ * False: OpenSSL is out of memory. */
+bool ticket_sign(const uint8_t *bytes, size_t n, const uint8_t secret[TICKET_SECRET],
+                 uint8_t mac[TICKET_MAC]);
 
 /** Equal texts? Takes as long for any that differ. */
 bool ticket_texts_equal(const char *a, const char *b);

@@ -368,6 +368,7 @@ encode_workers(wire_block_t *block, const attn_cluster_info_t *info,
         m->ucx_clients       = from[i].ucx_clients;
         m->ucx_runs          = from[i].ucx_runs;
         m->gpu_clients       = from[i].gpu_clients;
+        m->groups            = from[i].groups;
         m->gpu_runs          = from[i].gpu_runs;
         m->ucx_ways          = from[i].ucx_ways;
         m->leaving           = from[i].leaving;

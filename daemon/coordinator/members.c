@@ -167,6 +167,7 @@ take_worker(const Attn__V1__WorkerInfo *info, dir_worker_t *worker)
                              .ucx_clients  = info->ucx_clients,
                              .ucx_runs     = info->ucx_runs,
                              .gpu_clients  = info->gpu_clients,
+                             .groups       = info->groups,
                              .gpu_runs     = info->gpu_runs};
     attn_status_t status =
         coordinator_take_text("address", info->address, worker->address, sizeof(worker->address));

@@ -80,6 +80,23 @@ gate_ticket(gate_t *gate, uint32_t worker, char text[TICKET_MAX])
                 : attn_fail(ATTN_ERR_UNAVAILABLE, "this worker has not joined a coordinator yet");
 }
 
+attn_status_t
+gate_sign(gate_t *gate, const uint8_t *bytes, size_t n, uint8_t mac[TICKET_MAC])
+{
+    uint8_t secret[TICKET_SECRET];
+
+    pthread_mutex_lock(&gate->lock);
+    bool open = gate->open;
+    memcpy(secret, gate->secret, sizeof(secret));
+    pthread_mutex_unlock(&gate->lock);
+    bool made = open && ticket_sign(bytes, n, secret, mac);
+    explicit_bzero(secret, sizeof(secret));
+    if (!open) {
+        return attn_fail(ATTN_ERR_UNAVAILABLE, "this worker has not joined a coordinator yet");
+    }
+    return made ? ATTN_OK : attn_fail(ATTN_ERR_NO_MEMORY, "no memory for a MAC");
+}
+
 /* Where this text is if it is known: its MAC ends like random digits. NULL: it is no ticket. */
 static gate_known_t *
 place_of(gate_t *gate, const char *text)

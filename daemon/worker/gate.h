@@ -50,6 +50,10 @@ void gate_period(gate_t *gate, uint64_t period);
  * @return ATTN_ERR_UNAVAILABLE  this worker has not joined */
 attn_status_t gate_ticket(gate_t *gate, uint32_t worker, char text[TICKET_MAX]);
 
+/** As ticket_sign(), with the secret of the coordinator's workers.
+ * @return ATTN_ERR_UNAVAILABLE  this worker has not joined */
+attn_status_t gate_sign(gate_t *gate, const uint8_t *bytes, size_t n, uint8_t mac[TICKET_MAC]);
+
 /**
  * May who shows this ticket (NULL: none) call here? Any thread; may block for a second at most, and
  * only while joining.

@@ -120,15 +120,24 @@ step_abort(void *service, uint64_t step_id, const char *reason)
     return engine_step_abort(worker->engine, step_id, reason);
 }
 
+static void
+step_interrupt(void *service, uint64_t step_id)
+{
+    worker_t *worker = service;
+
+    engine_step_interrupt(worker->engine, step_id);
+}
+
 static const steps_ops_t step_ops = {
-    .worker = true,
-    .admit  = admit_steps,
-    .begin  = step_begin,
-    .sizes  = step_sizes,
-    .run    = step_run,
-    .lend   = step_lend,
-    .commit = step_commit,
-    .abort  = step_abort,
+    .worker    = true,
+    .admit     = admit_steps,
+    .begin     = step_begin,
+    .sizes     = step_sizes,
+    .run       = step_run,
+    .lend      = step_lend,
+    .commit    = step_commit,
+    .abort     = step_abort,
+    .interrupt = step_interrupt,
 };
 
 /* ---- caches ---- */
@@ -449,6 +458,7 @@ worker_describe(worker_t *worker, Attn__V1__WorkerInfo *info, char ways[WORKER_W
              near.way[0] != '\0' && far.way[0] != '\0' ? " " : "", far.way);
     info->ucx_ways = ways;
 
+    info->groups         = engine.groups;
     info->attend_seconds = engine.speed.attend_seconds;
     info->few_flops      = &worker->speed.few_flops[ATTN_F32]; /* as the engine's, and stays */
     info->many_flops     = &worker->speed.many_flops[ATTN_F32];
@@ -534,6 +544,27 @@ static const unary_method_t methods[] = {
      .reply   = &attn__v1__worker_chunk__descriptor,
      .admit   = admit_coordinator,
      .request = &attn__v1__leave_chunk_request__descriptor},
+    {.path    = "/attn.v1.Worker/OpenGroup",
+     .serve   = worker_serve_open_group,
+     .reply   = &attn__v1__open_group_reply__descriptor,
+     .admit   = admit_introduced,
+     .request = &attn__v1__open_group_request__descriptor},
+    {.path    = "/attn.v1.Worker/ConnectGroup",
+     .serve   = worker_serve_connect_group,
+     .reply   = &attn__v1__empty__descriptor,
+     .admit   = admit_introduced,
+     .request = &attn__v1__connect_group_request__descriptor},
+    {.path    = "/attn.v1.Worker/ProveGroup",
+     .serve   = worker_serve_prove_group,
+     .reply   = &attn__v1__prove_group_reply__descriptor,
+     .admit   = admit_introduced,
+     .request = &attn__v1__prove_group_request__descriptor,
+     .blocks  = true},
+    {.path    = "/attn.v1.Worker/CloseGroup",
+     .serve   = worker_serve_close_group,
+     .reply   = &attn__v1__empty__descriptor,
+     .admit   = admit_introduced,
+     .request = &attn__v1__close_group_request__descriptor},
     {.path    = "/attn.v1.Worker/Status",
      .serve   = serve_status,
      .reply   = &attn__v1__worker_info__descriptor,

@@ -48,6 +48,13 @@ attn_status_t worker_serve(worker_t *worker);
 #define WORKER_WAYS_ROOM 36u /* bytes of WorkerInfo.ucx_ways, which lie where the caller says */
 void worker_describe(worker_t *worker, Attn__V1__WorkerInfo *info, char ways[WORKER_WAYS_ROOM]);
 
+/* ---- groups.c: as unary_method_t.serve ---- */
+
+attn_status_t worker_serve_open_group(const unary_call_t *u);
+attn_status_t worker_serve_connect_group(const unary_call_t *u);
+attn_status_t worker_serve_prove_group(const unary_call_t *u);
+attn_status_t worker_serve_close_group(const unary_call_t *u);
+
 /* ---- figures.c ---- */
 
 /** Open the metrics' port. */
