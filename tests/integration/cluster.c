@@ -267,18 +267,19 @@ worker_launch(test_cluster_t *cluster, uint32_t i)
     const cluster_options_t *o = &cluster->options;
     const char *slab           = o->slab != NULL ? o->slab : "32MiB";
     const char *drain          = o->drain_ms != NULL ? o->drain_ms : "5000";
-    char name[16], paths[3][128];
-    const char *argv[32] = {attnd(),         "worker",
-                            "--coordinator", cluster->coordinator.address,
-                            "--slab",        slab,
-                            "--threads",     "1",
-                            "--drain-ms",    drain,
-                            "--name",        name,
-                            "--device",      o->device != NULL ? o->device : "cpu"};
+    char name[16], device[32], paths[3][128];
+    const char *argv[32] = {attnd(),      "worker", "--coordinator", cluster->coordinator.address,
+                            "--slab",     slab,     "--threads",     "1",
+                            "--drain-ms", drain,    "--name",        name,
+                            "--device",   device};
 
     unsigned n = 14;
 
     snprintf(name, sizeof(name), "w%u", i);
+    snprintf(device, sizeof(device), "%.16s", o->device != NULL ? o->device : "cpu");
+    if (o->device_each) {
+        snprintf(device + strlen(device), 8, ":%u", i);
+    }
     if (o->check_store) {
         argv[n++] = "--check-store";
     }

@@ -56,6 +56,7 @@ typedef struct cluster_options {
     uint32_t workers;
     const char *slab;     /**< of each; NULL: 32MiB */
     const char *device;   /**< of each; NULL: cpu */
+    bool device_each;     /**< a number of its own is put behind it: cuda:0, cuda:1, ... */
     const char *lost_ms;  /**< NULL: CLUSTER_LOST_MS; with a heartbeat of 100 */
     const char *lease_ms; /**< NULL: 30000 */
     const char *drain_ms; /**< NULL: 5000 */

@@ -124,6 +124,13 @@ cuDeviceGetUuid(CUuuid *uuid, CUdevice device)
 }
 
 VISIBLE CUresult
+cuDeviceGetPCIBusId(char *id, int room, CUdevice device)
+{
+    snprintf(id, (size_t)room, "0000:%02x:00.0", (unsigned)device);
+    return CUDA_SUCCESS;
+}
+
+VISIBLE CUresult
 cuDeviceGetAttribute(int *value, CUdevice_attribute attribute, CUdevice device)
 {
     (void)device;

@@ -18,6 +18,7 @@ typedef struct op {
     op_kind_t kind;
     const fake_kernel_t *kernel;
     uint32_t grid;
+    uint64_t begun_ns; /**< of a kernel that waits; 0: it was not looked at yet */
     _Alignas(16) unsigned char args[2][FAKE_ARGS_MAX];
     void *to;
     const void *from;

@@ -1,11 +1,13 @@
 /*
  * fake_kernels.c: what kernels of attnd do, on the host and slowly: from the same tables, with the
- * same layout of pages, in double. Sums are not cut and merged: every piece adds to its rows, and
- * what it came to is written after each launch. Of what makes logits: scale, causal and window.
+ * same layout of pages, in double. Sums are not cut and merged: every piece adds to its rows, or to
+ * its states, and what it came to is written after each launch. Of what makes logits: scale, causal
+ * and window.
  */
 #include "tests/integration/fake_kernels.h"
 
 #include "base/attn_types.h"
+#include "kernels/cuda/exchange.h"
 #include "kernels/cuda/image.h"
 #include "kernels/cuda/store.h"
 
@@ -19,10 +21,10 @@
 
 static uint32_t type = ATTN_F16; /* of K and V: as rows last came on a stream */
 
-/* Rows of the answer that is being made: what pieces added to them. */
+/* Rows of the answer that is being made, and its states: what pieces added to them. */
 static struct {
     double l[ROWS_MAX], a[ROWS_MAX][DIM_MAX];
-} sums;
+} sums[2];
 
 /* ---- elements ---- */
 
@@ -204,6 +206,7 @@ play_row(const cuda_args_t *x, uint32_t d_k, uint32_t d_v, const cuda_piece_t *p
     const cuda_query_t *query = &x->queries[piece->query_first + row / piece->n_heads];
     uint32_t head = piece->kv_head * x->group + piece->head_first + row % piece->n_heads;
     uint64_t at   = (uint64_t)query->answer * x->q_heads + head;
+    double *l = &sums[piece->states].l[at], *a = sums[piece->states].a[at];
 
     for (uint32_t i = 0; i < piece->n_leaves; i++) {
         const cuda_leaf_t *leaf = &x->leaves[piece->leaf_first + i];
@@ -221,19 +224,27 @@ play_row(const cuda_args_t *x, uint32_t d_k, uint32_t d_v, const cuda_piece_t *p
                             (unsigned long long)query->query << 12 | head;
             }
             uint8_t *v = (uint8_t *)(uintptr_t)x->v + page * x->v_page_stride;
-            sums.l[at] += w;
+            *l += w;
             for (uint32_t c = 0; c < d_v; c++) {
                 const uint8_t *p =
                     piece_at(v, x->page_size, d_v * 2, offset, piece->kv_head, c / 8);
-                sums.a[at][c] += w * element(p, type, c % 8);
+                a[c] += w * element(p, type, c % 8);
             }
         }
     }
-    for (uint32_t c = 0; c < d_v && x->o != NULL && sums.l[at] > 0; c++) {
-        put(x->o, x->o_type, at * d_v + c, sums.a[at][c] / sums.l[at]);
+    for (uint32_t c = 0; c < d_v && piece->states; c++) {
+        x->a[at * d_v + c] = (float)a[c];
+    }
+    if (piece->states) {
+        x->l[at] = (float)*l;
+        x->e[at] = *l > 0 ? 0 : INT32_MIN;
+        return;
+    }
+    for (uint32_t c = 0; c < d_v && x->o != NULL && *l > 0; c++) {
+        put(x->o, x->o_type, at * d_v + c, a[c] / *l);
     }
     if (x->lse != NULL) {
-        x->lse[at] = (float)log(sums.l[at]);
+        x->lse[at] = (float)log(*l);
     }
 }
 
@@ -242,7 +253,7 @@ static void
 begin_launch(const cuda_args_t *x)
 {
     if (!x->beside) {
-        memset(&sums, 0, sizeof(sums));
+        memset(sums, 0, sizeof(sums));
     }
 }
 
@@ -286,6 +297,7 @@ prefill(const fake_kernel_t *kernel, uint32_t grid, void *const *args)
                                        .n_leaves    = tile->n_leaves,
                                        .query_first = tile->query_first,
                                        .rows        = tile->rows,
+                                       .states      = tile->states,
                                        .head_first  = tile->head_first,
                                        .n_heads     = tile->n_heads};
             for (uint32_t row = 0; row < tile->rows; row++) {
@@ -308,28 +320,30 @@ const fake_kernel_t *
 fake_kernel_find(const char *name)
 {
     static const fake_kernel_t kernels[] = {
-        {"move_rows", {sizeof(cuda_rows_t), sizeof(uint32_t)}, move_rows},
-        {"bring_rows", {sizeof(cuda_bring_t)}, bring_rows},
-        {"split_queries", {sizeof(cuda_split_t)}, split_queries},
-        {"attend_8", {sizeof(cuda_args_t)}, attend},
-        {"attend_16", {sizeof(cuda_args_t)}, attend},
-        {"attend_32", {sizeof(cuda_args_t)}, attend},
-        {"attend_64", {sizeof(cuda_args_t)}, attend},
-        {"attend_8_general", {sizeof(cuda_args_t)}, attend},
-        {"attend_16_general", {sizeof(cuda_args_t)}, attend},
-        {"attend_32_general", {sizeof(cuda_args_t)}, attend},
-        {"attend_64_general", {sizeof(cuda_args_t)}, attend},
-        {"prefill_plain", {sizeof(cuda_args_t)}, prefill},
-        {"prefill_general", {sizeof(cuda_args_t)}, prefill},
-        {"prefill_parts", {sizeof(cuda_args_t)}, prefill},
-        {"merge_64", {sizeof(cuda_args_t)}, merge},
-        {"merge_128", {sizeof(cuda_args_t)}, merge},
-        {"merge_256", {sizeof(cuda_args_t)}, merge},
-        {NULL, {0}, NULL},
+        {"move_rows", {sizeof(cuda_rows_t), sizeof(uint32_t)}, move_rows, NULL},
+        {"bring_rows", {sizeof(cuda_bring_t)}, bring_rows, NULL},
+        {"split_queries", {sizeof(cuda_split_t)}, split_queries, NULL},
+        {"attend_8", {sizeof(cuda_args_t)}, attend, NULL},
+        {"attend_16", {sizeof(cuda_args_t)}, attend, NULL},
+        {"attend_32", {sizeof(cuda_args_t)}, attend, NULL},
+        {"attend_64", {sizeof(cuda_args_t)}, attend, NULL},
+        {"attend_8_general", {sizeof(cuda_args_t)}, attend, NULL},
+        {"attend_16_general", {sizeof(cuda_args_t)}, attend, NULL},
+        {"attend_32_general", {sizeof(cuda_args_t)}, attend, NULL},
+        {"attend_64_general", {sizeof(cuda_args_t)}, attend, NULL},
+        {"prefill_plain", {sizeof(cuda_args_t)}, prefill, NULL},
+        {"prefill_general", {sizeof(cuda_args_t)}, prefill, NULL},
+        {"prefill_parts", {sizeof(cuda_args_t)}, prefill, NULL},
+        {"exchange_64", {sizeof(cuda_exchange_t)}, fake_exchange_play, fake_exchange_ready},
+        {"merge_64", {sizeof(cuda_args_t)}, merge, NULL},
+        {"merge_128", {sizeof(cuda_args_t)}, merge, NULL},
+        {"merge_256", {sizeof(cuda_args_t)}, merge, NULL},
+        {NULL, {0}, NULL, NULL},
     };
     const fake_kernel_t *kernel = kernels;
 
-    _Static_assert(sizeof(cuda_args_t) <= FAKE_ARGS_MAX && sizeof(cuda_bring_t) <= FAKE_ARGS_MAX,
+    _Static_assert(sizeof(cuda_args_t) <= FAKE_ARGS_MAX && sizeof(cuda_bring_t) <= FAKE_ARGS_MAX &&
+                       sizeof(cuda_exchange_t) <= FAKE_ARGS_MAX,
                    "arguments are kept with what is queued");
     while (kernel->name != NULL && strcmp(kernel->name, name) != 0) {
         kernel++;

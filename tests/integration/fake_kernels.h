@@ -2,6 +2,7 @@
 #ifndef ATTN_FAKE_KERNELS_H
 #define ATTN_FAKE_KERNELS_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -12,7 +13,14 @@ typedef struct fake_kernel {
     const char *name;
     size_t bytes[2]; /**< of its arguments, by value */
     void (*play)(const struct fake_kernel *kernel, uint32_t grid, void *const *args);
+    /** NULL, or may it be played? Asked again and again from begun_ns on: what it does meanwhile
+     * for others, which may wait for it as well, comes to the same if it does it again. */
+    bool (*ready)(uint64_t begun_ns, void *const *args);
 } fake_kernel_t;
+
+/** exchange.cu: fake_exchange.c. */
+bool fake_exchange_ready(uint64_t begun_ns, void *const *args);
+void fake_exchange_play(const fake_kernel_t *kernel, uint32_t grid, void *const *args);
 
 /** The kernel of that name; one without arguments that does nothing, if it is none of ours. */
 const fake_kernel_t *fake_kernel_find(const char *name);

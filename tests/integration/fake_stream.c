@@ -8,6 +8,8 @@
  */
 #include "tests/integration/fake_cuda.h"
 
+#include "base/clock.h"
+
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -181,7 +183,7 @@ do_op(const op_t *op)
 /* May the first of a stream run? The legacy stream and those that wait for it keep the order in
  * which they were queued on. */
 static bool
-may_run(const struct CUstream_st *s, const op_t *op)
+may_run(const struct CUstream_st *s, op_t *op)
 {
     if (s->held == HELD || (s->held == AS_ALL && all_held) ||
         (op->kind == OP_WAIT && op->event->done < op->ticket)) {
@@ -193,7 +195,12 @@ may_run(const struct CUstream_st *s, const op_t *op)
             return false;
         }
     }
-    return true;
+    if (op->kind != OP_KERNEL || op->kernel->ready == NULL || idle ||
+        getenv("FAKE_CUDA_PLAY") == NULL) {
+        return true;
+    }
+    op->begun_ns = op->begun_ns == 0 ? attn_now_ns() : op->begun_ns;
+    return op->kernel->ready(op->begun_ns, (void *[]){op->args[0], op->args[1]});
 }
 
 /* Everything that may go on goes on. */
