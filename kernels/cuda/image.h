@@ -56,6 +56,9 @@
 #define CUDA_MANY_ROWS (64u * CUDA_MANY_GROUPS)
 #define CUDA_MANY_THREADS (128u * (CUDA_MANY_GROUPS + 1))
 
+/** Shared memory of a CTA, beside 256 bytes of barriers. */
+#define CUDA_MANY_SHARED_MOST (227u * 1024u - 256u)
+
 /** Tokens of a tile: with 256 columns the sums leave no registers for 128. */
 #define CUDA_MANY_TOKENS(d_v) ((d_v) > 128 ? 64u : CUDA_MANY_TILE)
 
@@ -68,9 +71,14 @@
 #define CUDA_MANY_STAGES(d_k, d_v)                                                                 \
     (CUDA_MANY_FIT(d_k, d_v) < 2 ? 2u : CUDA_MANY_FIT(d_k, d_v) > 4 ? 4u : CUDA_MANY_FIT(d_k, d_v))
 
+/** Places for Q: two where they fit, so that the next work's comes during this one. */
+#define CUDA_MANY_RINGS(d_k, d_v) (1024u + CUDA_MANY_STAGES(d_k, d_v) * CUDA_MANY_KV(d_k, d_v))
+#define CUDA_MANY_PLACES(d_k, d_v)                                                                 \
+    (CUDA_MANY_RINGS(d_k, d_v) + 2 * CUDA_MANY_Q(d_k) <= CUDA_MANY_SHARED_MOST ? 2u : 1u)
+
 /** Shared memory that a launch asks for; its first tile begins at a multiple of 1,024. */
 #define CUDA_MANY_SHARED(d_k, d_v)                                                                 \
-    (1024u + CUDA_MANY_Q(d_k) + CUDA_MANY_STAGES(d_k, d_v) * CUDA_MANY_KV(d_k, d_v))
+    (CUDA_MANY_RINGS(d_k, d_v) + CUDA_MANY_PLACES(d_k, d_v) * CUDA_MANY_Q(d_k))
 
 /** Bytes of a state of 64 rows, on a consumer warpgroup's stack. */
 #define CUDA_MANY_STATE(d_v) (((d_v) / 8 + 1) * 2048u)

@@ -9,9 +9,11 @@
  *     S = Q K^T     both from shared memory, 64 x 128 tokens (64 with 256 columns of V)
  *     O += P V      P from registers, V as it was stored: its rows run along the sum
  *
- * A tile's S is issued together with the O of the tile before, so that the matrix unit works while
- * weights are computed; and the warpgroups take turns at issuing, so that one computes weights
- * while the other's products run.
+ * A tile's S is issued together with the O of the tile before, also where that is the last of a
+ * leaf or of a work, so that the matrix unit works while weights are computed; and the warpgroups
+ * take turns at issuing, so that one computes weights while the other's products run. What becomes
+ * of a leaf or a work comes after the first weights of what follows it, while the other warpgroup's
+ * products run.
  *
  * A leaf (up to a chunk of positions) keeps the running maximum m of each row: weights are
  * 2^(y - m), and when m grows, what was summed is multiplied by 2^(m_old - m). On leaving the leaf
@@ -30,20 +32,15 @@ template <class T, int DK, int DV, mode MODE>
 __device__ __forceinline__ void
 produce(const cuda_args_t &x, const cuda_map_t *k_map, const cuda_map_t *v_map,
         const typename kv_producer<DK, DV, MODE != mode::PLAIN>::k_ring &k,
-        const typename kv_producer<DK, DV, MODE != mode::PLAIN>::v_ring &v, uint32_t q_at,
-        uint32_t q_full, uint32_t q_empty)
+        const typename kv_producer<DK, DV, MODE != mode::PLAIN>::v_ring &v, q_ring<DK, DV> q)
 {
     const uint32_t warp = threadIdx.x / 32;
     const int lane      = threadIdx.x % 32;
 
     if (warp == GATHER_WARPS) {
-        uint32_t phase = 0;
         for (uint32_t at = blockIdx.x; MODE != mode::PARTS && at != CUDA_NONE;) {
             const cuda_tile_t &work = x.tiles[at]; /* read again when needed: registers are few */
-            barrier_wait(q_empty, phase ^ 1);
-            fetch_q<DK>(x, work, q_at, lane);
-            barrier_arrive(q_full);
-            phase ^= 1;
+            fetch_q<DK>(x, work, q, lane);
             at = work.next;
         }
     } else if (warp == 0 || !x.bulk) {
@@ -65,17 +62,17 @@ template <class T, int DK, int DV, mode MODE>
 __device__ __forceinline__ void
 prefill(const cuda_args_t &x, const cuda_map_t *k_map, const cuda_map_t *v_map)
 {
-    constexpr int STAGES = CUDA_MANY_STAGES(DK, DV), N = CUDA_MANY_TOKENS(DV);
+    constexpr int STAGES = CUDA_MANY_STAGES(DK, DV), PLACES = CUDA_MANY_PLACES(DK, DV);
+    constexpr int N = CUDA_MANY_TOKENS(DV);
     /* Registers: what a thread of each warpgroup has before, 168 or 128, is dealt anew. */
     constexpr int FEW  = MODE == mode::PLAIN && DK <= 128 ? 216 : DV > 128 ? 232 : 224;
     constexpr int TAKE = CUDA_MANY_GROUPS == 2 ? FEW : 160;
     constexpr int GIVE = CUDA_MANY_GROUPS == 2 ? 3 * 168 - 2 * TAKE : 4 * 128 - 3 * TAKE;
     SHARED_MEMORY(shared);
-    __shared__ __align__(8) uint64_t barriers[4 * STAGES + 2];
+    __shared__ __align__(8) uint64_t barriers[4 * STAGES + 2 * PLACES];
     const uint32_t bars = shared_of(barriers), group = threadIdx.x / 128;
-    const uint32_t q_at   = (shared_of(shared) + 1023) & ~1023u;
-    const uint32_t q_full = bars + 8 * (4 * STAGES), q_empty = q_full + 8;
-    tile_ring<STAGES, N *DK * 2> k = {q_at + CUDA_MANY_Q(DK), bars, 0, 0};
+    q_ring<DK, DV> q = {(shared_of(shared) + 1023) & ~1023u, bars + 32 * STAGES, 0, 0};
+    tile_ring<STAGES, N *DK * 2> k = {q.data + PLACES * CUDA_MANY_Q(DK), bars, 0, 0};
     tile_ring<STAGES, N *DV * 2> v = {k.data + STAGES * N * DK * 2, bars + 16 * STAGES, 0, 0};
 
     let_next_kernel_begin();
@@ -89,22 +86,22 @@ prefill(const cuda_args_t &x, const cuda_map_t *k_map, const cuda_map_t *v_map)
             barrier_init(k.empty(i), 4 * CUDA_MANY_GROUPS);
             barrier_init(v.empty(i), 4 * CUDA_MANY_GROUPS);
         }
-        barrier_init(q_full, 32);
-        barrier_init(q_empty, 4 * CUDA_MANY_GROUPS);
+        for (uint32_t i = 0; i < PLACES; i++) {
+            barrier_init(q.full(i), 32);
+            barrier_init(q.empty(i), 4 * CUDA_MANY_GROUPS);
+        }
         barriers_for_copies();
     }
     __syncthreads();
     if (group == 0) {
         registers_give<GIVE>();
-        produce<T, DK, DV, MODE>(x, k_map, v_map, k, v, q_at, q_full, q_empty);
+        produce<T, DK, DV, MODE>(x, k_map, v_map, k, v, q);
     } else {
         registers_take<TAKE>();
         prefill_consumer<T, DK, DV, MODE> c(x, group - 1);
-        c.k       = k;
-        c.v       = v;
-        c.q_at    = q_at + (group - 1) * 64 * DK * 2;
-        c.q_full  = q_full;
-        c.q_empty = q_empty;
+        c.k = k;
+        c.v = v;
+        c.q = q;
         c.run();
     }
 }

@@ -15,23 +15,30 @@ template <class T, int DK, int DV, mode MODE> struct prefill_consumer {
     static constexpr int N        = CUDA_MANY_TOKENS(DV);
     static constexpr int STAGES   = CUDA_MANY_STAGES(DK, DV);
     static constexpr bool GENERAL = MODE != mode::PLAIN;
-    using walk_t                  = tile_walk<N, GENERAL>;
-    using rows_t                  = prefill_rows<DK, DV, N, MODE>;
+    /* Weights of the next leaf, and of the next work, begin before this one is over. */
+    static constexpr bool OVER_LEAVES = MODE != mode::PARTS && DV <= 128;
+    static constexpr bool OVER_WORKS  = OVER_LEAVES && CUDA_MANY_PLACES(DK, DV) > 1;
+    using walk_t                      = tile_walk<N, GENERAL>;
+    using rows_t                      = prefill_rows<DK, DV, N, MODE>;
 
     const cuda_args_t &x;
     tile_ring<STAGES, N * DK * 2> k;
     tile_ring<STAGES, N * DV * 2> v;
-    uint32_t q_at, q_full, q_empty; /* of this warpgroup's rows; barriers */
+    q_ring<DK, DV> q;
     const uint32_t group;
     const int lane;
 
-    /* Of the work: */
     const cuda_tile_t *work; /* read again when needed: registers are few */
-    rows_t rows;
+    rows_t rows;             /* of the walk's work */
 
-    /* Of the leaf, then of a state: rows lane / 4 (+ 8) of the warp's 16. */
+    /* Of the leaf whose weights are computed: rows lane / 4 (+ 8) of the warp's 16. */
+    float m[2], sum[2], most[2];
+    bool begun;        /* there are already the first */
+    uint32_t p[N / 4]; /* the last, whose V is still to come */
+
+    /* Of the leaf that is summed, then of a state. */
     float o[DV / 2];
-    float m[2], l[2], most[2];
+    float top[2], l[2];
     int e[2];
 
     __device__ __forceinline__
@@ -45,9 +52,10 @@ template <class T, int DK, int DV, mode MODE> struct prefill_consumer {
     __device__ __forceinline__ void
     issue_k(float (&s)[N / 2])
     {
+        const uint32_t rows_at = q.stage() + group * (64 * DK * 2);
 #pragma unroll
         for (int i = 0; i < DK / 16; i++) {
-            wgmma<T, N>::rows(s, tile_rows_descriptor(q_at, DK / 64, i),
+            wgmma<T, N>::rows(s, tile_rows_descriptor(rows_at, DK / 64, i),
                               tile_rows_descriptor(k.stage(), DK / 64, i), i > 0);
         }
     }
@@ -80,7 +88,7 @@ template <class T, int DK, int DV, mode MODE> struct prefill_consumer {
     }
 
     __device__ __forceinline__ void
-    issue_v(const uint32_t (&p)[N / 4])
+    issue_v()
     {
 #pragma unroll
         for (int i = 0; i < N / 16; i++) {
@@ -114,38 +122,39 @@ template <class T, int DK, int DV, mode MODE> struct prefill_consumer {
 
     /* ---- weights ---- */
 
-    /* Weights in place of logits; m and l. What was summed before is to be multiplied by factor. */
+    /* Weights in place of logits; m and sum. What was summed before is to be multiplied by factor.
+     */
     __device__ __forceinline__ void
     weigh(float (&s)[N / 2], float (&factor)[2])
     {
 #pragma unroll
         for (int h = 0; h < 2; h++) {
-            float top[2] = {m[h], -INFINITY}, sum[2] = {0.0f, 0.0f};
+            float high[2] = {m[h], -INFINITY}, add[2] = {0.0f, 0.0f};
 #pragma unroll
             for (int j = 0; j < N / 8; j++) {
-                top[0] = fmaxf(top[0], s[4 * j + 2 * h]);
-                top[1] = fmaxf(top[1], s[4 * j + 2 * h + 1]);
+                high[0] = fmaxf(high[0], s[4 * j + 2 * h]);
+                high[1] = fmaxf(high[1], s[4 * j + 2 * h + 1]);
             }
-            top[0]     = fmaxf(top[0], top[1]);
-            top[0]     = fmaxf(top[0], __shfl_xor_sync(~0u, top[0], 1));
-            top[0]     = fmaxf(top[0], __shfl_xor_sync(~0u, top[0], 2));
-            float base = top[0] == -INFINITY ? 0.0f : top[0];
+            high[0]    = fmaxf(high[0], high[1]);
+            high[0]    = fmaxf(high[0], __shfl_xor_sync(~0u, high[0], 1));
+            high[0]    = fmaxf(high[0], __shfl_xor_sync(~0u, high[0], 2));
+            float base = high[0] == -INFINITY ? 0.0f : high[0];
             factor[h]  = exp2_of(m[h] - base);
-            m[h]       = top[0];
+            m[h]       = high[0];
 #pragma unroll
             for (int j = 0; j < N / 8; j++) {
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
                     s[4 * j + 2 * h + i] = exp2_of(s[4 * j + 2 * h + i] - base);
-                    sum[i] += s[4 * j + 2 * h + i];
+                    add[i] += s[4 * j + 2 * h + i];
                 }
             }
-            l[h] = __fmaf_rn(l[h], factor[h], sum[0] + sum[1]);
+            sum[h] = __fmaf_rn(sum[h], factor[h], add[0] + add[1]);
         }
     }
 
     __device__ __forceinline__ void
-    pack(const float (&s)[N / 2], uint32_t (&p)[N / 4])
+    pack(const float (&s)[N / 2])
     {
         constexpr float raise = type_of<T>::shift == 0 ? 1.0f : (float)(1 << type_of<T>::shift);
 
@@ -173,24 +182,60 @@ template <class T, int DK, int DV, mode MODE> struct prefill_consumer {
     /* ---- a leaf ---- */
 
     __device__ __forceinline__ void
-    begin_sums()
+    clear_sums()
     {
 #pragma unroll
         for (int i = 0; i < DV / 2; i++) {
             o[i] = 0.0f;
         }
-        m[0] = m[1] = -INFINITY;
-        l[0] = l[1] = most[0] = most[1] = 0.0f;
+        wgmma_hold(o); /* or constants are kept beside o, and registers are few */
     }
 
-    /* The same with one product after the other: Q of several parts needs the registers. */
     __device__ __forceinline__ void
-    sum_leaf_of_parts(walk_t &w)
+    begin_weights()
+    {
+        m[0] = m[1] = -INFINITY;
+        sum[0] = sum[1] = most[0] = most[1] = 0.0f;
+    }
+
+    /* All weights of the leaf are there. A sum that is not a number is reported with it. */
+    __device__ __forceinline__ void
+    end_weights()
+    {
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            top[h] = m[h];
+            l[h]   = most[h] > Y_MAX ? NAN : sum[h];
+        }
+    }
+
+    /* The walk to the next leaf, of this work or of the next one. All products with Q are done
+     * where that was the last: it may be overwritten. */
+    __device__ __forceinline__ void
+    go_on(walk_t &w, bool last)
+    {
+        if (!last) {
+            w.go_on();
+            return;
+        }
+        if (MODE != mode::PARTS) {
+            release(q);
+        }
+        if (OVER_WORKS && work->next != CUDA_NONE) {
+            w.begin(x.tiles + work->next);
+        } else {
+            w.stop();
+        }
+    }
+
+    /* Sums over the tiles of a leaf, one product after the other: Q of several parts needs the
+     * registers. */
+    __device__ __forceinline__ void
+    sum_leaf_of_parts(walk_t &w, bool last)
     {
         float s[N / 2], factor[2];
-        uint32_t p[N / 4];
 
-        begin_sums();
+        begin_weights();
         while (w.next()) {
             k.wait_full();
             issue_parts(s);
@@ -198,23 +243,19 @@ template <class T, int DK, int DV, mode MODE> struct prefill_consumer {
             rows.logits(w, lane, s, most);
             weigh(s, factor);
             rescale(factor);
-            pack(s, p);
-            sum_v(p);
+            pack(s);
+            sum_v();
         }
+        end_weights();
+        go_on(w, last);
     }
 
-    /* Sums over the tiles of a leaf. */
+    /* The first weights of a leaf. */
     __device__ __forceinline__ void
-    sum_leaf(walk_t &w, bool last)
+    begin_leaf(walk_t &w)
     {
         float s[N / 2], factor[2];
-        uint32_t p[N / 4];
 
-        begin_sums();
-        if (!w.next()) {
-            release_q(last);
-            return;
-        }
         k.wait_full();
         wgmma_begin();
         issue_k(s);
@@ -224,8 +265,38 @@ template <class T, int DK, int DV, mode MODE> struct prefill_consumer {
         release(k);
         rows.logits(w, lane, s, most);
         weigh(s, factor);
-        pack(s, p);
-        while (w.next()) {
+        pack(s);
+    }
+
+    /* Sums over the tiles of a leaf, and the first weights of what follows it. */
+    __device__ __forceinline__ void
+    sum_leaf(walk_t &w, bool last)
+    {
+        float s[N / 2], factor[2];
+
+        if (!begun) {
+            begin_weights();
+            if (!w.next()) {
+                end_weights();
+                go_on(w, last);
+                return;
+            }
+            begin_leaf(w);
+        }
+        for (begun = false; !begun;) {
+            if (!w.next()) {
+                end_weights();
+                go_on(w, last);
+                if (!(last ? OVER_WORKS : OVER_LEAVES) || !w.next()) {
+                    sum_v();
+                    return;
+                }
+                begun = true;
+                begin_weights();
+                if (last) {
+                    q.wait_full();
+                }
+            }
             k.wait_full();
             take_turn();
             wgmma_hold(o);
@@ -235,9 +306,12 @@ template <class T, int DK, int DV, mode MODE> struct prefill_consumer {
             wgmma_commit();
             v.wait_full();
             wgmma_begin();
-            issue_v(p);
+            issue_v();
             wgmma_commit();
             pass_turn();
+            if (begun && last) {
+                begin_rows(*w.work);
+            }
             wgmma_wait<1>();
             wgmma_hold(s);
             release(k);
@@ -247,35 +321,26 @@ template <class T, int DK, int DV, mode MODE> struct prefill_consumer {
             wgmma_hold(o);
             wgmma_hold(p);
             release(v);
-            rescale(factor);
-            pack(s, p);
+            if (!begun) {
+                rescale(factor);
+            }
+            pack(s);
         }
-        release_q(last);
-        sum_v(p);
     }
 
     /* Adds the products of weights and V, and waits for them. */
     __device__ __forceinline__ void
-    sum_v(uint32_t (&p)[N / 4])
+    sum_v()
     {
         v.wait_full();
         wgmma_hold(o);
         wgmma_hold(p);
         wgmma_begin();
-        issue_v(p);
+        issue_v();
         wgmma_commit();
         wgmma_wait<0>();
         wgmma_hold(o);
         release(v);
-    }
-
-    /* All products with Q are done: it may be overwritten. */
-    __device__ __forceinline__ void
-    release_q(bool last)
-    {
-        if (MODE != mode::PARTS && last && lane == 0) {
-            barrier_arrive(q_empty);
-        }
     }
 
     /* The sums become a state. */
@@ -287,21 +352,21 @@ template <class T, int DK, int DV, mode MODE> struct prefill_consumer {
 
 #pragma unroll
         for (int h = 0; h < 2; h++) {
-            float sum = l[h];
-            sum += __shfl_xor_sync(~0u, sum, 1);
-            sum += __shfl_xor_sync(~0u, sum, 2);
-            if (most[h] > Y_MAX || sum != sum) {
+            float all = l[h];
+            all += __shfl_xor_sync(~0u, all, 1);
+            all += __shfl_xor_sync(~0u, all, 2);
+            if (all != all) {
                 rows.report_row(*work, h);
             }
-            if (m[h] == -INFINITY) {
+            if (top[h] == -INFINITY) {
                 e[h]      = EMPTY_E;
                 l[h]      = 0.0f;
                 factor[h] = 0.0f;
             } else {
-                float up  = ceilf(fminf(fmaxf(m[h], -Y_MAX), Y_MAX));
-                float w   = exp2_of(m[h] - up);
+                float up  = ceilf(fminf(fmaxf(top[h], -Y_MAX), Y_MAX));
+                float w   = exp2_of(top[h] - up);
                 e[h]      = (int)up;
-                l[h]      = __fmul_rn(sum, w);
+                l[h]      = __fmul_rn(all, w);
                 factor[h] = __fmul_rn(w, 1.0f / raise);
             }
         }
@@ -392,44 +457,45 @@ template <class T, int DK, int DV, mode MODE> struct prefill_consumer {
 
     /* ---- works ---- */
 
+    /* The thread's rows of a work. */
     __device__ __forceinline__ void
-    run_work()
+    begin_rows(const cuda_tile_t &of)
+    {
+        rows.begin(of, group * 64 + threadIdx.x % 128 / 32 * 16 + lane / 4);
+    }
+
+    /* All leaves of the work. Leaves the walk where the next work begins. */
+    __device__ __forceinline__ void
+    run_work(walk_t &w)
     {
         uint32_t left = work->levels & 255, written = 0;
-        cuda_leaf_t leaf = work->leaf;
-        walk_t w(x, *work);
         waiting waits = {0};
 
         for (uint32_t i = 0; i < work->n_leaves; i++) {
+            bool last = i + 1 == work->n_leaves;
             if (i > 0) {
-                merge_nodes(waits, leaf.level);
-                if (waits.none() && leaf.level >= left) {
+                merge_nodes(waits, w.leaf.level);
+                if (waits.none() && w.leaf.level >= left) {
                     rows.write_part(*work, written++, lane, o, l, e);
-                    left = leaf.level;
+                    left = w.leaf.level;
                 } else {
                     put(waits.count());
-                    waits.add(leaf.level);
+                    waits.add(w.leaf.level);
                 }
             }
-            w.begin(leaf, i);
+            clear_sums();
             if constexpr (MODE == mode::PARTS) {
-                sum_leaf_of_parts(w);
+                sum_leaf_of_parts(w, last);
             } else {
-                sum_leaf(w, i + 1 == work->n_leaves);
-            }
-            if (i + 1 < work->n_leaves) { /* not earlier: registers are few */
-                leaf = x.leaves[work->leaf_first + i + 1];
+                sum_leaf(w, last);
             }
             leave_leaf();
         }
         if (work->n_leaves == 0) {
-            release_q(true);
-#pragma unroll
-            for (int i = 0; i < DV / 2; i++) {
-                o[i] = 0.0f;
-            }
+            clear_sums();
             l[0] = l[1] = 0.0f;
             e[0] = e[1] = EMPTY_E;
+            go_on(w, true);
         }
         merge_nodes(waits, work->levels >> 8);
         if (work->slot == CUDA_NONE) {
@@ -447,19 +513,22 @@ template <class T, int DK, int DV, mode MODE> struct prefill_consumer {
     __device__ __forceinline__ void
     run()
     {
-        uint32_t phase = 0;
+        walk_t w(x);
 
         if (group + 1 == CUDA_MANY_GROUPS) {
             pass_turn(); /* the first warpgroup begins */
         }
+        begun = false;
         for (uint32_t at = blockIdx.x; at != CUDA_NONE; at = work->next) {
             work = x.tiles + at;
-            rows.begin(*work, group * 64 + threadIdx.x % 128 / 32 * 16 + lane / 4);
-            if (MODE != mode::PARTS) {
-                barrier_wait(q_full, phase);
-                phase ^= 1;
+            if (!begun) {
+                w.begin(work);
+                begin_rows(*work);
+                if (MODE != mode::PARTS) {
+                    q.wait_full();
+                }
             }
-            run_work();
+            run_work(w);
         }
     }
 };

@@ -128,7 +128,7 @@ template <int N> struct columns {
  * consumers take the same way. */
 template <int N, bool GENERAL> struct tile_walk {
     const cuda_args_t &x;
-    const cuda_tile_t &work;
+    const cuda_tile_t *work; /* read again when needed: registers are few */
     cuda_leaf_t leaf;
     uint32_t leaf_at; /* its number in the work */
     uint32_t at, end; /* in N tokens */
@@ -139,9 +139,24 @@ template <int N, bool GENERAL> struct tile_walk {
     columns<N> here;        /* GENERAL: those of them that the head's list has */
 
     __device__ __forceinline__
-    tile_walk(const cuda_args_t &args, const cuda_tile_t &of)
-        : x(args), work(of)
+    tile_walk(const cuda_args_t &args)
+        : x(args)
     {
+    }
+
+    /* To a work's first leaf; if it has none, to the end. */
+    __device__ __forceinline__ void
+    begin(const cuda_tile_t *of)
+    {
+        work = of;
+        begin(of->leaf, 0);
+    }
+
+    /* To the next leaf of the work, of which there is one. */
+    __device__ __forceinline__ void
+    go_on()
+    {
+        begin(x.leaves[work->leaf_first + leaf_at + 1], leaf_at + 1);
     }
 
     __device__ __forceinline__ void
@@ -149,10 +164,16 @@ template <int N, bool GENERAL> struct tile_walk {
     {
         leaf     = of;
         leaf_at  = number;
-        int from = max(work.see_first - leaf.position, 0);
-        int to   = min(work.see_end - leaf.position, (int)leaf.tokens);
+        int from = max(work->see_first - leaf.position, 0);
+        int to   = min(work->see_end - leaf.position, (int)leaf.tokens);
         at       = (uint32_t)from / N;
         end      = to > 0 ? ((uint32_t)to + N - 1) / N : 0;
+    }
+
+    __device__ __forceinline__ void
+    stop()
+    {
+        at = end = 0;
     }
 
     /* The next tile that has a token; false at the end. */
@@ -168,7 +189,7 @@ template <int N, bool GENERAL> struct tile_walk {
                 return true;
             }
             here = columns<N>::between(0, (int)tokens);
-            if (work.present_at != CUDA_NONE) {
+            if (work->present_at != CUDA_NONE) {
                 here.low &= listed(0);
                 if (N > 64 && tokens > 64) {
                     here.high &= listed(1);
@@ -186,8 +207,8 @@ template <int N, bool GENERAL> struct tile_walk {
     listed(uint32_t i) const
     {
         uint64_t set = (uint64_t)leaf_at * x.leaf_sets + first / 64 + i;
-        return x
-            .present[work.present_at + set * work.n_lists + (work.n_lists > 1 ? work.kv_head : 0)];
+        return x.present[work->present_at + set * work->n_lists +
+                         (work->n_lists > 1 ? work->kv_head : 0)];
     }
 
     __device__ __forceinline__ bool
@@ -293,7 +314,7 @@ template <int DK, int DV, bool GENERAL> struct kv_producer {
         __syncwarp();
         if (copied) {
             copy_box(r.stage() + tile_piece(D / 64, first, 0), map,
-                     (w.work.kv_head * x.page_size + place) / TILE_ROWS, id, r.full(r.at));
+                     (w.work->kv_head * x.page_size + place) / TILE_ROWS, id, r.full(r.at));
         }
         r.next();
     }
@@ -361,13 +382,15 @@ template <int DK, int DV, bool GENERAL> struct kv_producer {
     {
         const uint8_t *k_store = x.k + (uint64_t)work.kv_head * x.page_size * (DK * 2);
         const uint8_t *v_store = x.v + (uint64_t)work.kv_head * x.page_size * (DV * 2);
-        cuda_leaf_t leaf       = work.leaf;
-        walk_t w(x, work);
+        walk_t w(x);
 
+        w.begin(&work);
         for (uint32_t i = 0; i < work.n_leaves; i++) {
-            w.begin(leaf, i);
+            if (i > 0) {
+                w.go_on();
+            }
             if (i + 1 < work.n_leaves) {
-                leaf = x.leaves[work.leaf_first + i + 1];
+                fetch_ahead(x.leaves + work.leaf_first + i + 1);
             }
             while (w.next()) {
                 if (x.bulk) {
@@ -392,11 +415,13 @@ template <int DK, int DV, bool GENERAL> struct kv_producer {
 
 /* ---- Q ---- */
 
+template <int DK, int DV> using q_ring = tile_ring<CUDA_MANY_PLACES(DK, DV), CUDA_MANY_Q(DK)>;
+
 /* Rows of a work, by one warp; those that there are not are zero. Where they lie is asked for all
- * of them first: a lane has every 32nd row. */
-template <int DK>
+ * of them first, before there is room: a lane has every 32nd row. */
+template <int DK, class R>
 __device__ __forceinline__ void
-fetch_q(const cuda_args_t &x, const cuda_tile_t &work, uint32_t to, int lane)
+fetch_q(const cuda_args_t &x, const cuda_tile_t &work, R &ring, int lane)
 {
     const uint32_t c = lane % 8, rows = work.rows, heads = work.n_heads, first = work.query_first;
     const uint8_t *q = x.q + (work.kv_head * x.group + work.head_first) * x.q_head_stride + c * 16;
@@ -408,6 +433,8 @@ fetch_q(const cuda_args_t &x, const cuda_tile_t &work, uint32_t to, int lane)
         uint32_t query = row / heads, head = row - query * heads;
         from[k] = x.queries[first + query].q_row * x.q_row_stride + head * x.q_head_stride;
     }
+    ring.wait_empty();
+    const uint32_t to = ring.stage();
 #pragma unroll
     for (uint32_t k = 0; k < CUDA_MANY_ROWS / 32; k++) {
 #pragma unroll 2
@@ -428,6 +455,8 @@ fetch_q(const cuda_args_t &x, const cuda_tile_t &work, uint32_t to, int lane)
     copies_commit();
     copies_wait<0>();
     order_before_copies();
+    barrier_arrive(ring.full(ring.at));
+    ring.next();
 }
 
 #endif

@@ -140,7 +140,7 @@ template <int DK, int DV, int N, mode MODE> struct prefill_rows {
     scale_row(const walk_t &w, int h, int lane, const cuda_query_t *query, const columns<N> &named,
               int before, float (&s)[N / 2]) const
     {
-        const uint32_t head = head_of(w.work, row[h]);
+        const uint32_t head = head_of(*w.work, row[h]);
         float by = 1.0f, slope = 0.0f;
 
         if (MODE == mode::PARTS && query != nullptr && x.q_scale != nullptr) {
@@ -223,7 +223,8 @@ template <int DK, int DV, int N, mode MODE> struct prefill_rows {
     {
 #pragma unroll
         for (int h = 0; h < 2; h++) {
-            const cuda_query_t *query = row[h] < w.work.rows ? &query_of(w.work, row[h]) : nullptr;
+            const cuda_query_t *query =
+                row[h] < w.work->rows ? &query_of(*w.work, row[h]) : nullptr;
             columns<N> named;
             int before;
             columns<N> seen = seen_by(w, h, query, named, before);

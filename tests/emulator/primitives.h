@@ -122,6 +122,10 @@ order_before_copies()
 {
 }
 static inline void
+fetch_ahead(const void *)
+{
+}
+static inline void
 let_next_kernel_begin()
 {
 }
