@@ -97,6 +97,17 @@ template <class T, int DK, int DV, mode MODE> struct prefill_consumer {
         }
     }
 
+    /* Until a stage of K or V is full. Pieces were written by other means than products read by. */
+    template <class R>
+    __device__ __forceinline__ void
+    await(const R &r)
+    {
+        r.wait_full();
+        if (!x.bulk) {
+            order_before_copies();
+        }
+    }
+
     template <class R>
     __device__ __forceinline__ void
     release(R &r)
@@ -237,7 +248,7 @@ template <class T, int DK, int DV, mode MODE> struct prefill_consumer {
 
         begin_weights();
         while (w.next()) {
-            k.wait_full();
+            await(k);
             issue_parts(s);
             release(k);
             rows.logits(w, lane, s, most);
@@ -256,7 +267,7 @@ template <class T, int DK, int DV, mode MODE> struct prefill_consumer {
     {
         float s[N / 2], factor[2];
 
-        k.wait_full();
+        await(k);
         wgmma_begin();
         issue_k(s);
         wgmma_commit();
@@ -297,14 +308,14 @@ template <class T, int DK, int DV, mode MODE> struct prefill_consumer {
                     q.wait_full();
                 }
             }
-            k.wait_full();
+            await(k);
             take_turn();
             wgmma_hold(o);
             wgmma_hold(p);
             wgmma_begin();
             issue_k(s);
             wgmma_commit();
-            v.wait_full();
+            await(v);
             wgmma_begin();
             issue_v();
             wgmma_commit();
@@ -332,7 +343,7 @@ template <class T, int DK, int DV, mode MODE> struct prefill_consumer {
     __device__ __forceinline__ void
     sum_v()
     {
-        v.wait_full();
+        await(v);
         wgmma_hold(o);
         wgmma_hold(p);
         wgmma_begin();

@@ -16,7 +16,8 @@
 #include "kernels/cuda/device.cuh"
 #include "kernels/cuda/tile.h"
 
-#define GATHER_WARPS 3 /* that fetch pieces of 16 bytes */
+#define GATHER_WARPS 3 /* that fetch pieces of 16 bytes, 4 rows at once each */
+#define GATHER_STEP (4u * GATHER_WARPS)
 
 /* ---- rings ---- */
 
@@ -230,6 +231,11 @@ template <int N, bool GENERAL> struct tile_walk {
 
 /* ---- K and V ---- */
 
+/* Where a row lies. */
+struct spot {
+    uint32_t id, place; /* of its page; in it, or CUDA_NONE: there is no such row */
+};
+
 template <int DK, int DV, bool GENERAL> struct kv_producer {
     static constexpr int N      = CUDA_MANY_TOKENS(DV);
     static constexpr int STAGES = CUDA_MANY_STAGES(DK, DV);
@@ -237,16 +243,22 @@ template <int DK, int DV, bool GENERAL> struct kv_producer {
     using v_ring                = tile_ring<STAGES, N * DV * 2>;
     using walk_t                = tile_walk<N, GENERAL>;
 
+    /* Rows of a tile are looked up before those of the tile before are fetched: where registers
+     * suffice. */
+    static constexpr bool AHEAD     = !GENERAL && DK <= 128;
+    static constexpr uint32_t LOOKS = ((N + GATHER_STEP - 1) / GATHER_STEP * 4 + 31) / 32;
+
     const cuda_args_t &x;
     const cuda_map_t *k_map, *v_map;
     k_ring k;
     v_ring v;
     int lane, warp;
-    uint32_t pending; /* barrier of the stage whose pieces were fetched last; 0: none */
+    spot spots[LOOKS];   /* of the tile that is to be fetched in pieces next */
+    uint32_t spots_head; /* its KV head; CUDA_NONE: there is none */
 
     __device__ __forceinline__
     kv_producer(const cuda_args_t &args, const cuda_map_t *k_as, const cuda_map_t *v_as)
-        : x(args), k_map(k_as), v_map(v_as), pending(0)
+        : x(args), k_map(k_as), v_map(v_as), spots_head(CUDA_NONE)
     {
     }
 
@@ -319,68 +331,75 @@ template <int DK, int DV, bool GENERAL> struct kv_producer {
         r.next();
     }
 
-    /* The stage whose pieces are there by now is full. A stage is given on after the next one's
-     * pieces are on their way: consumers have what they need for making room for that. */
-    template <int LEFT>
+    /*
+     * Where the rows of a tile lie that this warp fetches in pieces: it has 4 of every 4
+     * GATHER_WARPS rows, and asks for 32 of them at once, a lane each.
+     */
     __device__ __forceinline__ void
-    give_pending(uint32_t bar)
+    look_up(const walk_t &w, spot (&spots)[LOOKS]) const
     {
-        copies_wait<LEFT>();
-        if (pending != 0) {
-            order_before_copies();
-            barrier_arrive(pending);
+#pragma unroll
+        for (uint32_t i = 0; i < LOOKS; i++) {
+            uint32_t row   = warp * 4 + (32 * i + lane) / 4 * GATHER_STEP + lane % 4;
+            spots[i].place = CUDA_NONE;
+            if (row < N && w.has(row)) {
+                spots[i].id = page_of(w, row, spots[i].place);
+            }
         }
-        pending = bar;
     }
 
     /*
-     * A tile in pieces: 8 lanes a row, this warp 4 of every 4 GATHER_WARPS rows. Where its rows lie
-     * is asked for 32 of them at once, a lane each; addresses are multiples of 16, so that there is
-     * room for how a row is swizzled, and whether it is there.
+     * A tile in pieces, 8 lanes a row. Addresses are multiples of 16, so that there is room for how
+     * a row is swizzled, and whether it is there; otherwise it becomes zero.
      */
-    template <int D, bool SUM, class R>
+    template <int D, class R>
     __device__ __forceinline__ void
-    pieces(const walk_t &w, R &r, const uint8_t *store, uint64_t stride)
+    pieces(const spot (&spots)[LOOKS], R &r, const uint8_t *store, uint64_t stride)
     {
-        constexpr uint32_t STEP = GATHER_WARPS * 4, MINE = (N + STEP - 1) / STEP * 4;
-        const uint32_t c = lane % 8, to = r.stage(), first = warp * 4;
+        const uint32_t c = lane % 8, to = r.stage();
+        const uint8_t *head = store + (uint64_t)spots_head * x.page_size * (D * 2);
 
         r.wait_empty();
-        for (uint32_t some = 0; some < MINE; some += 32) {
-            uint32_t own  = first + (some + lane) / 4 * STEP + lane % 4;
-            uint64_t lies = 0;
-            if (own < N && w.has(own)) {
-                uint32_t place, id = page_of(w, own, place);
-                lies = (uint64_t)row_of(store, stride, D * 2, id, place) | (place & 7) | 8;
+#pragma unroll
+        for (uint32_t k = 0; k < LOOKS; k++) {
+            uint64_t lies = (uint64_t)head;
+            if (spots[k].place != CUDA_NONE) {
+                lies = (uint64_t)row_of(head, stride, D * 2, spots[k].id, spots[k].place) |
+                       (spots[k].place & 7) | 8;
             }
 #pragma unroll(GENERAL || DV > 128 ? 1 : 2) /* registers are few there */
             for (uint32_t i = 0; i < 32; i += 4) {
-                const uint32_t row  = first + (some + i) / 4 * STEP + lane / 8;
+                const uint32_t row  = warp * 4 + (32 * k + i) / 4 * GATHER_STEP + lane / 8;
                 const uint64_t at   = __shfl_sync(~0u, lies, (int)i + lane / 8);
                 const uint8_t *from = (const uint8_t *)(at & ~(uint64_t)15);
                 if (row >= N) {
                     break;
                 }
 #pragma unroll
-                for (uint32_t k = 0; k < D / 64; k++) {
-                    uint32_t piece = to + tile_piece(D / 64, row, c + 8 * k);
-                    if ((at & 8) != 0) {
-                        copy_16(piece, from + (((c + 8 * k) ^ ((uint32_t)at & 7)) << 4));
-                    } else if (SUM) {
-                        store_near(piece, make_uint4(0, 0, 0, 0));
-                    }
+                for (uint32_t j = 0; j < D / 64; j++) {
+                    copy_16_or_zero(r.stage() + tile_piece(D / 64, row, c + 8 * j),
+                                    from + (((c + 8 * j) ^ ((uint32_t)at & 7)) << 4),
+                                    (at & 8) != 0);
                 }
             }
         }
-        copies_commit();
-        give_pending<1>(r.full(r.at));
+        copies_arrive(r.full(r.at));
         r.next();
+    }
+
+    /* The tile whose rows were looked up. */
+    __device__ __forceinline__ void
+    fetch_looked_up()
+    {
+        if (spots_head != CUDA_NONE) {
+            pieces<DK>(spots, k, x.k, x.k_page_stride);
+            pieces<DV>(spots, v, x.v, x.v_page_stride);
+        }
     }
 
     __device__ __forceinline__ void
     run(const cuda_tile_t &work)
     {
-        const uint8_t *k_store = x.k + (uint64_t)work.kv_head * x.page_size * (DK * 2);
         const uint8_t *v_store = x.v + (uint64_t)work.kv_head * x.page_size * (DV * 2);
         walk_t w(x);
 
@@ -394,11 +413,22 @@ template <int DK, int DV, bool GENERAL> struct kv_producer {
             }
             while (w.next()) {
                 if (x.bulk) {
-                    boxes<DK, false>(w, k, k_map, k_store);
+                    boxes<DK, false>(w, k, k_map, nullptr);
                     boxes<DV, true>(w, v, v_map, v_store);
                 } else {
-                    pieces<DK, false>(w, k, k_store, x.k_page_stride);
-                    pieces<DV, true>(w, v, v_store, x.v_page_stride);
+                    spot next[LOOKS];
+                    look_up(w, next);
+                    if (AHEAD) {
+                        fetch_looked_up();
+                    }
+#pragma unroll
+                    for (uint32_t j = 0; j < LOOKS; j++) {
+                        spots[j] = next[j];
+                    }
+                    spots_head = work.kv_head;
+                    if (!AHEAD) {
+                        fetch_looked_up();
+                    }
                 }
             }
         }
@@ -408,7 +438,11 @@ template <int DK, int DV, bool GENERAL> struct kv_producer {
     end()
     {
         if (!x.bulk) {
-            give_pending<0>(0);
+            if (AHEAD) {
+                fetch_looked_up();
+            }
+            copies_commit();
+            copies_wait<0>();
         }
     }
 };

@@ -144,6 +144,15 @@ copy_16(uint32_t to, const void *from)
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
 
+/* The same, or zeros. */
+__device__ __forceinline__ void
+copy_16_or_zero(uint32_t to, const void *from, bool there)
+{
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
+                 "r"(there ? 16 : 0)
+                 : "memory");
+}
+
 /* A box of a tensor of 5 dimensions, at the 4th and 5th coordinate. */
 __device__ __forceinline__ void
 copy_box(uint32_t to, const cuda_map_t *map, uint32_t c3, uint32_t c4, uint32_t bar)

@@ -41,7 +41,7 @@ struct small_copy {
 };
 struct large_copy {
     std::vector<small_copy> pieces;
-    uint32_t bar, bytes;
+    uint32_t bar, bytes; /* 0: pieces of 16 bytes, and an arrival in place of bytes */
 };
 struct fiber {
     ucontext_t context;
@@ -190,7 +190,10 @@ do_large(size_t i)
     large_copy c = flying[i];
     flying.erase(flying.begin() + (long)i);
     for (const small_copy &s : c.pieces) {
-        memcpy(memory + s.to, s.from, 128);
+        memcpy(memory + s.to, s.from, c.bytes > 0 ? 128 : 16);
+    }
+    if (c.bytes == 0) {
+        barriers[c.bar].left--;
     }
     barriers[c.bar].bytes -= c.bytes;
     turned(barriers[c.bar]);
@@ -255,6 +258,13 @@ void
 emu_copy_16(uint32_t to, const void *from)
 {
     self().copies.back().push_back({to, from});
+}
+
+void
+emu_copies_arrive(uint32_t bar)
+{
+    flying.push_back({self().copies.back(), bar, 0});
+    self().copies.back().clear();
 }
 
 void

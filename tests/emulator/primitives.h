@@ -21,6 +21,7 @@ void emu_barrier_arrive(uint32_t bar, int64_t bytes);
 void emu_barrier_wait(uint32_t bar, uint32_t phase);
 void emu_copy_box(uint32_t to, const cuda_map_t *map, uint32_t c3, uint32_t c4, uint32_t bar);
 void emu_copy_16(uint32_t to, const void *from);
+void emu_copies_arrive(uint32_t bar);
 void emu_copies_commit();
 void emu_copies_wait(int n);
 void emu_named(uint32_t id, uint32_t threads, bool wait);
@@ -138,6 +139,17 @@ static inline void
 copy_16(uint32_t to, const void *from)
 {
     emu_copy_16(to, from);
+}
+static inline void
+copy_16_or_zero(uint32_t to, const void *from, bool there)
+{
+    static const uint8_t zeros[16] = {0};
+    emu_copy_16(to, there ? from : zeros);
+}
+static inline void
+copies_arrive(uint32_t bar)
+{
+    emu_copies_arrive(bar);
 }
 static inline void
 copies_commit()
