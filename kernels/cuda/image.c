@@ -487,6 +487,8 @@ build(builder_t *b, uint32_t ctas)
     DO(queries)                                                                                    \
     DO(works)                                                                                      \
     DO(many)                                                                                       \
+    DO(sequences)                                                                                  \
+    DO(parts)                                                                                      \
     DO(loads)                                                                                      \
     DO(tiles)                                                                                      \
     DO(units)                                                                                      \

@@ -47,6 +47,7 @@ typedef struct work {
     uint32_t query_first, leaf_first, n_leaves, present_at, n_lists;
     uint32_t span_first, span_end;
     uint32_t unit_first; /**< of its heads in the first block of them */
+    uint32_t sequence;   /**< of many rows */
     uint32_t class;
     uint32_t sets;                /**< token sets of a leaf, of one list */
     uint64_t first_key, last_key; /**< of its first and last leaf */
@@ -79,7 +80,16 @@ typedef struct cut {
 typedef struct many {
     cuda_tile_t tile;
     uint64_t cost;
+    uint32_t part; /**< of the K and V that all tiles read (image_tiles.c) */
 } many_t;
+
+/** Works of many rows, one after the other, that read the same K and V. */
+typedef struct sequence {
+    uint64_t tokens; /**< most that one of them reads ... */
+    uint64_t all;    /**< ... and all together */
+    uint32_t page;   /**< index into the page table, of their first leaf */
+    uint32_t number; /**< among the sequences, in the order of works */
+} sequence_t;
 
 /** A CTA that tiles are dealt to. */
 typedef struct load {
@@ -107,6 +117,8 @@ struct cuda_image_memory {
     VECTOR(cuda_piece_t) pieces; /**< of first blocks */
     cut_t cuts[CUDA_CLASSES + 1];
     VECTOR(many_t) many;
+    VECTOR(sequence_t) sequences;
+    VECTOR(uint32_t) parts; /**< [sequences][heads]: of a head's K and V */
     VECTOR(load_t) loads;
     VECTOR(cuda_tile_t) tiles;
     VECTOR(cuda_item_t) items;

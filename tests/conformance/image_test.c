@@ -667,12 +667,76 @@ test_rows_of_tiles_are_what_the_tree_says(void **state)
     cuda_image_free(&image);
 }
 
+/* Of two long sequences, which tile is dealt when, and what it reads: tiles that read the same K
+ * and V follow each other, so that what is read at once is no more than an L2 keeps; and CTAs have
+ * as much to do. */
+static void
+test_tiles_that_read_the_same_follow_each_other(void **state)
+{
+    enum { HEADS = 4, CTAS = 132, PART = 20 << 20 };
+    batch_t b          = {.problem = {.entries    = b.entries,
+                                      .q_heads    = 4 * HEADS,
+                                      .kv_heads   = HEADS,
+                                      .head_dim_k = 128,
+                                      .head_dim_v = 128,
+                                      .page_size  = 16,
+                                      .chunk_size = 8192,
+                                      .causal     = true}};
+    cuda_image_t image = {0};
+    attn_plan_t *plan;
+    uint32_t last[2 * HEADS] = {0}, first[2 * HEADS], pages[2] = {0, CUDA_NONE};
+    uint64_t work[CTAS] = {0}, most = 0, total = 0, bytes[2 * HEADS] = {0};
+    (void)state;
+
+    add(&b, 9000, 9000, 0, 0);
+    add(&b, 30000, 30000, 1, 0);
+    assert_int_equal(attn_plan_build(&b.problem, 1, CUDA_LEAF, 8192, &plan), ATTN_OK);
+    assert_int_equal(cuda_image_build(plan, CTAS, &image), ATTN_OK);
+    uint8_t *block = malloc(image.bytes);
+    cuda_image_write(&image, block);
+    const cuda_tile_t *tiles = (const void *)(block + image.many_tiles);
+    uint32_t n               = 0;
+    memset(first, 0xff, sizeof(first));
+    for (uint32_t cta = 0; cta < CTAS; cta++) {
+        for (uint32_t at = cta; at != CUDA_NONE; at = tiles[at].next, n++) {
+            uint32_t e      = tiles[at].leaf.page != pages[0];
+            uint32_t head   = e * HEADS + tiles[at].kv_head;
+            uint64_t tokens = (uint64_t)tiles[at].see_end;
+            assert_true(e == 0 || pages[1] == CUDA_NONE || tiles[at].leaf.page == pages[1]);
+            pages[1]    = e == 0 ? pages[1] : tiles[at].leaf.page;
+            first[head] = at < first[head] ? at : first[head];
+            last[head]  = at > last[head] ? at : last[head];
+            bytes[head] = tokens * 512 > bytes[head] ? tokens * 512 : bytes[head];
+            work[cta] += tokens + 192;
+        }
+        total += work[cta];
+        most = work[cta] > most ? work[cta] : most;
+    }
+    assert_in_range(most, total / CTAS, total / CTAS + total / CTAS / 50);
+    for (uint32_t at = 0; at < n; at++) {
+        uint64_t open = 0, heads = 0;
+        for (uint32_t head = 0; head < 2 * HEADS; head++) {
+            bool is_open = first[head] <= at && at <= last[head];
+            open += is_open ? bytes[head] : 0;
+            heads += is_open;
+        }
+        assert_true(heads == 1 || open <= PART);
+        assert_true(heads > 0);
+    }
+    assert_true(first[HEADS] == 0); /* the longer one begins */
+    free(block);
+    cuda_image_free(&image);
+    attn_plan_free(plan);
+    free_batch(&b);
+}
+
 int
 main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_rows_are_what_the_tree_says),
         cmocka_unit_test(test_rows_of_tiles_are_what_the_tree_says),
+        cmocka_unit_test(test_tiles_that_read_the_same_follow_each_other),
     };
     return cmocka_run_group_tests_name("conformance.image", tests, NULL, NULL);
 }
