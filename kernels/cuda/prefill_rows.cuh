@@ -322,27 +322,48 @@ template <int DK, int DV, int N, mode MODE> struct prefill_rows {
         }
     }
 
+    /* The largest magnitude of a row, not finite if one is not, and the smallest but 0. */
+    struct magnitudes {
+        float most, least;
+    };
+
+    __device__ __forceinline__ static magnitudes
+    magnitudes_of(int h, const float (&o)[DV / 2])
+    {
+        float most     = 0.0f;
+        uint32_t least = 0xfeffffff; /* twice the bits less 1: without the sign, and 0 last */
+
+#pragma unroll
+        for (int j = 0; j < DV / 8; j++) {
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                float a = o[4 * j + 2 * h + i];
+                most    = larger(most, fabsf(a));
+                least   = min(least, 2 * __float_as_uint(a) - 1);
+            }
+        }
+        return {most, __uint_as_float(least / 2 + 1)};
+    }
+
     __device__ __forceinline__ void
     write_answer(const cuda_tile_t &work, int lane, float (&o)[DV / 2], const float (&l)[2],
                  const int (&e)[2], float4 *room) const
     {
 #pragma unroll
         for (int h = 0; h < 2; h++) {
-            bool there = row[h] < work.rows, bad = !is_finite(l[h]);
+            bool there    = row[h] < work.rows;
             uint32_t r    = there ? row[h] : 0;
             uint32_t head = head_of(work, r);
             uint64_t at   = (uint64_t)query_of(work, r).answer * x.q_heads + head;
 
+            if (l[h] == 0.0f) {
 #pragma unroll
-            for (int j = 0; j < DV / 8; j++) {
-#pragma unroll
-                for (int i = 0; i < 2; i++) {
-                    float &a = o[4 * j + 2 * h + i];
-                    a        = l[h] == 0.0f ? 0.0f : a;
-                    bad      = bad || !is_finite(a);
+                for (int j = 0; j < DV / 8; j++) {
+                    o[4 * j + 2 * h] = o[4 * j + 2 * h + 1] = 0.0f;
                 }
             }
-            if (bad) {
+            magnitudes of = magnitudes_of(h, o);
+            if (!is_finite(l[h]) || !is_finite(of.most)) {
                 report_row(work, h);
             }
             if (work.states) {
@@ -356,7 +377,7 @@ template <int DK, int DV, int N, mode MODE> struct prefill_rows {
                 continue;
             }
             finish_scales f = finish_le(x, head, l[h], e[h]);
-            finish_row(f, h, o, room);
+            finish_row(f, of, h, o, room);
             if (x.o == nullptr) {
             } else if (x.o_type == 1) { /* ATTN_F32 */
                 if (there) {
@@ -381,17 +402,11 @@ template <int DK, int DV, int N, mode MODE> struct prefill_rows {
      * for each element.
      */
     __device__ __forceinline__ void
-    finish_row(const finish_scales &f, int h, float (&o)[DV / 2], float4 *room) const
+    finish_row(const finish_scales &f, const magnitudes &of, int h, float (&o)[DV / 2],
+               float4 *room) const
     {
-        bool tame = f.l > 0x1p-40f && f.l < 0x1p40f && !f.zero;
-#pragma unroll
-        for (int j = 0; j < DV / 8; j++) {
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                float a = fabsf(o[4 * j + 2 * h + i] * f.scale);
-                tame    = tame && a < 0x1p60f && (a > 0x1p-60f || a == 0.0f);
-            }
-        }
+        bool tame = f.l > 0x1p-40f && f.l < 0x1p40f && !f.zero && of.most * f.scale < 0x1p60f &&
+                    of.least * f.scale > 0x1p-60f;
         if (!__all_sync(~0u, tame)) {
             float2 *at = (float2 *)room;
 #pragma unroll

@@ -316,6 +316,15 @@ template <> struct type_of<__half> {
 
 /* ---- arithmetic ---- */
 
+/* The larger one; neither, if one is not a number. */
+__device__ __forceinline__ float
+larger(float a, float b)
+{
+    float y;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+    return y;
+}
+
 /* Weights below 2^-126 of the largest are nothing. */
 __device__ __forceinline__ float
 exp2_of(float x)

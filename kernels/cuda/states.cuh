@@ -186,14 +186,15 @@ finish_a(const finish_scales &f, float a)
     return f.zero ? 0.0f : __fdiv_rn(__fmul_rn(a, f.scale), f.l);
 }
 
-/* a / l with r = 1 / l, for a of 0 or 2^-60 to 2^60, l of 2^-40 to 2^40: what division gives. */
+/* a / l with r = 1 / l, for a of 0 or 2^-60 to 2^60, l of 2^-40 to 2^40: what division gives. The
+ * sign is a's: corrections would make -0 into 0. */
 __device__ __forceinline__ float
 divide_near(float a, float l, float r)
 {
     float q = __fmul_rn(a, r);
     q       = __fmaf_rn(__fmaf_rn(-q, l, a), r, q);
     q       = __fmaf_rn(__fmaf_rn(-q, l, a), r, q);
-    return a == 0.0f ? a : q;
+    return __uint_as_float(__float_as_uint(q) | (__float_as_uint(a) & 0x80000000u));
 }
 
 template <class X>

@@ -188,6 +188,11 @@ registers_take()
 {
 }
 static inline float
+larger(float a, float b)
+{
+    return a != a || b != b ? NAN : fmaxf(a, b);
+}
+static inline float
 exp2_of(float x)
 {
     float y = exp2f(x);
