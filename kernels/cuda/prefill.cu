@@ -70,8 +70,9 @@ prefill(const cuda_args_t &x, const cuda_map_t *k_map, const cuda_map_t *v_map)
     constexpr int GIVE = CUDA_MANY_GROUPS == 2 ? 3 * 168 - 2 * TAKE : 4 * 128 - 3 * TAKE;
     SHARED_MEMORY(shared);
     __shared__ __align__(8) uint64_t barriers[4 * STAGES + 2 * PLACES];
-    const uint32_t bars = shared_of(barriers), group = threadIdx.x / 128;
-    q_ring<DK, DV> q = {(shared_of(shared) + 1023) & ~1023u, bars + 32 * STAGES, 0, 0};
+    const uint32_t bars  = shared_of(barriers);
+    const uint32_t group = __shfl_sync(~0u, threadIdx.x / 128, 0); /* known as one of the warp */
+    q_ring<DK, DV> q     = {(shared_of(shared) + 1023) & ~1023u, bars + 32 * STAGES, 0, 0};
     tile_ring<STAGES, N *DK * 2> k = {q.data + PLACES * CUDA_MANY_Q(DK), bars, 0, 0};
     tile_ring<STAGES, N *DV * 2> v = {k.data + STAGES * N * DK * 2, bars + 16 * STAGES, 0, 0};
 

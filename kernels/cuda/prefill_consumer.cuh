@@ -52,11 +52,13 @@ template <class T, int DK, int DV, mode MODE> struct prefill_consumer {
     __device__ __forceinline__ void
     issue_k(float (&s)[N / 2])
     {
-        const uint32_t rows_at = q.stage() + group * (64 * DK * 2);
+        const uint64_t rows_of_q =
+            tile_rows_descriptor(q.stage() + group * (64 * DK * 2), DK / 64, 0);
+        const uint64_t rows_of_k = tile_rows_descriptor(k.stage(), DK / 64, 0);
 #pragma unroll
         for (int i = 0; i < DK / 16; i++) {
-            wgmma<T, N>::rows(s, tile_rows_descriptor(rows_at, DK / 64, i),
-                              tile_rows_descriptor(k.stage(), DK / 64, i), i > 0);
+            wgmma<T, N>::rows(s, tile_rows_further(rows_of_q, i), tile_rows_further(rows_of_k, i),
+                              i > 0);
         }
     }
 
@@ -90,10 +92,11 @@ template <class T, int DK, int DV, mode MODE> struct prefill_consumer {
     __device__ __forceinline__ void
     issue_v()
     {
+        const uint64_t rows_of_v = tile_sum_descriptor(v.stage(), DV / 64, 0);
 #pragma unroll
         for (int i = 0; i < N / 16; i++) {
-            wgmma<T, DV>::template mixed<1>(o, p + 4 * i,
-                                            tile_sum_descriptor(v.stage(), DV / 64, i), 1);
+            wgmma<T, DV>::template mixed<1>(o, p + 4 * i, tile_sum_further(rows_of_v, DV / 64, i),
+                                            1);
         }
     }
 

@@ -53,6 +53,15 @@ tile_rows_descriptor(uint32_t at, uint32_t parts, uint32_t k)
     return tile_descriptor(at + k / 4 * TILE_PART + k % 4 * 32, 16, parts * TILE_PART);
 }
 
+/** The same operand's k-th 16 elements, from the descriptor of the first: one addition of 32 bits.
+ */
+TILE_FUNCTION uint64_t
+tile_rows_further(uint64_t first, uint32_t k)
+{
+    return (first & ~UINT64_C(0xffffffff)) |
+           ((uint32_t)first + (k / 4 * TILE_PART + k % 4 * 32) / 16);
+}
+
 /**
  * The operand whose rows run along the sum: all elements of 16 rows, the k-th 16. Parts of 64
  * elements are a leading offset apart, the two blocks of 8 rows a stride.
@@ -61,6 +70,13 @@ TILE_FUNCTION uint64_t
 tile_sum_descriptor(uint32_t at, uint32_t parts, uint32_t k)
 {
     return tile_descriptor(at + k * 2 * parts * TILE_PART, TILE_PART, parts * TILE_PART);
+}
+
+/** The same operand's k-th 16 rows, from the descriptor of the first. */
+TILE_FUNCTION uint64_t
+tile_sum_further(uint64_t first, uint32_t parts, uint32_t k)
+{
+    return (first & ~UINT64_C(0xffffffff)) | ((uint32_t)first + k * 2 * parts * TILE_PART / 16);
 }
 
 #endif
