@@ -56,8 +56,8 @@
 #define CUDA_MANY_ROWS (64u * CUDA_MANY_GROUPS)
 #define CUDA_MANY_THREADS (128u * (CUDA_MANY_GROUPS + 1))
 
-/** Shared memory of a CTA, beside 256 bytes of barriers. */
-#define CUDA_MANY_SHARED_MOST (227u * 1024u - 256u)
+/** Shared memory of a CTA, beside barriers and what is said of works. */
+#define CUDA_MANY_SHARED_MOST (227u * 1024u - 256u - 3u * (96u + 4u * CUDA_MANY_ROWS))
 
 /** Tokens of a tile: with 256 columns the sums leave no registers for 128. */
 #define CUDA_MANY_TOKENS(d_v) ((d_v) > 128 ? 64u : CUDA_MANY_TILE)

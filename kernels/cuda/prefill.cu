@@ -32,15 +32,17 @@ template <class T, int DK, int DV, mode MODE>
 __device__ __forceinline__ void
 produce(const cuda_args_t &x, const cuda_map_t *k_map, const cuda_map_t *v_map,
         const typename kv_producer<DK, DV, MODE != mode::PLAIN>::k_ring &k,
-        const typename kv_producer<DK, DV, MODE != mode::PLAIN>::v_ring &v, q_ring<DK, DV> q)
+        const typename kv_producer<DK, DV, MODE != mode::PLAIN>::v_ring &v, q_ring<DK, DV> q,
+        near_work *works)
 {
     const uint32_t warp = threadIdx.x / 32;
     const int lane      = threadIdx.x % 32;
 
     if (warp == GATHER_WARPS) {
-        for (uint32_t at = blockIdx.x; MODE != mode::PARTS && at != CUDA_NONE;) {
+        for (uint32_t at = blockIdx.x, i = 0; at != CUDA_NONE;
+             i = i + 1 == NEAR_WORKS ? 0 : i + 1) {
             const cuda_tile_t &work = x.tiles[at]; /* read again when needed: registers are few */
-            fetch_q<DK>(x, work, q, lane);
+            bring_work<DK, MODE != mode::PARTS>(x, work, works[i], q, lane);
             at = work.next;
         }
     } else if (warp == 0 || !x.bulk) {
@@ -69,6 +71,7 @@ prefill(const cuda_args_t &x, const cuda_map_t *k_map, const cuda_map_t *v_map)
     constexpr int TAKE = CUDA_MANY_GROUPS == 2 ? FEW : 160;
     constexpr int GIVE = CUDA_MANY_GROUPS == 2 ? 3 * 168 - 2 * TAKE : 4 * 128 - 3 * TAKE;
     SHARED_MEMORY(shared);
+    __shared__ near_work works[NEAR_WORKS];
     __shared__ __align__(8) uint64_t barriers[4 * STAGES + 2 * PLACES];
     const uint32_t bars  = shared_of(barriers);
     const uint32_t group = __shfl_sync(~0u, threadIdx.x / 128, 0); /* known as one of the warp */
@@ -96,10 +99,10 @@ prefill(const cuda_args_t &x, const cuda_map_t *k_map, const cuda_map_t *v_map)
     __syncthreads();
     if (group == 0) {
         registers_give<GIVE>();
-        produce<T, DK, DV, MODE>(x, k_map, v_map, k, v, q);
+        produce<T, DK, DV, MODE>(x, k_map, v_map, k, v, q, works);
     } else {
         registers_take<TAKE>();
-        prefill_consumer<T, DK, DV, MODE> c(x, group - 1);
+        prefill_consumer<T, DK, DV, MODE> c(x, works, group - 1);
         c.k = k;
         c.v = v;
         c.q = q;

@@ -25,11 +25,13 @@ template <class T, int DK, int DV, mode MODE> struct prefill_consumer {
     tile_ring<STAGES, N * DK * 2> k;
     tile_ring<STAGES, N * DV * 2> v;
     q_ring<DK, DV> q;
+    const near_work *works;
     const uint32_t group;
     const int lane;
 
-    const cuda_tile_t *work; /* read again when needed: registers are few */
-    rows_t rows;             /* of the walk's work */
+    uint32_t work_at;
+    const near_work *work; /* read again when needed: registers are few */
+    rows_t rows;           /* of the walk's work */
 
     /* Of the leaf whose weights are computed: rows lane / 4 (+ 8) of the warp's 16. */
     float m[2], sum[2], most[2];
@@ -42,8 +44,8 @@ template <class T, int DK, int DV, mode MODE> struct prefill_consumer {
     int e[2];
 
     __device__ __forceinline__
-    prefill_consumer(const cuda_args_t &args, uint32_t number)
-        : x(args), group(number), lane((int)(threadIdx.x % 32)), rows(args)
+    prefill_consumer(const cuda_args_t &args, const near_work *of_cta, uint32_t number)
+        : x(args), works(of_cta), group(number), lane((int)(threadIdx.x % 32)), rows(args)
     {
     }
 
@@ -232,11 +234,10 @@ template <class T, int DK, int DV, mode MODE> struct prefill_consumer {
             w.go_on();
             return;
         }
-        if (MODE != mode::PARTS) {
-            release(q);
-        }
+        release(q);
         if (OVER_WORKS && work->next != CUDA_NONE) {
-            w.begin(x.tiles + work->next);
+            q.wait_full();
+            w.begin(works + (work_at + 1 == NEAR_WORKS ? 0 : work_at + 1));
         } else {
             w.stop();
         }
@@ -307,9 +308,6 @@ template <class T, int DK, int DV, mode MODE> struct prefill_consumer {
                 }
                 begun = true;
                 begin_weights();
-                if (last) {
-                    q.wait_full();
-                }
             }
             await(k);
             take_turn();
@@ -532,17 +530,20 @@ template <class T, int DK, int DV, mode MODE> struct prefill_consumer {
         if (group + 1 == CUDA_MANY_GROUPS) {
             pass_turn(); /* the first warpgroup begins */
         }
-        begun = false;
-        for (uint32_t at = blockIdx.x; at != CUDA_NONE; at = work->next) {
-            work = x.tiles + at;
+        begun   = false;
+        work_at = 0;
+        for (;;) {
+            work = works + work_at;
             if (!begun) {
+                q.wait_full();
                 w.begin(work);
                 begin_rows(*work);
-                if (MODE != mode::PARTS) {
-                    q.wait_full();
-                }
             }
             run_work(w);
+            if (work->next == CUDA_NONE) {
+                break;
+            }
+            work_at = work_at + 1 == NEAR_WORKS ? 0 : work_at + 1;
         }
     }
 };

@@ -451,26 +451,46 @@ template <int DK, int DV, bool GENERAL> struct kv_producer {
 
 template <int DK, int DV> using q_ring = tile_ring<CUDA_MANY_PLACES(DK, DV), CUDA_MANY_Q(DK)>;
 
-/* Rows of a work, by one warp; those that there are not are zero. Where they lie is asked for all
- * of them first, before there is room: a lane has every 32nd row. */
-template <int DK, class R>
+/* What consumers ask of a work, in shared memory, and where the answers of its rows go. There is
+ * room for three: the one that ends, the one that goes on, and the one that comes. */
+#define NEAR_WORKS 3
+
+struct near_work : cuda_tile_t {
+    uint32_t answer[CUDA_MANY_ROWS]; /* of cuda_query_t */
+};
+
+/* A work comes near, by one warp, with the rows of Q if they are fetched (FETCH); those that there
+ * are not are zero. Where they lie is asked for all of them first, before there is room: a lane
+ * has every 32nd row. */
+template <int DK, bool FETCH, class R>
 __device__ __forceinline__ void
-fetch_q(const cuda_args_t &x, const cuda_tile_t &work, R &ring, int lane)
+bring_work(const cuda_args_t &x, const cuda_tile_t &work, near_work &near, R &ring, int lane)
 {
     const uint32_t c = lane % 8, rows = work.rows, heads = work.n_heads, first = work.query_first;
     const uint8_t *q = x.q + (work.kv_head * x.group + work.head_first) * x.q_head_stride + c * 16;
     uint64_t from[CUDA_MANY_ROWS / 32];
+    uint32_t answer[CUDA_MANY_ROWS / 32];
+    uint4 part = ((const uint4 *)&work)[min(lane, (int)sizeof(work) / 16 - 1)];
 
 #pragma unroll
     for (uint32_t k = 0; k < CUDA_MANY_ROWS / 32; k++) {
         uint32_t row   = min(32 * k + lane, rows - 1);
         uint32_t query = row / heads, head = row - query * heads;
-        from[k] = x.queries[first + query].q_row * x.q_row_stride + head * x.q_head_stride;
+        const cuda_query_t &of = x.queries[first + query];
+        from[k]                = of.q_row * x.q_row_stride + head * x.q_head_stride;
+        answer[k]              = of.answer;
     }
     ring.wait_empty();
-    const uint32_t to = ring.stage();
+    if (lane < (int)sizeof(work) / 16) {
+        ((uint4 *)&near)[lane] = part;
+    }
 #pragma unroll
     for (uint32_t k = 0; k < CUDA_MANY_ROWS / 32; k++) {
+        near.answer[32 * k + lane] = answer[k];
+    }
+    const uint32_t to = ring.stage();
+#pragma unroll
+    for (uint32_t k = 0; FETCH && k < CUDA_MANY_ROWS / 32; k++) {
 #pragma unroll 2
         for (uint32_t i = 0; i < 32; i += 4) {
             const uint32_t row = 32 * k + i + lane / 8;

@@ -346,7 +346,7 @@ template <int DK, int DV, int N, mode MODE> struct prefill_rows {
     }
 
     __device__ __forceinline__ void
-    write_answer(const cuda_tile_t &work, int lane, float (&o)[DV / 2], const float (&l)[2],
+    write_answer(const near_work &work, int lane, float (&o)[DV / 2], const float (&l)[2],
                  const int (&e)[2], float4 *room) const
     {
 #pragma unroll
@@ -354,7 +354,7 @@ template <int DK, int DV, int N, mode MODE> struct prefill_rows {
             bool there    = row[h] < work.rows;
             uint32_t r    = there ? row[h] : 0;
             uint32_t head = head_of(work, r);
-            uint64_t at   = (uint64_t)query_of(work, r).answer * x.q_heads + head;
+            uint64_t at   = (uint64_t)work.answer[r] * x.q_heads + head;
 
             if (l[h] == 0.0f) {
 #pragma unroll
