@@ -349,17 +349,23 @@ template <int DK, int DV, bool GENERAL> struct kv_producer {
     }
 
     /*
-     * A tile in pieces, 8 lanes a row. Addresses are multiples of 16, so that there is room for how
-     * a row is swizzled, and whether it is there; otherwise it becomes zero.
+     * A tile in pieces, 8 lanes a row, 4 rows at once: every other block of 4 of this warp lies in
+     * the same half of a block of 8. Addresses are multiples of 16, so that there is room for how a
+     * row is swizzled, and whether it is there; otherwise it becomes zero.
      */
     template <int D, class R>
     __device__ __forceinline__ void
     pieces(const spot (&spots)[LOOKS], R &r, const uint8_t *store, uint64_t stride)
     {
-        const uint32_t c = lane % 8, to = r.stage();
-        const uint8_t *head = store + (uint64_t)spots_head * x.page_size * (D * 2);
+        constexpr uint32_t STEP = 2 * GATHER_STEP / TILE_ROWS * (D / 64) * TILE_PART;
+        const uint32_t of       = (uint32_t)lane;
+        const uint8_t *head     = store + (uint64_t)spots_head * x.page_size * (D * 2);
+        uint32_t to[2];
 
         r.wait_empty();
+        for (uint32_t i = 0; i < 2; i++) {
+            to[i] = r.stage() + tile_piece(D / 64, warp * 4 + i * GATHER_STEP + of / 8, of % 8);
+        }
 #pragma unroll
         for (uint32_t k = 0; k < LOOKS; k++) {
             uint64_t lies = (uint64_t)head;
@@ -367,20 +373,18 @@ template <int DK, int DV, bool GENERAL> struct kv_producer {
                 lies = (uint64_t)row_of(head, stride, D * 2, spots[k].id, spots[k].place) |
                        (spots[k].place & 7) | 8;
             }
-#pragma unroll(GENERAL || DV > 128 ? 1 : 2) /* registers are few there */
-            for (uint32_t i = 0; i < 32; i += 4) {
-                const uint32_t row  = warp * 4 + (32 * k + i) / 4 * GATHER_STEP + lane / 8;
-                const uint64_t at   = __shfl_sync(~0u, lies, (int)i + lane / 8);
-                const uint8_t *from = (const uint8_t *)(at & ~(uint64_t)15);
-                if (row >= N) {
-                    break;
-                }
+            uint32_t left = (N / 4 - (uint32_t)warp + GATHER_WARPS - 1) / GATHER_WARPS - 8 * k;
+#pragma unroll 1
+            for (uint32_t i = 0; i < min(left, 8u); i++) {
+                const uint64_t at = __shfl_sync(~0u, lies, (int)(4 * i + of / 8));
+                const uint8_t *from =
+                    (const uint8_t *)(at & ~(uint64_t)15) + (((of ^ (uint32_t)at) & 7) << 4);
 #pragma unroll
                 for (uint32_t j = 0; j < D / 64; j++) {
-                    copy_16_or_zero(r.stage() + tile_piece(D / 64, row, c + 8 * j),
-                                    from + (((c + 8 * j) ^ ((uint32_t)at & 7)) << 4),
+                    copy_16_or_zero(to[i % 2] + j * TILE_PART, from + j * TILE_PART_ROW,
                                     (at & 8) != 0);
                 }
+                to[i % 2] += STEP;
             }
         }
         copies_arrive(r.full(r.at));
