@@ -30,8 +30,9 @@
 
 #define PAGE_MAX 256u
 
-/* Blocks for workspaces are kept for the next ones, up to so many bytes; the least is so large. */
-#define KEPT_BYTES (UINT64_C(512) << 20)
+/* Blocks for workspaces are kept for the next ones, up to so many bytes, since the driver takes 25 ms
+ * for one with pinned memory; the least is so large. */
+#define KEPT_BYTES (UINT64_C(1) << 30)
 #define BLOCK_MIN (UINT64_C(1) << 20)
 
 /* Above, answers and queries are copied from and to the caller's memory as it is. */
@@ -347,7 +348,6 @@ take_kept(cuda_backend_t *backend, uint64_t bytes)
     if (best != NULL) {
         block = *best;
         *best = block->next;
-        backend->free_bytes -= block->bytes;
     }
     pthread_mutex_unlock(&backend->lock);
     return block;
@@ -383,21 +383,32 @@ cuda_block_take(cuda_backend_t *backend, uint64_t bytes, cuda_block_t **block_p)
     return status;
 }
 
+/* Those given back last stay, as far as KEPT_BYTES hold them: the next step is like the last. */
 void
 cuda_block_give(cuda_backend_t *backend, cuda_block_t *block)
 {
+    cuda_block_t *gone = NULL;
+    uint64_t bytes     = 0;
+
     pthread_mutex_lock(&backend->lock);
-    bool keep = backend->free_bytes + block->bytes <= KEPT_BYTES;
-    if (keep) {
-        block->next          = backend->free_blocks;
-        backend->free_blocks = block;
-        backend->free_bytes += block->bytes;
+    block->next          = backend->free_blocks;
+    backend->free_blocks = block;
+    for (cuda_block_t **at = &backend->free_blocks, *each; (each = *at) != NULL;) {
+        if (bytes + each->bytes <= KEPT_BYTES) {
+            bytes += each->bytes;
+            at = &each->next;
+        } else {
+            *at        = each->next;
+            each->next = gone;
+            gone       = each;
+        }
     }
     pthread_mutex_unlock(&backend->lock);
-    if (!keep) {
+    if (gone != NULL) {
         CUDA_VISIT(backend);
-        if (visit.status == ATTN_OK) {
-            block_free(backend, block);
+        for (cuda_block_t *next; gone != NULL && visit.status == ATTN_OK; gone = next) {
+            next = gone->next;
+            block_free(backend, gone);
         }
     }
 }

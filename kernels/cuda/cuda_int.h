@@ -53,7 +53,6 @@ typedef struct cuda_backend {
     pthread_mutex_t lock; /* guards what follows */
     cuda_shape_t *shapes;
     cuda_block_t *free_blocks;
-    uint64_t free_bytes; /**< of those */
     cuda_image_t images[CUDA_IMAGES_KEPT];
     uint32_t n_images;
     struct attn_track *tracks;
