@@ -355,6 +355,78 @@ test_what_changes_nothing_changes_no_bit(void **state)
     }
 }
 
+/* Lists for some of a batch, of one for all heads also as one for each. */
+static void
+draw_batch_lists(batch_t *b, uint32_t (*indptr)[65], uint32_t **pages)
+{
+    const uint32_t kv_heads = b->world.shape.kv_heads;
+
+    for (uint32_t i = 0; i < BATCH; i++) {
+        attn_problem_entry_t *entry = &b->entries[i];
+        pages[i] = malloc(kv_heads * (b->seqs[i].length + 4096) * sizeof(uint32_t));
+        if (chance_below(3) > 0) {
+            draw_lists(entry, &b->world, chance_below(2) ? 1 : kv_heads,
+                       CHANCE_OF(((uint32_t[]){4, 32, 100, 256})), indptr[i], pages[i]);
+            entry->dense_from = chance_below(2) ? entry->kv_length - entry->n_q : entry->kv_length;
+        }
+    }
+}
+
+/* A list for all heads becomes the same list of each head. */
+static void
+repeat_lists(batch_t *b, uint32_t (*indptr)[65], uint32_t **pages)
+{
+    for (uint32_t i = 0; i < BATCH; i++) {
+        attn_problem_entry_t *entry = &b->entries[i];
+        uint32_t n                  = entry->n_lists == 1 ? indptr[i][1] : 0;
+        for (uint32_t h = 1; h < b->world.shape.kv_heads && entry->n_lists == 1; h++) {
+            memcpy(pages[i] + h * n, pages[i], n * sizeof(uint32_t));
+            indptr[i][h + 1] = (h + 1) * n;
+        }
+        entry->n_lists = entry->n_lists == 1 ? b->world.shape.kv_heads : entry->n_lists;
+    }
+}
+
+static void
+test_lists_have_the_same_bits_in_any_batch(void **state)
+{
+    (void)state;
+    for (int round = 0; round < 12; round++) {
+        uint32_t indptr[BATCH][65] = {{0}}, *pages[BATCH];
+        batch_t b;
+        result_t whole, other;
+        uint64_t row = 0;
+
+        batch_open(&b, random_shape(), chance_in(1, 4));
+        draw_batch_lists(&b, indptr, pages);
+        attn_layer_t layer = {.causal  = true,
+                              .window  = chance_below(2) ? 0 : chance_in(1, 900),
+                              .softcap = chance_below(2) ? 0 : 30};
+        b.problem.window   = layer.window;
+        run(&b.world, &b.problem, &layer, b.q, 3, &whole);
+        for (uint32_t i = 0; i < BATCH; i++) {
+            attn_problem_t one = b.problem;
+            one.entries += i;
+            one.n       = 1;
+            uint64_t at = row * b.world.shape.q_heads * b.world.shape.d_k *
+                          attn_dtype_size(b.world.shape.q_dtype);
+            run(&b.world, &one, &layer, (uint8_t *)b.q + at, chance_in(1, 16), &other);
+            assert_same_rows(&b.world, &whole, row, &other, 0, b.entries[i].n_q);
+            result_free(&other);
+            row += b.entries[i].n_q;
+        }
+        repeat_lists(&b, indptr, pages);
+        run(&b.world, &b.problem, &layer, b.q, chance_in(1, 16), &other);
+        assert_same_rows(&b.world, &whole, 0, &other, 0, b.queries);
+        result_free(&other);
+        result_free(&whole);
+        for (uint32_t i = 0; i < BATCH; i++) {
+            free(pages[i]);
+        }
+        batch_close(&b);
+    }
+}
+
 /* ---- several attends at once ---- */
 
 typedef struct caller {
@@ -844,6 +916,7 @@ main(void)
         cmocka_unit_test(test_a_zero_has_no_sign),
         cmocka_unit_test(test_a_shared_prefix_has_the_same_bits),
         cmocka_unit_test(test_what_changes_nothing_changes_no_bit),
+        cmocka_unit_test(test_lists_have_the_same_bits_in_any_batch),
         cmocka_unit_test(test_concurrent_attends_have_the_same_bits),
         cmocka_unit_test(test_random_cuts_have_the_same_bits),
         cmocka_unit_test(test_partials_of_batches_have_the_same_bits),

@@ -216,40 +216,13 @@ test_softcap_alibi_sinks(void **state)
     }
 }
 
-/* Random lists for a sequence: each page listed with probability `density` in 256. */
-static void
-draw_lists(attn_problem_entry_t *entry, const world_t *world, uint32_t lists, uint32_t density,
-           uint32_t *indptr, uint32_t *pages)
-{
-    uint32_t per_chunk =
-        (world->shape.chunk_size + world->shape.page_size - 1) / world->shape.page_size;
-    uint32_t n = 0;
-
-    indptr[0] = 0;
-    for (uint32_t list = 0; list < lists; list++) {
-        for (uint32_t r = 0; r < entry->n_runs; r++) {
-            uint32_t held =
-                (entry->runs[r].length + world->shape.page_size - 1) / world->shape.page_size;
-            for (uint32_t p = 0; p < held; p++) {
-                if (chance_below(256) < density) {
-                    pages[n++] = entry->runs[r].chunk * per_chunk + p;
-                }
-            }
-        }
-        indptr[list + 1] = n;
-    }
-    entry->n_lists       = lists;
-    entry->sparse_indptr = indptr;
-    entry->sparse_pages  = pages;
-}
-
 static void
 test_block_sparse(void **state)
 {
     (void)state;
-    for (int round = 0; round < 24; round++) {
+    for (int round = 0; round < 30; round++) {
         shape_t shape = shape_of(4, CHANCE_OF(((uint32_t[]){1, 4})), 64,
-                                 CHANCE_OF(((uint32_t[]){1, 4, 16, 48})));
+                                 CHANCE_OF(((uint32_t[]){1, 4, 8, 16, 24, 48, 64})));
         uint32_t indptr[2][8], *pages[2] = {malloc(40000), malloc(40000)};
         attn_problem_entry_t entries[2];
         seq_t seqs[2] = {0};

@@ -429,6 +429,32 @@ seq_entry(const seq_t *seq, uint32_t n_q)
         .kv_length = seq->length, .n_q = n_q, .n_runs = seq->n_chunks, .runs = seq->runs};
 }
 
+void
+draw_lists(attn_problem_entry_t *entry, const world_t *world, uint32_t lists, uint32_t density,
+           uint32_t *indptr, uint32_t *pages)
+{
+    uint32_t per_chunk =
+        (world->shape.chunk_size + world->shape.page_size - 1) / world->shape.page_size;
+    uint32_t n = 0;
+
+    indptr[0] = 0;
+    for (uint32_t list = 0; list < lists; list++) {
+        for (uint32_t r = 0; r < entry->n_runs; r++) {
+            uint32_t held =
+                (entry->runs[r].length + world->shape.page_size - 1) / world->shape.page_size;
+            for (uint32_t p = 0; p < held; p++) {
+                if (chance_below(256) < density) {
+                    pages[n++] = entry->runs[r].chunk * per_chunk + p;
+                }
+            }
+        }
+        indptr[list + 1] = n;
+    }
+    entry->n_lists       = lists;
+    entry->sparse_indptr = indptr;
+    entry->sparse_pages  = pages;
+}
+
 attn_problem_t
 world_problem(const world_t *world, const attn_problem_entry_t *entries, uint32_t n)
 {

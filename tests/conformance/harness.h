@@ -110,6 +110,11 @@ void seq_free(seq_t *seq); /* pages of the world are not taken back */
 /** An entry over all of the sequence with n_q queries at its end. */
 attn_problem_entry_t seq_entry(const seq_t *seq, uint32_t n_q);
 
+/** Random lists for an entry: each page is listed with probability `density` in 256. indptr has
+ * room for lists + 1, pages for all pages so often. */
+void draw_lists(attn_problem_entry_t *entry, const world_t *world, uint32_t lists, uint32_t density,
+                uint32_t *indptr, uint32_t *pages);
+
 /** A causal problem over these entries. */
 attn_problem_t world_problem(const world_t *world, const attn_problem_entry_t *entries, uint32_t n);
 
