@@ -326,6 +326,7 @@ cuda_attend_fill(const attn_workspace_t *w, const attn_kv_t *kv, const attn_laye
 #define AT(offset) ((void *)(base + (offset)))
     *x = (cuda_args_t){
         .leaves        = AT(i->leaves),
+        .blocks        = AT(i->blocks),
         .queries       = AT(i->queries),
         .items         = AT(i->items),
         .refs          = AT(i->refs),
@@ -402,6 +403,7 @@ launch_split(const attn_workspace_t *w, const attn_kv_t *kv, const attn_rows_t *
 static attn_status_t
 launch_class(const attn_workspace_t *w, uint32_t c, bool general, cuda_args_t *x, CUstream stream)
 {
+    bool listed               = w->image.room.blocks > 0;
     const cuda_class_t *class = &w->image.classes[c];
     uint8_t *base             = (uint8_t *)(uintptr_t)w->block->device;
     uint32_t d_k = w->plan->problem.head_dim_k, d_v = x->head_dim_v;
@@ -421,8 +423,10 @@ launch_class(const attn_workspace_t *w, uint32_t c, bool general, cuda_args_t *x
     divide_shared(w->backend, class, near, d_k, x);
     uint64_t shared = (uint64_t) class->teams * x->stages * CUDA_STAGE(d_k, d_v) +
                       x->levels * level_bytes(class, d_v) + near;
-    return cuda_launch(w->shape->attend[c][general], class->grid, 1,
-                       CUDA_THREADS(class->rows, d_k, d_v), (uint32_t)shared,
+    return cuda_launch(w->shape->attend[c][general  ? 2
+                                           : listed ? 1
+                                                    : 0],
+                       class->grid, 1, CUDA_THREADS(class->rows, d_k, d_v), (uint32_t)shared,
                        w->backend->major >= 9, stream, (void *[]){x});
 }
 
@@ -456,7 +460,8 @@ launch_many(const attn_workspace_t *w, const attn_kv_t *kv, bool general, cuda_a
             CUstream stream)
 {
     cuda_map_t k_map = {{0}}, v_map = {{0}};
-    int mode             = x->q_parts > 1 ? 2 : general ? 1 : 0;
+    bool listed          = w->image.room.present > 0;
+    int mode             = x->q_parts > 1 ? 2 : general || listed ? 1 : 0;
     attn_status_t status = ATTN_OK;
 
     if (x->bulk) {
@@ -578,7 +583,7 @@ cuda_attend_launch(const attn_workspace_t *w, const attn_kv_t *kv, const attn_ro
                    cuda_args_t *x, CUstream stream)
 {
     bool general =
-        w->image.general || x->q_parts > 1 || x->softcap > 0 || x->window > 0 || x->slopes != NULL;
+        w->image.masked || x->q_parts > 1 || x->softcap > 0 || x->window > 0 || x->slopes != NULL;
     attn_status_t status = ATTN_OK;
 
     x->beside = 0;

@@ -14,6 +14,10 @@
  * over soon, so that few stages of the ring are in use, and the rest of it is on the way from
  * memory.
  *
+ * Where a work has lists of pages a stage is a bundle of four blocks of 16 tokens, of those alone
+ * that are listed. Each warp has one of them in the first product, and all four a quarter of V's
+ * columns in the second, leaf by leaf: a leaf of one block costs its product and its merge.
+ *
  * Each leaf is computed into registers as one state; states of leaves merge along the tree, on a
  * stack in shared memory whose deeper part lies in global memory. A piece that is a whole request
  * answers; the states of others go to memory, for merge.cu.
@@ -28,11 +32,41 @@
 #include "kernels/cuda/rows.cuh"
 #include "kernels/cuda/stack.cuh"
 
-template <class T, int DK, int DV, int NB, bool GENERAL> struct consumer {
-    static constexpr int COLUMNS = DV / CUDA_WARPS; /* of V and A, of a warp */
-    static constexpr int STAGE   = CUDA_STAGE(DK, DV);
-    static constexpr bool KEPT   = NB <= 2; /* q is in registers, else in shared memory */
-    static constexpr float RAISE = type_of<T>::shift == 0 ? 1.0f : (float)(1 << type_of<T>::shift);
+/* Blocks of a stage that are those of one leaf: [first, end). */
+struct stretch {
+    int first, end;
+};
+
+/* How the blocks of a bundle fall into leaves, as sets of bits. */
+struct outline {
+    uint32_t begins; /* the first ones of leaves */
+    uint32_t high;   /* of the second half of theirs */
+    int n;           /* blocks that have tokens */
+
+    /* The leaf of a block; behind the last block, some. */
+    __device__ __forceinline__ stretch
+    leaf_of(int i) const
+    {
+        return {31 - __clz(begins & ((2u << i) - 1)), end_of(i)};
+    }
+
+    __device__ __forceinline__ int
+    end_of(int i) const
+    {
+        uint32_t after = begins >> (i + 1);
+        return after != 0 ? i + __ffs(after) : n;
+    }
+};
+
+/* LISTED: pieces may have bundles, and a leaf is one of a single leaf; GENERAL: logits are whatever
+ * a layer or a mask makes them, and pieces as with LISTED. */
+template <class T, int DK, int DV, int NB, bool LISTED, bool GENERAL> struct consumer {
+    static_assert(LISTED || !GENERAL, "one kernel for all there is");
+    static constexpr int COLUMNS  = DV / CUDA_WARPS; /* of V and A, of a warp */
+    static constexpr int STAGE    = CUDA_STAGE(DK, DV);
+    static constexpr bool KEPT    = NB <= 2; /* q is in registers, else in shared memory */
+    static constexpr uint32_t ALL = (1u << CUDA_BLOCK) - 1; /* tokens of a block */
+    static constexpr float RAISE  = type_of<T>::shift == 0 ? 1.0f : (float)(1 << type_of<T>::shift);
 
     using state_t = state<COLUMNS, NB>;
 
@@ -47,7 +81,8 @@ template <class T, int DK, int DV, int NB, bool GENERAL> struct consumer {
     /* Of the piece: */
     cuda_piece_t piece;
     uint32_t q[KEPT ? DK / 16 : 1][KEPT ? NB : 1][2];
-    int least; /* position of its rows */
+    int least;              /* position of its rows */
+    uint32_t left, written; /* level of what is before it; states that are in memory */
 
     __device__ __forceinline__
     consumer(const cuda_args_t &args, const ring<STAGE> &on, uint32_t t, int w, int l)
@@ -151,23 +186,23 @@ template <class T, int DK, int DV, int NB, bool GENERAL> struct consumer {
         }
     }
 
-    /* S^T of this warp's 16 tokens of a leaf, as logits times log2 e. */
+    /* S^T of this warp's 16 tokens, as logits times log2 e. */
     __device__ __forceinline__ void
-    multiply_k(const cuda_leaf_t &leaf, uint64_t present, float (&s)[NB][4])
+    multiply_k(int position, uint32_t present, float (&s)[NB][4])
     {
 #pragma unroll
         for (int n = 0; n < NB; n++) {
             s[n][0] = s[n][1] = s[n][2] = s[n][3] = 0.0f;
         }
-        if (16 * warp < leaf.tokens) {
+        if (present != 0) {
             r.await_full();
             for (uint32_t part = 0; part < (GENERAL ? x.q_parts : 1); part++) {
                 multiply_tokens(part, s);
             }
         }
         release();
-        if (!GENERAL && leaf.tokens == LEAF &&
-            (!x.causal || leaf.position + LEAF - 1 <= least)) { /* each row sees all */
+        if (!GENERAL && present == ALL &&
+            (!x.causal || position + CUDA_BLOCK - 1 <= least)) { /* each row sees all */
 #pragma unroll
             for (int n = 0; n < NB; n++) {
 #pragma unroll
@@ -176,33 +211,33 @@ template <class T, int DK, int DV, int NB, bool GENERAL> struct consumer {
                 }
             }
         } else {
-            mask(leaf, present, s);
+            mask(position, present, s);
         }
     }
 
     /* Sums of products become logits times log2 e; -inf where a row does not see a token. */
     __device__ __forceinline__ void
-    mask(const cuda_leaf_t &leaf, uint64_t present, float (&s)[NB][4])
+    mask(int position, uint32_t present, float (&s)[NB][4])
     {
 #pragma unroll
         for (int n = 0; n < NB; n++) {
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                int token = 16 * warp + lane / 4 + i / 2 * 8;
-                s[n][i] =
-                    token < leaf.tokens && (present >> token & 1)
-                        ? near.template logit<GENERAL>(x, s[n][i], 8 * n + 2 * (lane % 4) + i % 2,
-                                                       leaf.position + token)
-                        : -INFINITY;
+                int token = lane / 4 + i / 2 * 8;
+                s[n][i]   = present >> token & 1
+                                ? near.template logit<GENERAL>(
+                                    x, s[n][i], 8 * n + 2 * (lane % 4) + i % 2, position + token)
+                                : -INFINITY;
             }
         }
     }
 
     /* ---- weights ---- */
 
-    /* The largest logit of each row, over all warps; a logit beyond the limit is reported. */
+    /* The largest logit of each row, over the warps that have a leaf's blocks; a logit beyond the
+     * limit is reported. */
     __device__ __forceinline__ void
-    find_tops(const float (&s)[NB][4], float (&top)[NB][2])
+    find_tops(const float (&s)[NB][4], stretch leaf, float (&top)[NB][2])
     {
         bool beyond = false;
 
@@ -233,11 +268,59 @@ template <class T, int DK, int DV, int NB, bool GENERAL> struct consumer {
             float2 of[CUDA_WARPS];
 #pragma unroll
             for (int w = 0; w < CUDA_WARPS; w++) {
-                of[w] = load_near<float2>(near.pair(near.TOPS, w, n, lane));
+                int from = LISTED ? min(leaf.first + w, leaf.end - 1) : w;
+                of[w]    = load_near<float2>(near.pair(near.TOPS, from, n, lane));
             }
             top[n][0] = fmaxf(fmaxf(of[0].x, of[1].x), fmaxf(of[2].x, of[3].x));
             top[n][1] = fmaxf(fmaxf(of[0].y, of[1].y), fmaxf(of[2].y, of[3].y));
+            if (LISTED && lane < 4) {
+                store_near(near.pair(near.LEAVES, warp, n, lane),
+                           make_float2(top[n][0], top[n][1]));
+            }
         }
+    }
+
+    /* The largest logits of the leaf that a block is of. They are not looked up among the TOPS: a
+     * warp that is done may have put its next ones there. */
+    __device__ __forceinline__ void
+    load_tops(int block, float (&top)[NB][2]) const
+    {
+#pragma unroll
+        for (int n = 0; n < NB; n++) {
+            float2 of = load_near<float2>(near.pair(near.LEAVES, block, n, lane));
+            top[n][0] = of.x;
+            top[n][1] = of.y;
+        }
+    }
+
+    /* The sum over a leaf's blocks, each in its place: (0 + 1) + (2 + 3), where those that are not
+     * there are 0. */
+    __device__ __forceinline__ void
+    load_sum(const outline &bundle, stretch leaf, int n, float (&sum)[2]) const
+    {
+        float2 of[CUDA_WARPS];
+
+#pragma unroll
+        for (int w = 0; w < CUDA_WARPS; w++) {
+            int from = LISTED ? min(leaf.first + w, leaf.end - 1) : w;
+            of[w]    = load_near<float2>(near.pair(near.SUMS, from, n, lane));
+        }
+        if (!LISTED) {
+            sum[0] = (of[0].x + of[1].x) + (of[2].x + of[3].x);
+            sum[1] = (of[0].y + of[1].y) + (of[2].y + of[3].y);
+            return;
+        }
+        float2 low = make_float2(0.0f, 0.0f), high = low;
+#pragma unroll
+        for (int w = 0; w < CUDA_WARPS; w++) {
+            bool in = leaf.first + w < leaf.end, up = bundle.high >> (leaf.first + w) & 1;
+            low.x += in && !up ? of[w].x : 0.0f;
+            low.y += in && !up ? of[w].y : 0.0f;
+            high.x += in && up ? of[w].x : 0.0f;
+            high.y += in && up ? of[w].y : 0.0f;
+        }
+        sum[0] = low.x + high.x;
+        sum[1] = low.y + high.y;
     }
 
     __device__ __forceinline__ void
@@ -291,19 +374,15 @@ template <class T, int DK, int DV, int NB, bool GENERAL> struct consumer {
 
     /* l and e of the leaf, and what its A is multiplied by. */
     __device__ __forceinline__ void
-    take_sums(const float (&top)[NB][2], state_t &c, float (&factor)[NB][2])
+    take_sums(const outline &bundle, stretch leaf, const float (&top)[NB][2], state_t &c,
+              float (&factor)[NB][2])
     {
         bool bad = false;
 
 #pragma unroll
         for (int n = 0; n < NB; n++) {
-            float2 of[CUDA_WARPS];
-#pragma unroll
-            for (int w = 0; w < CUDA_WARPS; w++) {
-                of[w] = load_near<float2>(near.pair(near.SUMS, w, n, lane));
-            }
-            float sum[2] = {(of[0].x + of[1].x) + (of[2].x + of[3].x),
-                            (of[0].y + of[1].y) + (of[2].y + of[3].y)};
+            float sum[2];
+            load_sum(bundle, leaf, n, sum);
 #pragma unroll
             for (int j = 0; j < 2; j++) {
                 float base = base_of(top[n][j]), e = ceilf(base);
@@ -329,21 +408,17 @@ template <class T, int DK, int DV, int NB, bool GENERAL> struct consumer {
 
     /* ---- the second product ---- */
 
-    /* Rows of V that no copy wrote are cleared, as far as the product reads: 0 * NaN is NaN. Each
-     * warp has 16 of them. */
+    /* Rows of V in this warp's block that are nothing are cleared: 0 * NaN is NaN. */
     __device__ __forceinline__ void
-    clear_absent(const cuda_leaf_t &leaf, uint64_t present)
+    clear_absent(uint32_t present)
     {
-        if (16 * warp >= leaf.tokens) {
-            return;
-        }
+        constexpr int pieces = DV / 8; /* of a row */
+
         r.await_full();
-        for (int row = 16 * warp; row < 16 * warp + 16; row++) {
-            if (present >> row & 1) {
-                continue;
-            }
-            for (int i = lane; i < DV / 8; i += 32) {
-                store_near(r.stage() + row * (DV * 2) + i * 16, make_uint4(0, 0, 0, 0));
+        for (int i = lane; i < CUDA_BLOCK * pieces; i += 32) {
+            if (!(present >> i / pieces & 1)) {
+                store_near(r.stage() + warp * (CUDA_BLOCK * DV * 2) + i * 16,
+                           make_uint4(0, 0, 0, 0));
             }
         }
         order_before_copies();
@@ -370,9 +445,12 @@ template <class T, int DK, int DV, int NB, bool GENERAL> struct consumer {
         }
     }
 
+    /* A of a leaf. */
     __device__ __forceinline__ void
-    multiply_v(const cuda_leaf_t &leaf, const float (&factor)[NB][2], state_t &c)
+    multiply_v(stretch leaf, const float (&factor)[NB][2], state_t &c)
     {
+        const uint32_t at = r.stage() + v_at;
+
 #pragma unroll
         for (int i = 0; i < COLUMNS / 16; i++) {
 #pragma unroll
@@ -380,19 +458,16 @@ template <class T, int DK, int DV, int NB, bool GENERAL> struct consumer {
                 c.a[i][n][0] = c.a[i][n][1] = c.a[i][n][2] = c.a[i][n][3] = 0.0f;
             }
         }
-        r.await_full();
-        const uint32_t at = r.stage() + v_at;
-        if (leaf.tokens > LEAF - 16) {
+        if (leaf.end - leaf.first == BLOCKS) {
 #pragma unroll
             for (int b = 0; b < BLOCKS; b++) {
                 multiply_block(b, at, c);
             }
         } else {
-            for (int b = 0; 16 * b < leaf.tokens; b++) {
+            for (int b = leaf.first; b < leaf.end; b++) {
                 multiply_block(b, at, c);
             }
         }
-        release();
 #pragma unroll
         for (int i = 0; i < COLUMNS / 16; i++) {
 #pragma unroll
@@ -405,20 +480,61 @@ template <class T, int DK, int DV, int NB, bool GENERAL> struct consumer {
         }
     }
 
-    __device__ __forceinline__ void
-    compute_leaf(const cuda_leaf_t &leaf, uint64_t present, state_t &c)
-    {
-        float s[NB][4], top[NB][2], factor[NB][2];
+    /* ---- stages ---- */
 
-        multiply_k(leaf, present, s);
-        find_tops(s, top);
+    /* This warp's block becomes weights and sums: of a leaf that has all these blocks. */
+    __device__ __forceinline__ void
+    weigh(int position, uint32_t present, stretch leaf, float (&top)[NB][2])
+    {
+        float s[NB][4];
+
+        multiply_k(position, present, s);
+        find_tops(s, leaf, top);
         give_weights(s, top);
-        if (present != ~0ull >> (LEAF - leaf.tokens) || leaf.tokens % 16 != 0) {
-            clear_absent(leaf, present);
+        if (present != 0 && present != ALL) {
+            clear_absent(present);
         }
         meet();
-        take_sums(top, c, factor);
-        multiply_v(leaf, factor, c);
+    }
+
+    __device__ __forceinline__ void
+    compute_leaf(const cuda_leaf_t &leaf, state_t &c)
+    {
+        const int rest = leaf.tokens - CUDA_BLOCK * warp, n = (leaf.tokens + 15) / 16;
+        const uint32_t present = rest >= CUDA_BLOCK ? ALL : rest > 0 ? (1u << rest) - 1 : 0;
+        float top[NB][2], factor[NB][2];
+
+        weigh(leaf.position + CUDA_BLOCK * warp, present, {0, n}, top);
+        take_sums({}, {0, n}, top, c, factor);
+        r.await_full();
+        multiply_v({0, n}, factor, c);
+        release();
+    }
+
+    /* All leaves of a bundle; c is the last one's state. */
+    __device__ __forceinline__ void
+    compute_bundle(const block &b, state_t &c)
+    {
+        const outline bundle = {__ballot_sync(~0u, b.level != 0) & 15,
+                                __ballot_sync(~0u, (b.position & (LEAF / 2)) != 0) & 15,
+                                __popc(__ballot_sync(~0u, b.present != 0) & 15)};
+        const int position   = __shfl_sync(~0u, b.position, warp);
+        float top[NB][2], factor[NB][2];
+
+        weigh(position, __shfl_sync(~0u, b.present, warp), bundle.leaf_of(warp), top);
+        r.await_full();
+        for (stretch leaf = {0, bundle.end_of(0)};; leaf = {leaf.end, bundle.end_of(leaf.end)}) {
+            if (leaf.first > 0) {
+                set_aside(__shfl_sync(~0u, b.level, leaf.first), c);
+            }
+            load_tops(leaf.first, top);
+            take_sums(bundle, leaf, top, c, factor);
+            multiply_v(leaf, factor, c);
+            if (leaf.end == bundle.n) {
+                break;
+            }
+        }
+        release();
     }
 
     /* ---- answers ---- */
@@ -507,12 +623,65 @@ template <class T, int DK, int DV, int NB, bool GENERAL> struct consumer {
         }
     }
 
+    /* The next leaf comes at `level`, and c has to wait for it, or is over. */
+    __device__ __forceinline__ void
+    set_aside(uint32_t level, state_t &c)
+    {
+        states.merge_below(level, c);
+        if (states.waits.none() && level >= left) {
+            write_state(written++, c); /* no node of this piece has it and what follows */
+            left = level;
+        } else {
+            states.push(level, c);
+        }
+    }
+
+    __device__ __forceinline__ void
+    run_leaves(state_t &c)
+    {
+        const cuda_leaf_t *at = x.leaves + piece.leaf_first, *last = at + piece.n_leaves - 1;
+        cuda_leaf_t next = *at;
+
+        for (uint32_t i = 0;; i++) {
+            cuda_leaf_t leaf = next;
+            at += at < last;
+            next = *at;
+            if (i > 0) {
+                set_aside(leaf.level, c);
+            }
+            compute_leaf(leaf, c);
+            if (i + 1 == piece.n_leaves) {
+                return;
+            }
+        }
+    }
+
+    __device__ __forceinline__ void
+    run_bundles(state_t &c)
+    {
+        block next = block_at(x, piece, 0, lane % CUDA_WARPS);
+
+        for (uint32_t i = 0;; i++) {
+            block b = next;
+            next    = block_at(x, piece, min(i + 1, piece.n_leaves - 1), lane % CUDA_WARPS);
+            if (i > 0) {
+                set_aside(__shfl_sync(~0u, b.level, 0), c);
+            }
+            compute_bundle(b, c);
+            if (i + 1 == piece.n_leaves) {
+                return;
+            }
+        }
+    }
+
     __device__ __forceinline__ void
     run(const cuda_piece_t &given)
     {
         state_t c;
 
         piece        = given;
+        left         = piece.levels & 255;
+        written      = 0;
         states.waits = {0};
         load_rows();
         if (piece.n_leaves == 0) {
@@ -522,34 +691,12 @@ template <class T, int DK, int DV, int NB, bool GENERAL> struct consumer {
             }
             return;
         }
-        const cuda_leaf_t *at = x.leaves + piece.leaf_first, *last = at + piece.n_leaves - 1;
-        uint32_t left = piece.levels & 255, right = piece.levels >> 8, written = 0;
-        cuda_leaf_t next = *at;
-        for (uint32_t i = 0;; i++) {
-            cuda_leaf_t leaf = next;
-            at += at < last;
-            next = *at;
-            if (i > 0) {
-                states.merge_below(leaf.level, c);
-                if (states.waits.none() && leaf.level >= left) {
-                    write_state(written++, c); /* no node of this piece has it and what follows */
-                    left = leaf.level;
-                } else {
-                    states.push(leaf.level, c);
-                }
-            }
-            uint64_t present =
-                GENERAL ? present_of(x, piece, i, leaf.tokens) : ~0ull >> (LEAF - leaf.tokens);
-            if (GENERAL && present == 0) {
-                set_empty(c);
-            } else {
-                compute_leaf(leaf, present, c);
-            }
-            if (i + 1 == piece.n_leaves) {
-                break;
-            }
+        if constexpr (LISTED) {
+            run_bundles(c);
+        } else {
+            run_leaves(c);
         }
-        states.merge_below(right, c);
+        states.merge_below(piece.levels >> 8, c);
         if (piece.slot != CUDA_NONE) {
             write_stack(written, c);
         } else {
@@ -576,12 +723,12 @@ template <class T, int DK, int DV, int NB, bool GENERAL> struct consumer {
 
 /* ---- the kernel ---- */
 
-template <class T, int DK, int DV, int NB, bool GENERAL>
+template <class T, int DK, int DV, int NB, bool LISTED, bool GENERAL>
 __device__ __forceinline__ void
 attend(const cuda_args_t &x)
 {
     constexpr int TEAMS = CUDA_TEAMS(8 * NB, DK, DV), CONSUMERS = TEAMS * CUDA_WARPS;
-    using consumer_t = consumer<T, DK, DV, NB, GENERAL>;
+    using consumer_t = consumer<T, DK, DV, NB, LISTED, GENERAL>;
     using ring_t     = ring<consumer_t::STAGE>;
 
     extern __shared__ __align__(1024) uint8_t shared[];
@@ -630,11 +777,11 @@ attend(const cuda_args_t &x)
             r.next();
         }
         if (DK == DV || !of_v) { /* the same code for both, where it can be */
-            producer<DK, consumer_t::STAGE>(x, r, of_v ? x.v : x.k,
-                                            of_v ? x.v_page_stride : x.k_page_stride, lane)
+            producer<DK, consumer_t::STAGE, LISTED>(x, r, of_v ? x.v : x.k,
+                                                    of_v ? x.v_page_stride : x.k_page_stride, lane)
                 .walk(piece);
         } else {
-            producer<DV, consumer_t::STAGE>(x, r, x.v, x.v_page_stride, lane).walk(piece);
+            producer<DV, consumer_t::STAGE, LISTED>(x, r, x.v, x.v_page_stride, lane).walk(piece);
         }
     }
     if (x.beside) {
@@ -642,20 +789,19 @@ attend(const cuda_args_t &x)
     }
 }
 
-#define KERNEL(rows)                                                                               \
+#define KERNEL(rows, name, listed, general)                                                        \
     extern "C" __global__ void __launch_bounds__(CUDA_THREADS(rows, ATTN_DK, ATTN_DV), 1)          \
-        attend_##rows(const __grid_constant__ cuda_args_t x)                                       \
+        name(const __grid_constant__ cuda_args_t x)                                                \
     {                                                                                              \
-        attend<ATTN_T, ATTN_DK, ATTN_DV, rows / 8, false>(x);                                      \
-    }                                                                                              \
-    extern "C" __global__ void __launch_bounds__(CUDA_THREADS(rows, ATTN_DK, ATTN_DV), 1)          \
-        attend_##rows##_general(const __grid_constant__ cuda_args_t x)                             \
-    {                                                                                              \
-        attend<ATTN_T, ATTN_DK, ATTN_DV, rows / 8, true>(x);                                       \
+        attend<ATTN_T, ATTN_DK, ATTN_DV, rows / 8, listed, general>(x);                            \
     }
+#define KERNELS(rows)                                                                              \
+    KERNEL(rows, attend_##rows, false, false)                                                      \
+    KERNEL(rows, attend_##rows##_listed, true, false)                                              \
+    KERNEL(rows, attend_##rows##_general, true, true)
 
 /* The classes of image.c. */
-KERNEL(8)
-KERNEL(16)
-KERNEL(32)
-KERNEL(64)
+KERNELS(8)
+KERNELS(16)
+KERNELS(32)
+KERNELS(64)

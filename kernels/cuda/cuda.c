@@ -3,7 +3,7 @@
  *
  *     cuda.c      open, kind, limits, slabs, memory for workspaces: the row of the table
  *     driver.c    libcuda at run time; module.c  the embedded kernels
- *     image.c     a plan as tables for the device
+ *     image.c     a plan as tables for the device; image_blocks.c  what lists leave of it
  *     attend.c    one layer of a step: upload, launches, answer
  *     attend.cu   for requests of few rows, and of any on devices without wgmma; prefill.cu for others
  *     store.c     append, compare, read, move, copy

@@ -23,7 +23,7 @@ typedef struct cuda_shape {
     attn_dtype_t dtype;
     uint32_t d_k, d_v;
     CUmodule module, wide;
-    CUfunction attend[CUDA_CLASSES][2]; /**< [class][plain, general] */
+    CUfunction attend[CUDA_CLASSES][3]; /**< [class][plain, with lists, general] */
     CUfunction prefill[3]; /**< [plain, general, queries of parts]; where the device has wgmma */
 } cuda_shape_t;
 

@@ -44,7 +44,7 @@ image_room(builder_t *b, void *at, uint64_t *room, uint64_t wanted, size_t size)
 
 /* ---- leaves ---- */
 
-/* The tokens of a leaf, or of 64 of one, that a list has or that are dense, as a set of bits. */
+/* The tokens of 64 of a leaf that a list has or that are dense, as a set of bits. */
 static uint64_t
 tokens_of_list(const attn_problem_t *problem, const attn_problem_entry_t *entry, uint32_t list,
                const attn_leaf_t *leaf)
@@ -79,9 +79,8 @@ tokens_of_list(const attn_problem_t *problem, const attn_problem_entry_t *entry,
     return bits & all;
 }
 
-/* Where the pages of one of the plan's spans are in the page table: those of its whole run. */
-static uint32_t
-place_pages(builder_t *b, uint32_t span, const attn_kv_run_t *run)
+uint32_t
+image_place_pages(builder_t *b, uint32_t span, const attn_kv_run_t *run)
 {
     uint64_t n = attn_div_up(run->length, b->plan->problem.page_size);
 
@@ -136,23 +135,16 @@ add_present(builder_t *b, const attn_problem_entry_t *entry, const span_t *span,
     }
 }
 
+/* All leaves that a work sees. */
 static void
-add_leaves(builder_t *b, const attn_work_t *work, work_t *to)
+add_leaves(builder_t *b, const attn_work_t *work, work_t *to, extent_t *extent)
 {
     const attn_member_t *member       = &b->plan->members[work->member_first];
     const attn_problem_entry_t *entry = &b->plan->problem.entries[member->entry];
     const uint32_t tokens             = b->plan->entries[member->entry].leaf_tokens;
     attn_walk_t walk;
 
-    to->leaf_first = (uint32_t)b->leaves.n;
-    to->span_first = (uint32_t)b->spans.n;
-    to->present_at = CUDA_NONE;
-    to->n_lists    = entry->n_lists;
-    to->sets       = to->class == CUDA_MANY ? b->image->leaf_sets : 1;
-    if (entry->n_lists > 0) {
-        to->present_at    = (uint32_t)b->present.n;
-        b->image->general = true;
-    }
+    extent->leaf_first = (uint32_t)b->leaves.n;
     attn_walk_init(&walk, b->plan, work);
     for (; walk.span < work->n_spans; walk.span++) {
         attn_walk_span(&walk);
@@ -161,23 +153,49 @@ add_leaves(builder_t *b, const attn_work_t *work, work_t *to)
         if (walk.leaf >= walk.leaf_end || !RESERVE(b, b->leaves, walk.leaf_end - walk.leaf)) {
             continue;
         }
-        uint64_t key = attn_leaf_key(walk.entry, run->chunk, 0);
-        span_t span  = {.key        = key,
-                        .leaf_first = walk.leaf,
-                        .leaf_end   = walk.leaf_end,
-                        .at         = to->n_leaves,
-                        .level      = to->n_leaves == 0 ? ATTN_LEVEL_NONE
-                                                        : attn_key_lca(to->last_key, key | walk.leaf)};
-        add_span_leaves(b, &span, tokens, run, place_pages(b, index, run));
+        uint64_t key   = attn_leaf_key(walk.entry, run->chunk, 0);
+        uint32_t level = extent->n_leaves == 0 ? ATTN_LEVEL_NONE
+                                               : attn_key_lca(extent->last_key, key | walk.leaf);
+        span_t span    = {.key        = key,
+                          .leaf_first = walk.leaf,
+                          .leaf_end   = walk.leaf_end,
+                          .at         = extent->n_leaves,
+                          .level      = level};
+        add_span_leaves(b, &span, tokens, run, image_place_pages(b, index, run));
         if (entry->n_lists > 0) {
             add_present(b, entry, &span, tokens, to->sets, run);
         }
         PUSH(b, b->spans, span);
-        to->n_leaves += walk.leaf_end - walk.leaf;
-        to->last_key  = key | (walk.leaf_end - 1);
-        to->first_key = to->span_first + 1 == b->spans.n ? key | walk.leaf : to->first_key;
+        extent->first_key = extent->n_leaves == 0 ? key | walk.leaf : extent->first_key;
+        extent->n_leaves += walk.leaf_end - walk.leaf;
+        extent->last_key = key | (walk.leaf_end - 1);
     }
-    to->span_end = (uint32_t)b->spans.n;
+}
+
+/* What a work reads: its leaves, with token sets beside them where it has lists and many rows; or
+ * of each list what it leaves of them. */
+static void
+add_extents(builder_t *b, const attn_work_t *work, work_t *to)
+{
+    const attn_member_t *member = &b->plan->members[work->member_first];
+    const uint32_t lists        = b->plan->problem.entries[member->entry].n_lists;
+
+    to->n_lists      = lists;
+    to->listed       = lists > 0 && to->class != CUDA_MANY;
+    to->n_extents    = to->listed ? lists : 1;
+    to->extent_first = (uint32_t)b->extents.n;
+    to->span_first   = (uint32_t)b->spans.n;
+    to->present_at   = lists > 0 && !to->listed ? (uint32_t)b->present.n : CUDA_NONE;
+    to->sets         = b->image->leaf_sets;
+    for (uint32_t i = 0; i < to->n_extents; i++) {
+        extent_t extent = {0};
+        if (to->listed) {
+            image_add_blocks(b, work, i, &extent);
+        } else {
+            add_leaves(b, work, to, &extent);
+        }
+        PUSH(b, b->extents, extent);
+    }
 }
 
 /* ---- queries ---- */
@@ -228,8 +246,8 @@ add_masks(builder_t *b)
         if (entry->mask == NULL) {
             continue;
         }
-        uint64_t bytes    = entry->n_q * attn_mask_row_bytes(entry->mask_tokens);
-        b->image->general = true;
+        uint64_t bytes   = entry->n_q * attn_mask_row_bytes(entry->mask_tokens);
+        b->image->masked = true;
         if (RESERVE(b, b->masks, bytes)) {
             memcpy(b->masks.at + b->masks.n, entry->mask, bytes);
             b->masks.n += bytes;
@@ -249,6 +267,7 @@ add_refs(builder_t *b, const attn_reduction_t *reduction, uint32_t head, cuda_it
         const attn_part_t *part = &b->plan->parts[reduction->part_first + p];
         const work_t *work      = &b->works.at[part->work];
         const cut_t *cut        = &b->cuts[work->class];
+        const extent_t *extent  = image_extent(b, work, head);
         const unit_t *unit      = &b->units.at[work->unit_first + head % cut->heads];
         const left_t *left      = &b->left.at[unit->left_first];
         uint32_t slot           = part->row_first + (uint32_t)(head / cut->heads * cut->slots);
@@ -261,11 +280,11 @@ add_refs(builder_t *b, const attn_reduction_t *reduction, uint32_t head, cuda_it
         }
         if (unit->n_left > 0) {
             refs[0].level =
-                item->n_refs == 0 ? ATTN_LEVEL_NONE : attn_key_lca(last, work->first_key);
+                item->n_refs == 0 ? ATTN_LEVEL_NONE : attn_key_lca(last, extent->first_key);
         }
         b->refs.n += unit->n_left;
         item->n_refs += unit->n_left;
-        last = work->n_leaves > 0 ? work->last_key : last;
+        last = extent->n_leaves > 0 ? extent->last_key : last;
     }
 }
 
@@ -318,6 +337,7 @@ lay_out(const builder_t *b, cuda_image_t *image)
 {
     image->bytes   = 0;
     image->leaves  = TAKE(leaves);
+    image->blocks  = TAKE(blocks);
     image->queries = TAKE(queries);
     image->items   = TAKE(items);
     image->refs    = TAKE(refs);
@@ -338,6 +358,7 @@ room_of(const builder_t *b, const cuda_image_t *image)
                         .queries    = b->queries.n,
                         .items      = b->items.n,
                         .refs       = b->refs.n,
+                        .blocks     = b->blocks.n,
                         .present    = b->present.n,
                         .masks      = b->masks.n,
                         .pages      = b->n_pages,
@@ -347,7 +368,7 @@ room_of(const builder_t *b, const cuda_image_t *image)
                         .item_refs  = image->item_refs,
                         .depth      = image->depth,
                         .many_depth = image->many_depth,
-                        .general    = image->general};
+                        .masked     = image->masked};
 
     for (uint32_t c = 0; c < CUDA_CLASSES; c++) {
         room.pieces[c] = image_pieces(&b->cuts[c]);
@@ -361,12 +382,14 @@ cuda_room_holds(const cuda_room_t *room, const cuda_room_t *needed)
 {
     bool holds = room->leaves >= needed->leaves && room->queries >= needed->queries &&
                  room->items >= needed->items && room->refs >= needed->refs &&
-                 room->present >= needed->present && room->masks >= needed->masks &&
+                 room->blocks >= needed->blocks && room->present >= needed->present &&
+                 (room->blocks > 0) == (needed->blocks > 0) && /* kernels follow from that */
+                 (room->present > 0) == (needed->present > 0) && room->masks >= needed->masks &&
                  room->pages >= needed->pages && room->slots >= needed->slots &&
                  room->item_rows >= needed->item_rows && room->item_refs >= needed->item_refs &&
                  room->depth >= needed->depth && room->tiles >= needed->tiles &&
                  (room->tiles > 0) == (needed->tiles > 0) && /* as q and o are to lie */
-                 room->many_depth >= needed->many_depth && room->general == needed->general;
+                 room->many_depth >= needed->many_depth && room->masked == needed->masked;
 
     for (uint32_t c = 0; c < CUDA_CLASSES; c++) {
         holds = holds && room->pieces[c] >= needed->pieces[c] && room->pairs[c] >= needed->pairs[c];
@@ -393,6 +416,7 @@ cuda_room_above(const cuda_room_t *needed)
                         .queries    = above(needed->queries, 16),
                         .items      = above(needed->items, 64),
                         .refs       = above(needed->refs, 1024),
+                        .blocks     = above(needed->blocks, 1024),
                         .present    = above(needed->present, 256),
                         .masks      = above(needed->masks, 256),
                         .pages      = above(needed->pages, 1024),
@@ -402,7 +426,7 @@ cuda_room_above(const cuda_room_t *needed)
                         .item_refs  = (uint32_t)above(needed->item_refs, 32),
                         .depth      = (needed->depth + 4) / 4 * 4,
                         .many_depth = (uint32_t)above(needed->many_depth, 1), /* they are large */
-                        .general    = needed->general};
+                        .masked     = needed->masked};
 
     for (uint32_t c = 0; c < CUDA_CLASSES; c++) {
         room.pieces[c] = above(needed->pieces[c], 256);
@@ -464,7 +488,7 @@ build(builder_t *b, uint32_t ctas)
             cuda_class_t *class = &b->image->classes[to.class];
             class->pairs        = attn_max(class->pairs, to.class > 0 ? 4 : (work->rows + 1) / 2);
         }
-        add_leaves(b, work, &to);
+        add_extents(b, work, &to);
         add_queries(b, work, &to);
         PUSH(b, b->works, to);
     }
@@ -484,6 +508,8 @@ build(builder_t *b, uint32_t ctas)
 #define EACH_VECTOR(DO)                                                                            \
     DO(spans)                                                                                      \
     DO(leaves)                                                                                     \
+    DO(blocks)                                                                                     \
+    DO(extents)                                                                                    \
     DO(queries)                                                                                    \
     DO(works)                                                                                      \
     DO(many)                                                                                       \
@@ -535,7 +561,7 @@ build_image(const attn_plan_t *plan, uint32_t ctas, bool steady, cuda_image_t *i
         return attn_fail(ATTN_ERR_NO_MEMORY, "no memory for the tables of a step");
     }
     if (b->leaves.n >= CUDA_NONE || b->queries.n >= CUDA_NONE || b->n_pages >= CUDA_NONE ||
-        b->present.n >= CUDA_NONE || image->slots >= CUDA_NONE ||
+        b->blocks.n >= CUDA_NONE || b->present.n >= CUDA_NONE || image->slots >= CUDA_NONE ||
         plan->states / plan->problem.q_heads >= CUDA_NONE) {
         return attn_fail(ATTN_ERR_TOO_LARGE,
                          "the step has more leaves, queries or states than 32 bits number");
@@ -567,6 +593,7 @@ cuda_image_write_tables(const cuda_image_t *image, uint8_t *to)
         memcpy(to + (offset), (v).at, (v).n * sizeof(*(v).at));                                    \
     }
     PUT(b->leaves, image->leaves)
+    PUT(b->blocks, image->blocks)
     PUT(b->queries, image->queries)
     PUT(b->items, image->items)
     PUT(b->refs, image->refs)

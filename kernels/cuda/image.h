@@ -4,8 +4,10 @@
  * CUDA.
  *
  *     leaf    positions of a work, 64 or up to a chunk: where its first page is listed, its length
+ *     block   16 positions of a leaf of 64, with a list of pages; four of them are a bundle
  *     query   a query of a work: its row of q, where it stands, where its answer goes
- *     piece   a contiguous range of leaves of a work, for one KV head: what one team computes
+ *     piece   a contiguous range of leaves or bundles of a work, for one KV head: what one team
+ *             computes
  *     tile    the same of a request of many rows, for the prefill kernel: up to 128 rows
  *     item    a row tile of one reduction and KV head whose states are folded by the merge kernel
  */
@@ -20,6 +22,9 @@
 
 /** Consumer warps of a team; two producer warps fill its ring. */
 #define CUDA_WARPS 4
+
+/** Tokens of a block: what one warp has of a leaf, and a matrix instruction takes. */
+#define CUDA_BLOCK (CUDA_LEAF / CUDA_WARPS)
 
 /** Teams of a CTA of attend.cu, for so many rows: two where registers suffice. */
 #define CUDA_TEAMS(rows, d_k, d_v) ((rows) == 8 || ((rows) <= 32 && (d_k) + (d_v) <= 256) ? 2 : 1)
@@ -36,7 +41,7 @@
 
 /** Shared memory of a team for so many rows beside ring and stacks (rows.cuh). */
 #define CUDA_NEAR_BYTES(rows, d_k)                                                                 \
-    ((rows) * (((rows) > 16 ? 2 * (d_k) : 0) + 2 * CUDA_LEAF + 8 + 2 * 4 * CUDA_WARPS + 5 * 4))
+    ((rows) * (((rows) > 16 ? 2 * (d_k) : 0) + 2 * CUDA_LEAF + 8 + 3 * 4 * CUDA_WARPS + 5 * 4))
 
 /*
  * The prefill kernel (sm_90a), for requests of many rows. A CTA has a producer warpgroup and
@@ -91,6 +96,19 @@ typedef struct cuda_leaf {
     uint32_t level;   /**< of the lowest node with this leaf and the one before it in its work */
 } cuda_leaf_t;
 
+/**
+ * Of works with lists of pages: blocks of which the list has something, ascending in key, and no
+ * others. A team computes a bundle of CUDA_WARPS of them at once. Those of a leaf are in one
+ * bundle; whatever of one is left over has no tokens.
+ */
+typedef struct cuda_listed {
+    uint32_t page;    /**< index into the page table, of the page with its first token */
+    int32_t position; /**< of its first token: a multiple of CUDA_BLOCK */
+    uint16_t present; /**< its tokens that exist and that the list has, as a set of bits */
+    uint16_t offset;  /**< of its first token in that page */
+    uint32_t level; /**< 0: of the leaf of the block before it; else as cuda_leaf_t, of its leaf */
+} cuda_listed_t;
+
 typedef struct cuda_query {
     uint32_t q_row;  /**< among all queries of the batch */
     uint32_t answer; /**< row of O, or of the partials, in units of q_heads */
@@ -106,21 +124,20 @@ typedef struct cuda_query {
  * of team t of the grid is number t; `next` leads on.
  */
 typedef struct cuda_piece {
-    uint32_t next;    /**< the team's next piece, or CUDA_NONE */
-    uint32_t kv_head; /**< CUDA_NONE: there is nothing to do */
-    uint32_t leaf_first, n_leaves;
-    uint32_t page, tokens; /**< as in the first leaf ... */
-    uint32_t offset;       /**< ... and its offset */
-    uint32_t levels;       /**< left level | right level << 8 */
-    uint32_t slot;         /**< its first state: [states][rows]; CUDA_NONE: it answers itself */
-    uint32_t states;       /**< it answers with partials */
+    uint32_t next;                 /**< the team's next piece, or CUDA_NONE */
+    uint32_t kv_head;              /**< CUDA_NONE: there is nothing to do */
+    uint32_t leaf_first, n_leaves; /**< leaves, or bundles of blocks */
+    uint32_t page, tokens;         /**< as in the first leaf ... */
+    uint32_t offset;               /**< ... and its offset */
+    uint32_t levels;               /**< left level | right level << 8 */
+    uint32_t slot;   /**< its first state: [states][rows]; CUDA_NONE: it answers itself */
+    uint32_t states; /**< it answers with partials */
     uint32_t query_first;
     uint32_t rows;       /**< queries x n_heads */
     uint32_t head_first; /**< in the group */
     uint32_t n_heads;
-    uint32_t present_at; /**< of its first leaf in the token sets; or CUDA_NONE */
-    uint32_t n_lists;    /**< token sets of a leaf */
-} cuda_piece_t;
+    uint32_t listed; /**< its work has lists: bundles */
+} __attribute__((aligned(16))) cuda_piece_t;
 
 /** A piece for the prefill kernel. The first tile of CTA b is number b; one for KV head CUDA_NONE
  * has nothing to do, and is the only one. */
@@ -135,7 +152,7 @@ typedef struct cuda_tile {
     uint32_t query_first;
     uint32_t rows;
     uint32_t head_first, n_heads;
-    uint32_t present_at; /**< [leaves][x.leaf_sets][n_lists] */
+    uint32_t present_at; /**< in the token sets: [leaves][x.leaf_sets][n_lists]; or CUDA_NONE */
     uint32_t n_lists;
     int32_t see_first, see_end; /**< positions that its rows can see */
     int32_t position;           /**< of its first query; without masks they follow each other */
@@ -164,6 +181,7 @@ typedef struct cuda_item {
 /** What a launch gets, by value. Pointers are the device's. */
 typedef struct cuda_args {
     const cuda_leaf_t *leaves;
+    const cuda_listed_t *blocks;
     const cuda_query_t *queries;
     const cuda_piece_t *pieces;
     const cuda_tile_t *tiles;

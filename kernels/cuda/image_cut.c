@@ -37,8 +37,11 @@ set_end(line_t *line)
 
 /* Level of the node with the leaf behind a place and the one before it in its work. */
 static uint32_t
-level_at(const place_t *place)
+level_at(const builder_t *b, const extent_t *extent, const place_t *place)
 {
+    if (place->span == NULL) {
+        return b->blocks.at[(uint64_t)(extent->leaf_first + place->at) * CUDA_WARPS].level;
+    }
     uint32_t leaf = place->at - place->span->at + place->span->leaf_first;
     return leaf == place->span->leaf_first ? place->span->level : 1 + (uint32_t)__builtin_ctz(leaf);
 }
@@ -46,11 +49,12 @@ level_at(const place_t *place)
 /* The states that leaves from one place to another leave, a subtree at a time (plan_cut.c), and how
  * deep a stack becomes meanwhile. */
 static uint32_t
-fold_piece(const place_t *from, uint32_t end, uint32_t left, uint32_t right, attn_fold_t *fold)
+fold_leaves(const place_t *from, uint32_t end, uint32_t left, uint32_t right, left_states_t *states)
 {
     uint32_t depth = 0;
+    attn_fold_t fold;
 
-    attn_fold_init(fold, left);
+    attn_fold_init(&fold, left);
     for (const span_t *span = from->span; from->at < end && span->at < end; span++) {
         uint32_t leaf = span->leaf_first + (span == from->span ? from->at - span->at : 0);
         uint32_t stop = (uint32_t)attn_min(span->leaf_end, span->leaf_first + (end - span->at));
@@ -59,36 +63,40 @@ fold_piece(const place_t *from, uint32_t end, uint32_t left, uint32_t right, att
             uint32_t room = 31u - (uint32_t)__builtin_clz(stop - leaf);
             uint32_t bits = leaf == 0 ? room : (uint32_t)__builtin_ctz(leaf);
             bits          = bits < room ? bits : room;
-            while (attn_fold_pops(fold, attn_fold_level(fold, key))) {
+            while (attn_fold_pops(&fold, attn_fold_level(&fold, key))) {
             }
-            depth = fold->n + 1 + bits > depth ? fold->n + 1 + bits : depth;
-            attn_fold_push(fold, key);
+            depth = fold.n + 1 + bits > depth ? fold.n + 1 + bits : depth;
+            attn_fold_push(&fold, key);
             leaf += 1u << bits;
         }
         if (span->at + (span->leaf_end - span->leaf_first) >= end) {
             break;
         }
     }
-    while (attn_fold_pops(fold, right)) {
+    while (attn_fold_pops(&fold, right)) {
+    }
+    states->n = fold.n;
+    for (uint32_t i = 1; i < fold.n; i++) {
+        states->levels[i] = attn_key_lca(fold.keys[i - 1], fold.keys[i]);
     }
     return depth;
 }
 
 /* Room in memory for what a piece leaves there. */
 static void
-leave_states(builder_t *b, cut_t *cut, unit_t *unit, const place_t *from, const attn_fold_t *fold,
+leave_states(builder_t *b, cut_t *cut, unit_t *unit, const left_states_t *states,
              cuda_piece_t *piece)
 {
-    if (!RESERVE(b, b->left, fold->n)) {
+    if (!RESERVE(b, b->left, states->n)) {
         return;
     }
     piece->slot = (uint32_t)(b->image->slots + cut->slots);
-    for (uint32_t i = 0; i < fold->n; i++) {
-        uint32_t level = i > 0 ? attn_key_lca(fold->keys[i - 1], fold->keys[i]) : level_at(from);
-        b->left.at[b->left.n++] = (left_t){.slot = piece->slot + i * piece->rows, .level = level};
+    for (uint32_t i = 0; i < states->n; i++) {
+        b->left.at[b->left.n++] =
+            (left_t){.slot = piece->slot + i * piece->rows, .level = states->levels[i]};
     }
-    unit->n_left += fold->n;
-    cut->slots += (uint64_t)fold->n * piece->rows;
+    unit->n_left += states->n;
+    cut->slots += (uint64_t)states->n * piece->rows;
 }
 
 /* To the team whose turn it is; others follow when it has its stretch. */
@@ -120,19 +128,28 @@ static void
 leave_piece(builder_t *b, cut_t *cut, uint32_t w, uint32_t head, const place_t *from, uint32_t end,
             cuda_piece_t *piece)
 {
-    const work_t *work = &b->works.at[w];
-    bool many = work->class == CUDA_MANY, whole = from->at == 0 && end == work->n_leaves;
+    const work_t *work     = &b->works.at[w];
+    const extent_t *extent = image_extent(b, work, head);
+    bool many = work->class == CUDA_MANY, whole = from->at == 0 && end == extent->n_leaves;
     uint32_t *depth = many ? &b->image->many_depth : &b->image->depth, deep;
-    attn_fold_t fold;
+    uint32_t left = piece->levels & 255, right = piece->levels >> 8;
+    left_states_t states;
 
     whole = whole && b->plan->works[w].n_out == 0;
     if (whole && !many) {
         return;
     }
-    deep   = fold_piece(from, end, piece->levels & 255, piece->levels >> 8, &fold);
+    if (work->listed) {
+        deep = image_fold_blocks(b, extent, from->at, end, left, right, &states);
+    } else {
+        deep = fold_leaves(from, end, left, right, &states);
+        if (states.n > 0) {
+            states.levels[0] = level_at(b, extent, from);
+        }
+    }
     *depth = deep > *depth ? deep : *depth;
     if (!whole) {
-        leave_states(b, cut, &b->units.at[work->unit_first + head], from, &fold, piece);
+        leave_states(b, cut, &b->units.at[work->unit_first + head], &states, piece);
     }
 }
 
@@ -142,10 +159,11 @@ image_make_piece(builder_t *b, cut_t *cut, uint32_t w, uint32_t head, const plac
 {
     const attn_work_t *planned = &b->plan->works[w];
     const work_t *work         = &b->works.at[w];
+    const extent_t *extent     = image_extent(b, work, head);
     uint32_t entry = b->plan->members[planned->member_first].entry, first = from->at;
     cuda_piece_t piece = {.next        = CUDA_NONE,
                           .kv_head     = head,
-                          .leaf_first  = work->leaf_first + first,
+                          .leaf_first  = extent->leaf_first + first,
                           .n_leaves    = end - first,
                           .slot        = CUDA_NONE,
                           .states      = b->plan->problem.entries[entry].n_nodes > 0,
@@ -153,29 +171,23 @@ image_make_piece(builder_t *b, cut_t *cut, uint32_t w, uint32_t head, const plac
                           .rows        = planned->rows,
                           .head_first  = planned->head_first,
                           .n_heads     = planned->n_heads,
-                          .present_at  = work->present_at,
-                          .n_lists     = work->n_lists};
+                          .listed      = work->listed};
     uint32_t left = planned->left_level, right = planned->right_level;
 
     if (first > 0) {
-        left = level_at(from);
+        left = level_at(b, extent, from);
     }
-    if (end < work->n_leaves) {
-        const span_t *span = from->span;
-        while (span->at + (span->leaf_end - span->leaf_first) <= end) {
-            span++;
-        }
-        right = level_at(&(place_t){span, end});
+    if (end < extent->n_leaves) {
+        place_t to = *from;
+        image_move(&to, end, extent->n_leaves);
+        right = level_at(b, extent, &to);
     }
     piece.levels = left | right << 8;
-    if (first < end) {
-        const cuda_leaf_t *leaf = &b->leaves.at[work->leaf_first + first];
+    if (first < end && !work->listed) {
+        const cuda_leaf_t *leaf = &b->leaves.at[piece.leaf_first];
         piece.page              = leaf->page;
         piece.tokens            = leaf->tokens;
         piece.offset            = leaf->offset;
-    }
-    if (work->present_at != CUDA_NONE) {
-        piece.present_at += first * work->sets * work->n_lists;
     }
     leave_piece(b, cut, w, head, from, end, &piece);
     return piece;
@@ -194,15 +206,16 @@ static void
 cut_unit(builder_t *b, line_t *line, uint32_t w, uint32_t head)
 {
     const work_t *work = &b->works.at[w];
-    place_t place      = {.span = b->spans.at + work->span_first};
+    const uint32_t n   = image_extent(b, work, head)->n_leaves;
+    place_t place      = image_begin(b, work);
 
     b->units.at[work->unit_first + head] = (unit_t){.left_first = (uint32_t)b->left.n};
-    if (work->n_leaves == 0) {
+    if (n == 0) {
         add_piece(b, line, w, head, &place, 0);
     }
-    while (place.at < work->n_leaves && !b->no_memory) {
+    while (place.at < n && !b->no_memory) {
         uint64_t room = line->end - line->done, grain = line->grain;
-        uint32_t n = work->n_leaves, cut = n, at = place.at;
+        uint32_t cut = n, at = place.at;
         if (room < n - at) {
             cut = (uint32_t)((at + room + (grain - 1) / 2) / grain * grain);
             cut = cut <= at ? (uint32_t)attn_min(at + grain, n) : cut < n ? cut : n;
@@ -225,16 +238,33 @@ common_divisor(uint32_t a, uint32_t b)
 
 /* Leaves of the works of a class, all heads; works without any count as one. */
 static uint64_t
-leaves_of_class(builder_t *b, uint32_t class)
+leaves_of_class(const builder_t *b, uint32_t class)
 {
     uint64_t total = 0;
 
     for (uint32_t w = 0; w < b->plan->n_works; w++) {
-        if (b->works.at[w].class == class) {
-            total += attn_max(b->works.at[w].n_leaves, 1);
+        const work_t *work = &b->works.at[w];
+        for (uint32_t i = 0; i < work->n_extents && work->class == class; i++) {
+            uint64_t leaves = b->extents.at[work->extent_first + i].n_leaves;
+            total += attn_max(leaves, 1) * (b->plan->problem.kv_heads / work->n_extents);
         }
     }
-    return total * b->plan->problem.kv_heads;
+    return total;
+}
+
+/* Heads in a row that all works of a class are cut alike for, and whether any has lists. */
+static uint32_t
+heads_alike(const builder_t *b, uint32_t class, bool *listed)
+{
+    uint32_t alike = b->plan->problem.kv_heads;
+
+    *listed = false;
+    for (uint32_t w = 0; w < b->plan->n_works; w++) {
+        const work_t *work = &b->works.at[w];
+        *listed            = *listed || (work->class == class && work->listed);
+        alike              = work->class == class && work->n_extents > 1 ? 1 : alike;
+    }
+    return alike;
 }
 
 /*
@@ -251,7 +281,7 @@ best_grain(const builder_t *b, uint32_t class, const line_t *line)
     for (uint32_t w = 0; w < b->plan->n_works; w++) {
         if (b->works.at[w].class == class) {
             units += line->cut->heads;
-            any |= attn_max(b->works.at[w].n_leaves, 1);
+            any |= attn_max(image_extent(b, &b->works.at[w], 0)->n_leaves, 1);
         }
     }
     for (uint64_t grain = 1; grain <= share; grain *= 2) {
@@ -278,6 +308,7 @@ image_cut_class(builder_t *b, uint32_t class, uint32_t ctas)
     cut_t *cut       = &b->cuts[class];
     uint32_t heads   = b->plan->problem.kv_heads;
     line_t line      = {.cut = cut, .total = leaves_of_class(b, class)};
+    bool listed;
 
     *cut = (cut_t){0};
     if (line.total == 0) {
@@ -286,12 +317,13 @@ image_cut_class(builder_t *b, uint32_t class, uint32_t ctas)
     /* Few leaves go to as many CTAs as there are, one to each of their teams after the other. */
     to->grid       = b->steady ? ctas : (uint32_t)attn_min(ctas, line.total);
     uint32_t teams = to->grid * to->teams;
-    *cut           = (cut_t){.blocks = common_divisor(teams, heads), .first = b->pieces.n};
+    uint32_t alike = heads_alike(b, class, &listed);
+    *cut           = (cut_t){.blocks = common_divisor(teams, alike), .first = b->pieces.n};
     cut->heads     = heads / cut->blocks;
     cut->teams     = teams / cut->blocks;
     line.total /= cut->blocks;
     line.last  = CUDA_NONE;
-    line.grain = best_grain(b, class, &line);
+    line.grain = listed ? 1 : best_grain(b, class, &line); /* bundles are no subtrees */
     set_end(&line);
     if (!RESERVE(b, b->pieces, cut->teams) ||
         !RESERVE(b, b->units, (uint64_t)b->plan->n_works * cut->heads)) {

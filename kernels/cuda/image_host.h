@@ -18,20 +18,21 @@ typedef struct cuda_class {
 
 /** What each table has room for, in its records, and what kernels are launched for. */
 typedef struct cuda_room {
-    uint64_t leaves, queries, items, refs, present, masks, pages;
+    uint64_t leaves, queries, items, refs, masks, pages;
+    uint64_t blocks, present;      /**< 0: no lists in requests of few rows, and of many */
     uint64_t pieces[CUDA_CLASSES]; /**< 0: no launch of that class */
     uint32_t pairs[CUDA_CLASSES];
     uint64_t tiles; /**< 0: no launch of the prefill kernel */
     uint64_t slots;
     uint32_t item_rows, item_refs, depth, many_depth;
-    bool general;
+    bool masked;
 } cuda_room_t;
 
 /** Offsets in the block, and sizes. */
 typedef struct cuda_image {
     struct cuda_image_memory *memory; /**< what it is made in */
     uint64_t bytes;
-    uint64_t leaves, queries, items, refs, pages, present, masks;
+    uint64_t leaves, blocks, queries, items, refs, pages, present, masks;
     cuda_class_t classes[CUDA_CLASSES];
     uint32_t many_grid;          /**< CTAs of the prefill kernel; 0: nothing for it */
     uint64_t many_tiles;         /**< offset in the block */
@@ -41,7 +42,7 @@ typedef struct cuda_image {
     uint64_t slots;              /**< states between the kernels */
     uint32_t depth;              /**< of a stack */
     uint32_t many_depth;         /**< of a stack of the prefill kernel */
-    bool general;                /**< has masks or lists */
+    bool masked;                 /**< has masks */
     bool changes; /**< lists may be put in place of others: made anew for each attend */
     cuda_room_t room;
 } cuda_image_t;

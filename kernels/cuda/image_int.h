@@ -1,5 +1,6 @@
-/* image_int.h: between image.c, which makes tables, image_cut.c, which cuts works into pieces, and
- * image_tiles.c, which deals works of many rows to CTAs. */
+/* image_int.h: between image.c, which makes tables, image_blocks.c, which makes those of lists,
+ * image_cut.c, which cuts works into pieces, and image_tiles.c, which deals works of many rows to
+ * CTAs. */
 #ifndef ATTN_KERNELS_CUDA_IMAGE_INT_H
 #define ATTN_KERNELS_CUDA_IMAGE_INT_H
 
@@ -38,20 +39,34 @@ typedef struct span {
 
 /** A place between two leaves of a work: before leaf `at` of it, which lies in a span. */
 typedef struct place {
-    const span_t *span;
+    const span_t *span; /**< of bundles none */
     uint32_t at;
 } place_t;
 
+/** What a work, or one of its lists, reads: leaves, or bundles. */
+typedef struct extent {
+    uint32_t leaf_first, n_leaves;
+    uint64_t first_key, last_key; /**< of its first and last leaf */
+} extent_t;
+
 /** A work on its way into pieces. */
 typedef struct work {
-    uint32_t query_first, leaf_first, n_leaves, present_at, n_lists;
-    uint32_t span_first, span_end;
+    uint32_t query_first;
+    uint32_t extent_first, n_extents; /**< 1, or one a head */
+    uint32_t span_first;
+    uint32_t present_at, n_lists;
     uint32_t unit_first; /**< of its heads in the first block of them */
     uint32_t sequence;   /**< of many rows */
     uint32_t class;
-    uint32_t sets;                /**< token sets of a leaf, of one list */
-    uint64_t first_key, last_key; /**< of its first and last leaf */
+    uint32_t sets; /**< token sets of a leaf, of one list */
+    bool listed;   /**< bundles */
 } work_t;
+
+/** States that a piece leaves in memory: of each the level of the lowest node with it and what is
+ * before it. */
+typedef struct left_states {
+    uint32_t n, levels[ATTN_FOLD_DEPTH];
+} left_states_t;
 
 /** A state that a piece of the first block leaves in memory. */
 typedef struct left {
@@ -110,6 +125,8 @@ struct cuda_image_memory {
     bool steady; /**< all CTAs for each class that has works */
     VECTOR(span_t) spans;
     VECTOR(cuda_leaf_t) leaves;
+    VECTOR(cuda_listed_t) blocks; /**< whole bundles */
+    VECTOR(extent_t) extents;
     VECTOR(cuda_query_t) queries;
     VECTOR(work_t) works;
     VECTOR(unit_t) units;
@@ -136,16 +153,41 @@ typedef struct cuda_image_memory builder_t;
 /** Memory for at least `wanted` of a vector. */
 void *image_room(builder_t *b, void *at, uint64_t *room, uint64_t wanted, size_t size);
 
+/** What a head of a work reads. */
+static inline const extent_t *
+image_extent(const builder_t *b, const work_t *work, uint32_t head)
+{
+    return &b->extents.at[work->extent_first + (work->n_extents > 1 ? head : 0)];
+}
+
+/** Where a work begins. */
+static inline place_t
+image_begin(const builder_t *b, const work_t *work)
+{
+    return (place_t){.span = work->listed ? NULL : b->spans.at + work->span_first};
+}
+
 /** A place one leaf on, and past the spans that end there. */
 static inline void
 image_move(place_t *place, uint32_t to, uint32_t n_leaves)
 {
     place->at = to;
-    while (to < n_leaves &&
+    while (place->span != NULL && to < n_leaves &&
            place->span->at + (place->span->leaf_end - place->span->leaf_first) <= to) {
         place->span++;
     }
 }
+
+/** Where the pages of one of the plan's spans are in the page table: those of its whole run. */
+uint32_t image_place_pages(builder_t *b, uint32_t span, const attn_kv_run_t *run);
+
+/** The blocks of a list, 0 if it is for all heads, of a work of few rows. */
+void image_add_blocks(builder_t *b, const attn_work_t *work, uint32_t list, extent_t *to);
+
+/** As the kernel folds bundles [from, end), of which there are some, between what is to the left
+ * and right of them: the states that are left. Returns how deep its stack becomes. */
+uint32_t image_fold_blocks(const builder_t *b, const extent_t *extent, uint32_t from, uint32_t end,
+                           uint32_t left, uint32_t right, left_states_t *states);
 
 /** Leaves [from, end) of a head of a work as a piece, with room for the states it leaves if it is
  * not all of the work. */

@@ -27,7 +27,8 @@ tokens_seen(const builder_t *b, uint32_t w, uint32_t i)
 {
     const uint32_t n           = CUDA_MANY_TOKENS(b->plan->problem.head_dim_v);
     const attn_work_t *planned = &b->plan->works[w];
-    const cuda_leaf_t *leaf    = &b->leaves.at[b->works.at[w].leaf_first + i];
+    const extent_t *extent     = image_extent(b, &b->works.at[w], 0);
+    const cuda_leaf_t *leaf    = &b->leaves.at[extent->leaf_first + i];
     int64_t from = leaf->position > planned->see_first ? leaf->position : planned->see_first;
     int64_t to   = (int64_t)leaf->position + leaf->tokens;
 
@@ -49,6 +50,7 @@ static void
 add_tile(builder_t *b, uint32_t w, uint32_t head, const place_t *from, uint32_t end)
 {
     const attn_work_t *planned = &b->plan->works[w];
+    const work_t *work         = &b->works.at[w];
     cuda_piece_t p             = image_make_piece(b, &b->cuts[CUDA_MANY], w, head, from, end);
     many_t many                = {.cost = TILE_COST, .part = part_of(b, w, head)};
 
@@ -63,11 +65,14 @@ add_tile(builder_t *b, uint32_t w, uint32_t head, const place_t *from, uint32_t 
                               .rows        = p.rows,
                               .head_first  = p.head_first,
                               .n_heads     = p.n_heads,
-                              .present_at  = p.present_at,
-                              .n_lists     = p.n_lists,
+                              .present_at  = work->present_at,
+                              .n_lists     = work->n_lists,
                               .see_first   = (int32_t)planned->see_first,
                               .see_end     = (int32_t)planned->see_end,
                               .position    = b->queries.at[p.query_first].position};
+    if (work->present_at != CUDA_NONE) {
+        many.tile.present_at += from->at * work->sets * work->n_lists;
+    }
     for (uint32_t i = from->at; i < end; i++) {
         many.cost += tokens_seen(b, w, i);
     }
@@ -82,20 +87,21 @@ static void
 cut_head(builder_t *b, uint32_t w, uint32_t head, uint64_t share)
 {
     const work_t *work = &b->works.at[w];
-    place_t place      = {.span = b->spans.at + work->span_first};
+    const uint32_t n   = image_extent(b, work, head)->n_leaves;
+    place_t place      = image_begin(b, work);
     uint64_t cost      = 0;
 
     b->units.at[work->unit_first + head] = (unit_t){.left_first = (uint32_t)b->left.n};
-    for (uint32_t i = 0; i < work->n_leaves && !b->no_memory; i++) {
+    for (uint32_t i = 0; i < n && !b->no_memory; i++) {
         uint64_t more = tokens_seen(b, w, i);
         if (cost > 0 && cost + more > share) {
             add_tile(b, w, head, &place, i);
-            image_move(&place, i, work->n_leaves);
+            image_move(&place, i, n);
             cost = 0;
         }
         cost += more;
     }
-    add_tile(b, w, head, &place, work->n_leaves);
+    add_tile(b, w, head, &place, n);
 }
 
 static int
@@ -177,8 +183,9 @@ by_tokens(const void *a, const void *b)
 static void
 note_sequence(builder_t *b, work_t *work, uint64_t tokens)
 {
-    uint32_t page = work->n_leaves > 0 ? b->leaves.at[work->leaf_first].page : 0;
-    uint32_t n    = (uint32_t)b->sequences.n;
+    const extent_t *extent = image_extent(b, work, 0);
+    uint32_t page          = extent->n_leaves > 0 ? b->leaves.at[extent->leaf_first].page : 0;
+    uint32_t n             = (uint32_t)b->sequences.n;
 
     if (n == 0 || b->sequences.at[n - 1].page != page) {
         PUSH(b, b->sequences, (sequence_t){.page = page, .number = n});
@@ -240,7 +247,7 @@ image_deal_tiles(builder_t *b, uint32_t ctas)
         work->unit_first = (uint32_t)b->units.n;
         b->units.n += heads;
         uint64_t tokens = 0;
-        for (uint32_t i = 0; i < work->n_leaves; i++) {
+        for (uint32_t i = 0; i < image_extent(b, work, 0)->n_leaves; i++) {
             tokens += tokens_seen(b, w, i);
         }
         total += tokens * heads;

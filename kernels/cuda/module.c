@@ -129,10 +129,8 @@ load_prefill(const cuda_backend_t *backend, cuda_shape_t *shape, const char *typ
 static attn_status_t
 load_shape(cuda_backend_t *backend, cuda_shape_t *shape)
 {
-    static const char *const names[CUDA_CLASSES][2] = {{"attend_8", "attend_8_general"},
-                                                       {"attend_16", "attend_16_general"},
-                                                       {"attend_32", "attend_32_general"},
-                                                       {"attend_64", "attend_64_general"}};
+    static const char *const kinds[3]        = {"", "_listed", "_general"};
+    static const uint32_t rows[CUDA_CLASSES] = {8, 16, 32, 64};
     char name[64];
     CUmodule module;
 
@@ -143,8 +141,9 @@ load_shape(cuda_backend_t *backend, cuda_shape_t *shape)
         return status;
     }
     for (int c = 0; c < CUDA_CLASSES; c++) {
-        for (int g = 0; g < 2 && status == ATTN_OK; g++) {
-            status = CUDA_CALL(cuModuleGetFunction(&shape->attend[c][g], module, names[c][g]));
+        for (int g = 0; g < 3 && status == ATTN_OK; g++) {
+            snprintf(name, sizeof(name), "attend_%u%s", rows[c], kinds[g]);
+            status = CUDA_CALL(cuModuleGetFunction(&shape->attend[c][g], module, name));
             if (status == ATTN_OK) {
                 status = CUDA_CALL(cuFuncSetAttribute(
                     shape->attend[c][g], CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,

@@ -2,8 +2,11 @@
  * producer.cuh: how leaves come to a team: the ring of stages in shared memory, and the two warps
  * that fill it, one with K and one with V in turns. Whole pages come by bulk copies where their
  * rows keep the order that a stage wants (pages of a multiple of 8 tokens, on devices that have
- * bulk copies), others in pieces of 16 bytes. The page numbers of the next two leaves are on their
+ * bulk copies), others in pieces of 16 bytes. The page numbers of the next two stages are on their
  * way while this one's copies are queued, and so is the next piece.
+ *
+ * A stage is a leaf, or, where there are lists, a bundle of blocks of one leaf or of several: of
+ * these only what is listed is read.
  */
 #ifndef ATTN_KERNELS_CUDA_PRODUCER_CUH
 #define ATTN_KERNELS_CUDA_PRODUCER_CUH
@@ -42,157 +45,305 @@ template <int STAGE> struct ring {
     }
 };
 
-/* The tokens of leaf i of a piece that exist, and that its head's list has. */
-__device__ __forceinline__ uint64_t
-present_of(const cuda_args_t &x, const cuda_piece_t &piece, uint32_t i, uint32_t tokens)
-{
-    if (piece.present_at == CUDA_NONE) {
-        return ~0ull >> (LEAF - tokens);
-    }
-    return x.present[piece.present_at + (uint64_t)i * piece.n_lists +
-                     (piece.n_lists > 1 ? piece.kv_head : 0)];
-}
+/* ---- what comes in a stage ---- */
 
-/* ---- producer ---- */
-
-/* Where a leaf lies. Lane i has page numbers i and 32 + i. */
-struct place {
-    uint32_t tokens, offset, low, high;
+/* A block of 16 tokens as cuda_listed_t has it. */
+struct block {
+    uint32_t page, present, offset, level;
+    int position;
 };
 
-/* Of the K of leaves, or of the V: D is its head dim. */
-template <int D, int STAGE> struct producer {
+/* Block `i` of a leaf: in a piece without lists a bundle is a leaf. */
+__device__ __forceinline__ block
+block_of(const cuda_leaf_t &leaf, int i)
+{
+    const int first = CUDA_BLOCK * i, n = min(leaf.tokens - first, CUDA_BLOCK);
+
+    return {leaf.page, n > 0 ? (1u << n) - 1 : 0, leaf.offset + (uint32_t)first,
+            i == 0 ? leaf.level : 0, leaf.position + first};
+}
+
+/* Block `i` of a piece's stage. */
+__device__ __forceinline__ block
+block_at(const cuda_args_t &x, const cuda_piece_t &piece, uint32_t stage, int i)
+{
+    if (!piece.listed) {
+        return block_of(x.leaves[piece.leaf_first + stage], i);
+    }
+    uint4 b = ((const uint4 *)x.blocks)[(uint64_t)(piece.leaf_first + stage) * CUDA_WARPS + i];
+    return {b.x, b.z & 0xffff, b.z >> 16, b.w, (int)b.y};
+}
+
+__device__ __forceinline__ uint32_t
+page_of(const cuda_args_t &x, uint32_t token)
+{
+    return x.page_shift != CUDA_NONE ? token >> x.page_shift : token / x.page_size;
+}
+
+/* Rows to a stage in pieces of 16 bytes: all lanes copy the same piece of several rows at a time.
+ * Lane i knows row i: its address, in whose lowest bits there is room for how it is swizzled, and
+ * 8 if it is to be copied. */
+template <int D>
+__device__ __forceinline__ void
+copy_rows(uint32_t stage, uint32_t first, uint64_t from, int lane)
+{
+    constexpr uint32_t pieces = D / 8, rows = 32 / pieces; /* of a row; at once */
+    const uint32_t c = lane % pieces, mine = lane / pieces;
+    const uint32_t low = (uint32_t)from, high = (uint32_t)(from >> 32);
+
+#pragma unroll 8
+    for (uint32_t i = 0; i < 32; i += rows) {
+        uint32_t row = i + mine, to = first + row;
+        uint32_t of = __shfl_sync(~0u, low, row), over = __shfl_sync(~0u, high, row);
+        if ((of & 8) != 0 && mine < rows) {
+            copy_16(stage + to * (D * 2) + ((c ^ (to & 7)) << 4),
+                    (const uint8_t *)((uint64_t)over << 32 | (of & ~15u)) + ((c ^ (of & 7)) << 4));
+        }
+    }
+}
+
+/* Stages that are leaves. */
+template <int D, int STAGE> struct leaf_stages {
+    using record = cuda_leaf_t;
+
+    /* Where a leaf lies. Lane i has page numbers i and 32 + i. */
+    struct place {
+        uint32_t tokens, offset, low, high;
+    };
+
     const cuda_args_t &x;
-    ring<STAGE> r;
-    const uint8_t *pool;
-    uint64_t stride; /* of its pages */
     int lane;
 
-    __device__
-    producer(const cuda_args_t &args, const ring<STAGE> &on, const uint8_t *of, uint64_t pages_by,
-             int l)
-        : x(args), r(on), pool(of), stride(pages_by), lane(l)
+    __device__ __forceinline__ record
+    at(const cuda_piece_t &piece, uint32_t i) const
     {
-    }
-
-    __device__ __forceinline__ uint32_t
-    page_of(uint32_t token) const
-    {
-        return x.page_shift != CUDA_NONE ? token >> x.page_shift : token / x.page_size;
-    }
-
-    /* The leaf's rows to the stage, whole pages at a time. */
-    __device__ __forceinline__ void
-    bulk(const uint8_t *head, const place &leaf, uint64_t present)
-    {
-        constexpr uint32_t row = D * 2;
-        uint32_t page = page_of(leaf.offset) + lane, first = page * x.page_size;
-        uint32_t begin = max(first, leaf.offset),
-                 end   = min(first + x.page_size, leaf.offset + leaf.tokens);
-        uint32_t bytes = 0;
-        uint32_t mine  = __shfl_sync(~0u, leaf.low, page & 31);
-
-        if (begin < end) {
-            uint64_t part = present >> (begin - leaf.offset) << (64 - (end - begin));
-            bytes         = part != 0 ? (end - begin) * row : 0;
-        }
-        uint32_t total = present == ~0ull >> (LEAF - leaf.tokens) ? leaf.tokens * row
-                                                                  : __reduce_add_sync(~0u, bytes);
-        uint32_t bar   = r.full + 8 * r.at;
-        if (lane == 0) {
-            barrier_expect(bar, total);
-        }
-        __syncwarp();
-        if (bytes > 0) {
-            copy_bulk(r.stage() + (begin - leaf.offset) * row,
-                      head + mine * stride + (uint64_t)(begin - first) * row, bytes, bar);
-        }
-    }
-
-    /* The same in pieces of 16 bytes, for pages of any size. Lane i finds row i, and that of 32 +
-     * i; to copy, a lane has the same piece of every row. */
-    __device__ __forceinline__ void
-    gather(const uint8_t *head, const place &leaf, uint64_t present)
-    {
-        constexpr uint32_t pieces = D / 8, rows = 32 / pieces; /* of a row; at once */
-        const uint32_t c = lane % pieces, mine = lane / pieces;
-
-        for (uint32_t half = 0; half < leaf.tokens; half += 32) {
-            uint32_t at = half + lane, token = leaf.offset + min(at, leaf.tokens - 1);
-            uint32_t page = page_of(token), within = token - page * x.page_size;
-            uint32_t id   = __shfl_sync(~0u, leaf.low, page & 31);
-            uint32_t more = __shfl_sync(~0u, leaf.high, page & 31);
-            uint64_t from = (uint64_t)head + (page < 32 ? id : more) * stride + within * (D * 2);
-            uint32_t low = (uint32_t)from, high = (uint32_t)(from >> 32);
-
-            /* Rows begin at multiples of 16: there is room for how this one is swizzled, and
-             * whether it is to be copied. */
-            low |= (within & 7) | (at < leaf.tokens && (present >> at & 1) ? 8 : 0);
-#pragma unroll 8
-            for (uint32_t i = 0; i < 32; i += rows) {
-                uint32_t row = i + mine, to = half + row;
-                uint32_t of = __shfl_sync(~0u, low, row), over = __shfl_sync(~0u, high, row);
-                if ((of & 8) != 0 && mine < rows) {
-                    copy_16(r.stage() + to * (D * 2) + ((c ^ (to & 7)) << 4),
-                            (const uint8_t *)((uint64_t)over << 32 | (of & ~15u)) +
-                                ((c ^ (of & 7)) << 4));
-                }
-            }
-        }
-        copies_arrive(r.full + 8 * r.at);
+        return x.leaves[piece.leaf_first + i];
     }
 
     __device__ __forceinline__ place
     place_of(uint32_t first_page, uint32_t tokens, uint32_t offset) const
     {
-        uint32_t n = page_of(offset + tokens - 1) + 1;
+        uint32_t n = page_of(x, offset + tokens - 1) + 1;
         return {tokens, offset, x.pages[first_page + min((uint32_t)lane, n - 1)],
                 n > 32 ? x.pages[first_page + min((uint32_t)lane + 32, n - 1)] : 0};
     }
 
     __device__ __forceinline__ place
-    place_of(const cuda_leaf_t &leaf) const
+    place_of(const record &leaf) const
     {
         return place_of(leaf.page, leaf.tokens, leaf.offset);
     }
 
     __device__ __forceinline__ place
-    begin_of(const cuda_piece_t &piece) const
+    first_of(const cuda_piece_t &piece) const
     {
-        return piece.n_leaves > 0 ? place_of(piece.page, piece.tokens, piece.offset) : place{};
+        return place_of(piece.page, piece.tokens, piece.offset);
     }
 
-    /* All leaves of a piece; where the first one lies is known. Returns the next piece's. */
+    /* The leaf's rows to the stage, whole pages at a time. */
+    __device__ __forceinline__ void
+    bulk(const ring<STAGE> &r, const uint8_t *head, uint64_t stride, const place &leaf) const
+    {
+        constexpr uint32_t row = D * 2;
+        uint32_t page = page_of(x, leaf.offset) + lane, first = page * x.page_size;
+        uint32_t begin = max(first, leaf.offset),
+                 end   = min(first + x.page_size, leaf.offset + leaf.tokens);
+        uint32_t mine  = __shfl_sync(~0u, leaf.low, page & 31);
+        uint32_t bar   = r.full + 8 * r.at;
+
+        if (lane == 0) {
+            barrier_expect(bar, leaf.tokens * row);
+        }
+        __syncwarp();
+        if (begin < end) {
+            copy_bulk(r.stage() + (begin - leaf.offset) * row,
+                      head + mine * stride + (uint64_t)(begin - first) * row, (end - begin) * row,
+                      bar);
+        }
+    }
+
+    /* The same, for pages of any size. Lane i finds row i, and that of 32 + i. */
+    __device__ __forceinline__ void
+    gather(const ring<STAGE> &r, const uint8_t *head, uint64_t stride, const place &leaf) const
+    {
+        for (uint32_t half = 0; half < leaf.tokens; half += 32) {
+            uint32_t at = half + lane, token = leaf.offset + min(at, leaf.tokens - 1);
+            uint32_t page = page_of(x, token), within = token - page * x.page_size;
+            uint32_t id   = __shfl_sync(~0u, leaf.low, page & 31);
+            uint32_t more = __shfl_sync(~0u, leaf.high, page & 31);
+            uint64_t from = (uint64_t)head + (page < 32 ? id : more) * stride + within * (D * 2);
+
+            copy_rows<D>(r.stage(), half, from | (within & 7) | (at < leaf.tokens ? 8 : 0), lane);
+        }
+        copies_arrive(r.full + 8 * r.at);
+    }
+};
+
+/* Stages that are bundles of blocks. */
+template <int D, int STAGE> struct bundle_stages {
+    using record = block;
+
+    /* What of a stage a lane sees to: by bulk copies a block, or half of one if a page may end in
+     * between; otherwise rows i and 32 + i. Their page, and the token in it, or CUDA_NONE. */
+    struct place {
+        uint32_t page[2], token[2];
+    };
+
+    const cuda_args_t &x;
+    int lane;
+
+    /* Tokens of a bulk copy. */
+    __device__ __forceinline__ uint32_t
+    unit() const
+    {
+        return x.page_size % CUDA_BLOCK == 0 ? CUDA_BLOCK : CUDA_BLOCK / 2;
+    }
+
+    /* The block that a lane knows: of bulk copies its own. */
+    __device__ __forceinline__ int
+    block_here() const
+    {
+        return (x.bulk ? lane * (int)unit() / CUDA_BLOCK : lane) % CUDA_WARPS;
+    }
+
+    __device__ __forceinline__ record
+    at(const cuda_piece_t &piece, uint32_t i) const
+    {
+        return block_at(x, piece, i, block_here());
+    }
+
+    /* The page of a token that is `on` behind the first one of a block, if it is to come. */
+    __device__ __forceinline__ void
+    find(const block &b, uint32_t on, bool comes, uint32_t &page, uint32_t &token) const
+    {
+        uint32_t from = b.offset + on, in = page_of(x, from);
+
+        page  = comes ? x.pages[b.page + in] : 0;
+        token = comes ? from - in * x.page_size : CUDA_NONE;
+    }
+
+    __device__ __forceinline__ place
+    place_of(const record &b) const
+    {
+        place p;
+
+        if (x.bulk) {
+            const uint32_t on = lane * unit() % CUDA_BLOCK, some = (1u << unit()) - 1;
+            find(b, on, lane * unit() < LEAF && (b.present >> on & some) != 0, p.page[0],
+                 p.token[0]);
+            p.page[1] = p.token[1] = 0;
+            return p;
+        }
+        for (int h = 0; h < 2; h++) {
+            const int from = 2 * h + lane / CUDA_BLOCK, on = lane % CUDA_BLOCK;
+            block of = {__shfl_sync(~0u, b.page, from), __shfl_sync(~0u, b.present, from),
+                        __shfl_sync(~0u, b.offset, from), 0, 0};
+            find(of, on, of.present >> on & 1, p.page[h], p.token[h]);
+        }
+        return p;
+    }
+
+    __device__ __forceinline__ place
+    first_of(const cuda_piece_t &piece) const
+    {
+        if (piece.listed) {
+            return place_of(at(piece, 0));
+        }
+        cuda_leaf_t leaf = {piece.page, 0, (uint16_t)piece.tokens, (uint16_t)piece.offset, 0};
+        return place_of(block_of(leaf, block_here()));
+    }
+
+    __device__ __forceinline__ void
+    bulk(const ring<STAGE> &r, const uint8_t *head, uint64_t stride, const place &p) const
+    {
+        const uint32_t bytes = unit() * (D * 2), bar = r.full + 8 * r.at;
+        const bool comes   = p.token[0] != CUDA_NONE;
+        const uint32_t all = __popc(__ballot_sync(~0u, comes)) * bytes;
+
+        if (lane == 0) {
+            barrier_expect(bar, all);
+        }
+        __syncwarp();
+        if (comes) {
+            copy_bulk(r.stage() + lane * bytes,
+                      head + p.page[0] * stride + (uint64_t)p.token[0] * (D * 2), bytes, bar);
+        }
+    }
+
+    __device__ __forceinline__ void
+    gather(const ring<STAGE> &r, const uint8_t *head, uint64_t stride, const place &p) const
+    {
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            const bool comes = p.token[h] != CUDA_NONE;
+            uint64_t from    = (uint64_t)head + p.page[h] * stride + (uint64_t)p.token[h] * (D * 2);
+            copy_rows<D>(r.stage(), 32 * h, comes ? from | (p.token[h] & 7) | 8 : 0, lane);
+        }
+        copies_arrive(r.full + 8 * r.at);
+    }
+};
+
+template <bool LISTED, int D, int STAGE> struct stages_of {
+    using type = leaf_stages<D, STAGE>;
+};
+template <int D, int STAGE> struct stages_of<true, D, STAGE> {
+    using type = bundle_stages<D, STAGE>;
+};
+
+/* ---- producer ---- */
+
+/* Of the K of leaves, or of the V: D is its head dim. */
+template <int D, int STAGE, bool LISTED> struct producer {
+    using stages_t = typename stages_of<LISTED, D, STAGE>::type;
+    using place    = typename stages_t::place;
+
+    const cuda_args_t &x;
+    ring<STAGE> r;
+    const uint8_t *pool;
+    uint64_t stride; /* of its pages */
+    stages_t stages;
+
+    __device__
+    producer(const cuda_args_t &args, const ring<STAGE> &on, const uint8_t *of, uint64_t pages_by,
+             int lane)
+        : x(args), r(on), pool(of), stride(pages_by), stages{args, lane}
+    {
+    }
+
+    __device__ __forceinline__ place
+    begin_of(const cuda_piece_t &piece) const
+    {
+        return piece.n_leaves > 0 ? stages.first_of(piece) : place{};
+    }
+
+    /* All stages of a piece; where the first one lies is known. Returns the next piece's. */
     __device__ __forceinline__ place
     run(const cuda_piece_t &piece, place now, const cuda_piece_t &follows)
     {
-        const uint32_t n          = piece.n_leaves;
-        const cuda_leaf_t *leaves = x.leaves + piece.leaf_first;
-        const uint8_t *head       = pool + (uint64_t)piece.kv_head * x.page_size * (D * 2);
+        const uint32_t n    = piece.n_leaves;
+        const uint8_t *head = pool + (uint64_t)piece.kv_head * x.page_size * (D * 2);
 
         if (n == 0) {
             return begin_of(follows);
         }
-        cuda_leaf_t second = leaves[min(2u, n - 1)], third = leaves[min(3u, n - 1)];
-        place next = place_of(leaves[min(1u, n - 1)]), begins = {};
+        typename stages_t::record second = stages.at(piece, min(2u, n - 1)),
+                                  third  = stages.at(piece, min(3u, n - 1));
+        place next = stages.place_of(stages.at(piece, min(1u, n - 1))), begins = {};
         for (uint32_t i = 0; i < n; i++) {
-            place after = place_of(second);
+            place after = stages.place_of(second);
             second      = third;
-            third       = leaves[min(i + 4, n - 1)];
+            third       = stages.at(piece, min(i + 4, n - 1));
             if (i + 2 == n || n == 1) {
                 begins = begin_of(follows);
             }
-            uint64_t present = present_of(x, piece, i, now.tokens);
-            if (present != 0) {
-                barrier_wait(r.empty + 8 * r.at, r.phase ^ 1);
-                if (x.bulk) {
-                    bulk(head, now, present);
-                } else {
-                    gather(head, now, present);
-                }
-                r.next(); /* the other's */
-                r.next();
+            barrier_wait(r.empty + 8 * r.at, r.phase ^ 1);
+            if (x.bulk) {
+                stages.bulk(r, head, stride, now);
+            } else {
+                stages.gather(r, head, stride, now);
             }
+            r.next(); /* the other's */
+            r.next();
             now  = next;
             next = after;
         }

@@ -18,7 +18,8 @@ template <int NB, int DK> struct rows {
         Q_AT     = WEIGHTS + ROWS * CUDA_LEAF * 2, /* [ROWS] of 8 bytes: of q in memory, or 0 */
         TOPS     = Q_AT + ROWS * 8,                /* [warps][ROWS] floats */
         SUMS     = TOPS + ROWS * 4 * CUDA_WARPS,   /* [warps][ROWS] floats */
-        QUERY    = SUMS + ROWS * 4 * CUDA_WARPS,   /* [ROWS]: index into x.queries */
+        LEAVES   = SUMS + ROWS * 4 * CUDA_WARPS,   /* [warps][ROWS] floats: tops of leaves */
+        QUERY    = LEAVES + ROWS * 4 * CUDA_WARPS, /* [ROWS]: index into x.queries */
         HEAD     = QUERY + ROWS * 4,               /* [ROWS]: query head */
         POSITION = HEAD + ROWS * 4,
         SCALE    = POSITION + ROWS * 4, /* [ROWS] floats: of q */

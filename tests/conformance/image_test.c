@@ -120,7 +120,11 @@ add_lists(batch_t *b, uint32_t e)
     entry->n_lists       = chance_in(0, 1) ? 1 : b->problem.kv_heads;
     entry->sparse_indptr = b->indptr[e];
     entry->sparse_pages  = b->listed[e];
-    entry->dense_from    = entry->kv_length - chance_in(0, 1) * chance_in(1, entry->n_q + 1);
+    entry->dense_from    = entry->kv_length;
+    if (chance_in(0, 1)) { /* in the midst of a listed page, now and then */
+        entry->dense_from -=
+            chance_in(1, entry->kv_length < 200 ? (uint32_t)entry->kv_length : 200);
+    }
     for (uint32_t list = 0; list < entry->n_lists; list++) {
         b->indptr[e][list] = n;
         for (uint32_t page = chance_in(0, 30); page < pages && n < (list + 1) * LISTED_MAX;) {
@@ -249,9 +253,11 @@ leaves_of(const batch_t *b, uint32_t e, uint32_t leaf, uint32_t kv_head, uint64_
             for (uint32_t at = first; at < end; at += CUDA_LEAF) {
                 uint64_t set = 0;
                 for (uint32_t t = at; t < end && t < at + CUDA_LEAF; t++) {
-                    pages = mix(pages, (uint64_t)run->pages[t / b->problem.page_size] << 32 |
-                                           t % b->problem.page_size);
-                    set |= (uint64_t)is_listed(b, e, kv_head, run->chunk, t) << (t - at);
+                    if (is_listed(b, e, kv_head, run->chunk, t)) {
+                        pages = mix(pages, (uint64_t)run->pages[t / b->problem.page_size] << 32 |
+                                               t % b->problem.page_size);
+                        set |= UINT64_C(1) << (t - at);
+                    }
                 }
                 add_set(&tokens, set);
             }
@@ -329,17 +335,36 @@ answer(const stage_t *s, bool states, uint32_t at, uint32_t head, uint64_t symbo
     s->answers[row] = symbol;
 }
 
-/* One row of a piece: a symbol a leaf, folded. sets: of 64 tokens, that lists have of a leaf;
- * depth: of a stack. */
-static void
-play_row(const stage_t *s, const cuda_piece_t *piece, uint32_t row, uint32_t sets, uint32_t depth)
+/* One row of a piece on its way. */
+typedef struct row {
+    const stage_t *stage;
+    const cuda_piece_t *piece;
+    uint64_t of; /* among the rows of q */
+    uint32_t page_size;
+    stack_t stack;
+    uint32_t depth; /* that the stack may have */
+} row_t;
+
+/* Pages of the tokens of a set, from one on that lies in a place. */
+static uint64_t
+mix_pages(const row_t *row, uint64_t ids, uint32_t page, uint32_t offset, uint64_t set)
 {
-    const cuda_query_t *query =
-        TABLE(s, cuda_query_t, s->image.queries) + piece->query_first + row / piece->n_heads;
-    const uint32_t *pages = TABLE(s, uint32_t, s->image.pages);
-    uint32_t page_size    = s->plan->problem.page_size;
-    uint32_t head = piece->kv_head * s->plan->group + piece->head_first + row % piece->n_heads;
-    stack_t stack = {.left = piece->levels & 255};
+    const uint32_t *pages = TABLE(row->stage, uint32_t, row->stage->image.pages);
+
+    for (; set != 0; set &= set - 1) {
+        uint32_t t = offset + (uint32_t)__builtin_ctzll(set);
+        ids = mix(ids, (uint64_t)pages[page + t / row->page_size] << 32 | t % row->page_size);
+    }
+    return ids;
+}
+
+/* Leaves of a piece; their token sets, of a tile. */
+static void
+play_leaves(row_t *row, const cuda_tile_t *tile)
+{
+    const stage_t *s          = row->stage;
+    const cuda_piece_t *piece = row->piece;
+    const bool sets           = tile != NULL && tile->present_at != CUDA_NONE;
 
     for (uint32_t i = 0; i < piece->n_leaves; i++) {
         cuda_leaf_t leaf = TABLE(s, cuda_leaf_t, s->image.leaves)[piece->leaf_first + i];
@@ -349,35 +374,98 @@ play_row(const stage_t *s, const cuda_piece_t *piece, uint32_t row, uint32_t set
             assert_int_equal(piece->tokens, leaf.tokens);
             assert_int_equal(piece->offset, leaf.offset);
         }
-        for (uint32_t t = leaf.offset; t < leaf.offset + leaf.tokens; t++) {
-            ids = mix(ids, (uint64_t)pages[leaf.page + t / page_size] << 32 | t % page_size);
-        }
         tokens_t tokens = {0};
         for (uint32_t t = 0; t < leaf.tokens; t += CUDA_LEAF) {
             uint32_t n   = leaf.tokens - t < CUDA_LEAF ? leaf.tokens - t : CUDA_LEAF;
             uint64_t set = ~UINT64_C(0) >> (CUDA_LEAF - n);
-            if (piece->present_at != CUDA_NONE) {
-                uint64_t at = piece->present_at + (i * sets + t / CUDA_LEAF) * piece->n_lists;
-                set         = TABLE(s, uint64_t,
-                                    s->image.present)[at + (piece->n_lists > 1 ? piece->kv_head : 0)];
+            if (sets) {
+                uint64_t at =
+                    tile->present_at + (i * s->image.leaf_sets + t / CUDA_LEAF) * tile->n_lists;
+                set = TABLE(s, uint64_t,
+                            s->image.present)[at + (tile->n_lists > 1 ? tile->kv_head : 0)];
             }
+            ids = mix_pages(row, ids, leaf.page, leaf.offset + t, set);
             add_set(&tokens, set);
         }
-        uint64_t of = (uint64_t)query->q_row * s->plan->problem.q_heads + head;
-        push(&stack, leaf_symbol(of, leaf.position, &tokens, ids), leaf.level);
-        assert_in_range(stack.n, 1, depth);
+        push(&row->stack, leaf_symbol(row->of, leaf.position, &tokens, ids), leaf.level);
+        assert_in_range(row->stack.n, 1, row->depth);
     }
-    fold(&stack, piece->levels >> 8);
+}
+
+/* Bundles of a piece: each begins with a leaf, has no gap, and no leaf that goes on in the next. */
+static void
+play_bundles(row_t *row)
+{
+    const stage_t *s = row->stage;
+    const cuda_listed_t *block =
+        TABLE(s, cuda_listed_t, s->image.blocks) + (uint64_t)row->piece->leaf_first * CUDA_WARPS;
+
+    assert_in_range((row->piece->leaf_first + row->piece->n_leaves) * CUDA_WARPS, 0,
+                    s->image.room.blocks);
+    for (uint32_t i = 0; i < row->piece->n_leaves * CUDA_WARPS;) {
+        const cuda_listed_t *first = &block[i];
+        uint64_t ids = 0, set = 0;
+        if (first->present == 0) { /* the rest of a bundle */
+            assert_true(i % CUDA_WARPS > 0);
+            assert_int_equal(first->level, 0);
+            i++;
+            continue;
+        }
+        assert_true(first->level > 0 && (i % CUDA_WARPS == 0 || block[i - 1].present != 0));
+        do {
+            uint32_t on = (uint32_t)block[i].position % CUDA_LEAF;
+            assert_int_equal(on % CUDA_BLOCK, 0);
+            assert_int_equal(block[i].position / (int32_t)CUDA_LEAF,
+                             first->position / (int32_t)CUDA_LEAF);
+            assert_true(&block[i] == first || block[i].position > block[i - 1].position);
+            assert_true(block[i].offset < row->page_size);
+            ids = mix_pages(row, ids, block[i].page, block[i].offset, block[i].present);
+            set |= (uint64_t)block[i].present << on;
+            i++;
+        } while (i % CUDA_WARPS != 0 && block[i].level == 0 && block[i].present != 0);
+        tokens_t tokens = {0};
+        add_set(&tokens, set);
+        push(&row->stack,
+             leaf_symbol(row->of, first->position / (int32_t)CUDA_LEAF * (int32_t)CUDA_LEAF,
+                         &tokens, ids),
+             first->level);
+        assert_in_range(row->stack.n, 1, row->depth);
+    }
+}
+
+/* One row of a piece: a symbol a leaf, folded. tile: that the piece stands for, or NULL; depth: of
+ * a stack. */
+static void
+play_row(const stage_t *s, const cuda_piece_t *piece, uint32_t row, const cuda_tile_t *tile,
+         uint32_t depth)
+{
+    const cuda_query_t *query =
+        TABLE(s, cuda_query_t, s->image.queries) + piece->query_first + row / piece->n_heads;
+    uint32_t head  = piece->kv_head * s->plan->group + piece->head_first + row % piece->n_heads;
+    row_t r        = {.stage     = s,
+                      .piece     = piece,
+                      .of        = (uint64_t)query->q_row * s->plan->problem.q_heads + head,
+                      .page_size = s->plan->problem.page_size,
+                      .stack     = {.left = piece->levels & 255},
+                      .depth     = depth};
+    stack_t *stack = &r.stack;
+
+    if (piece->listed) {
+        play_bundles(&r);
+    } else {
+        play_leaves(&r, tile);
+    }
+    fold(stack, piece->levels >> 8);
     if (piece->slot == CUDA_NONE) {
-        assert_in_range(stack.n, 0, 1);
-        answer(s, piece->states, query->answer, head, stack.n > 0 ? stack.held[0].symbol : 0);
+        assert_in_range(stack->n, 0, 1);
+        answer(s, piece->states, query->answer, head, stack->n > 0 ? stack->held[0].symbol : 0);
     }
-    for (uint32_t i = 0; piece->slot != CUDA_NONE && i < stack.n; i++) {
+    for (uint32_t i = 0; piece->slot != CUDA_NONE && i < stack->n; i++) {
         uint64_t slot = piece->slot + (uint64_t)i * piece->rows + row;
         assert_in_range(slot, 0, s->image.slots - 1);
         assert_int_equal(s->slots[slot], 0);
-        s->slots[slot]  = mix(2, stack.held[i].symbol); /* not 0, which is: nothing came */
-        s->states[slot] = stack.held[i].symbol;
+        s->slots[slot]  = mix(2, stack->held[i].symbol); /* not 0, which is: nothing came */
+        s->states[slot] = stack->held[i].symbol;
     }
 }
 
@@ -397,7 +485,7 @@ play_class(const stage_t *s, uint32_t class, uint64_t *total)
             }
             assert_in_range(pieces[at].rows, 1, c->rows);
             for (uint32_t row = 0; row < pieces[at].rows; row++) {
-                play_row(s, &pieces[at], row, 1, s->image.depth);
+                play_row(s, &pieces[at], row, NULL, s->image.depth);
             }
             leaves += pieces[at].n_leaves > 0 ? pieces[at].n_leaves : 1;
         }
@@ -425,9 +513,7 @@ play_tile(const stage_t *s, const cuda_tile_t *tile)
                                    .query_first = tile->query_first,
                                    .rows        = tile->rows,
                                    .head_first  = tile->head_first,
-                                   .n_heads     = tile->n_heads,
-                                   .present_at  = tile->present_at,
-                                   .n_lists     = tile->n_lists};
+                                   .n_heads     = tile->n_heads};
     const attn_problem_t *p     = &s->plan->problem;
     int32_t last                = tile->position + (int32_t)((tile->rows - 1) / tile->n_heads);
 
@@ -438,7 +524,7 @@ play_tile(const stage_t *s, const cuda_tile_t *tile)
     for (uint32_t row = 0; row < tile->rows; row++) {
         assert_int_equal(queries[row / tile->n_heads].position,
                          tile->position + (int32_t)(row / tile->n_heads));
-        play_row(s, &piece, row, s->image.leaf_sets, s->image.many_depth);
+        play_row(s, &piece, row, tile, s->image.many_depth);
     }
     assert_true(!p->causal || tile->see_end > last); /* the last row sees itself */
     assert_true(tile->see_first <= 0 ||
@@ -547,7 +633,8 @@ some_room(const cuda_image_t *image)
 
     if (chance_in(0, 1)) {
         more.leaves *= chance_in(1, 3), more.queries *= chance_in(1, 3), more.refs += 1000;
-        more.items += chance_in(0, 1) * 70, more.pages *= 2, more.slots += 5000;
+        more.blocks *= chance_in(1, 3), more.items += chance_in(0, 1) * 70, more.pages *= 2,
+            more.slots += 5000;
         more.item_refs += chance_in(0, 1) * 40, more.depth += 3;
         more.tiles *= chance_in(1, 3), more.many_depth += chance_in(0, 3);
         for (uint32_t c = 0; c < CUDA_CLASSES; c++) {

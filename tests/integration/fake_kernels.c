@@ -200,35 +200,58 @@ logit(const cuda_args_t *x, uint32_t d, const cuda_query_t *query, uint32_t head
     return sum * times * (double)x->scale * 0.69314718055994530942;
 }
 
+/* A token adds to a row, if that sees it. */
+static void
+add_token(const cuda_args_t *x, uint32_t d_k, uint32_t d_v, const cuda_piece_t *piece,
+          const cuda_query_t *query, uint32_t head, int32_t position, uint32_t page,
+          uint32_t offset)
+{
+    uint64_t at = (uint64_t)query->answer * x->q_heads + head;
+    double *l = &sums[piece->states].l[at], *a = sums[piece->states].a[at];
+
+    if ((x->causal && position > query->position) ||
+        (x->window > 0 && query->position - position >= x->window)) {
+        return;
+    }
+    double w = exp(logit(x, d_k, query, head, piece->kv_head, page, offset));
+    if (!(fabs(w) < 1e300)) {
+        *x->error =
+            (unsigned long long)query->entry << 40 | (unsigned long long)query->query << 12 | head;
+    }
+    uint8_t *v = (uint8_t *)(uintptr_t)x->v + page * x->v_page_stride;
+    *l += w;
+    for (uint32_t c = 0; c < d_v; c++) {
+        const uint8_t *p = piece_at(v, x->page_size, d_v * 2, offset, piece->kv_head, c / 8);
+        a[c] += w * element(p, type, c % 8);
+    }
+}
+
 static void
 play_row(const cuda_args_t *x, uint32_t d_k, uint32_t d_v, const cuda_piece_t *piece, uint32_t row)
 {
     const cuda_query_t *query = &x->queries[piece->query_first + row / piece->n_heads];
-    uint32_t head = piece->kv_head * x->group + piece->head_first + row % piece->n_heads;
-    uint64_t at   = (uint64_t)query->answer * x->q_heads + head;
+    uint32_t head  = piece->kv_head * x->group + piece->head_first + row % piece->n_heads;
+    uint64_t at    = (uint64_t)query->answer * x->q_heads + head;
+    uint32_t parts = piece->listed ? CUDA_WARPS : 1;
     double *l = &sums[piece->states].l[at], *a = sums[piece->states].a[at];
 
-    for (uint32_t i = 0; i < piece->n_leaves; i++) {
-        const cuda_leaf_t *leaf = &x->leaves[piece->leaf_first + i];
-        for (uint32_t t = 0; t < leaf->tokens; t++) {
-            int32_t position = leaf->position + (int32_t)t;
-            uint32_t page    = x->pages[leaf->page + (leaf->offset + t) / x->page_size];
-            uint32_t offset  = (leaf->offset + t) % x->page_size;
-            if ((x->causal && position > query->position) ||
-                (x->window > 0 && query->position - position >= x->window)) {
-                continue;
-            }
-            double w = exp(logit(x, d_k, query, head, piece->kv_head, page, offset));
-            if (!(fabs(w) < 1e300)) {
-                *x->error = (unsigned long long)query->entry << 40 |
-                            (unsigned long long)query->query << 12 | head;
-            }
-            uint8_t *v = (uint8_t *)(uintptr_t)x->v + page * x->v_page_stride;
-            *l += w;
-            for (uint32_t c = 0; c < d_v; c++) {
-                const uint8_t *p =
-                    piece_at(v, x->page_size, d_v * 2, offset, piece->kv_head, c / 8);
-                a[c] += w * element(p, type, c % 8);
+    for (uint32_t i = piece->leaf_first * parts; i < (piece->leaf_first + piece->n_leaves) * parts;
+         i++) {
+        cuda_leaf_t leaf = {.tokens = CUDA_BLOCK};
+        uint32_t has     = UINT32_MAX;
+        if (piece->listed) {
+            leaf.page     = x->blocks[i].page;
+            leaf.offset   = x->blocks[i].offset;
+            leaf.position = x->blocks[i].position;
+            has           = x->blocks[i].present;
+        } else {
+            leaf = x->leaves[i];
+        }
+        for (uint32_t t = 0; t < leaf.tokens; t++) {
+            uint32_t token = leaf.offset + t;
+            if (!piece->listed || (has >> t & 1)) {
+                add_token(x, d_k, d_v, piece, query, head, leaf.position + (int32_t)t,
+                          x->pages[leaf.page + token / x->page_size], token % x->page_size);
             }
         }
     }
@@ -327,6 +350,10 @@ fake_kernel_find(const char *name)
         {"attend_16", {sizeof(cuda_args_t)}, attend, NULL},
         {"attend_32", {sizeof(cuda_args_t)}, attend, NULL},
         {"attend_64", {sizeof(cuda_args_t)}, attend, NULL},
+        {"attend_8_listed", {sizeof(cuda_args_t)}, attend, NULL},
+        {"attend_16_listed", {sizeof(cuda_args_t)}, attend, NULL},
+        {"attend_32_listed", {sizeof(cuda_args_t)}, attend, NULL},
+        {"attend_64_listed", {sizeof(cuda_args_t)}, attend, NULL},
         {"attend_8_general", {sizeof(cuda_args_t)}, attend, NULL},
         {"attend_16_general", {sizeof(cuda_args_t)}, attend, NULL},
         {"attend_32_general", {sizeof(cuda_args_t)}, attend, NULL},
