@@ -214,6 +214,11 @@ engine_step_graph(engine_t *engine, uint64_t step_id, uint64_t *graph_p)
 static attn_status_t
 ensure_track(engine_t *engine, engine_step_t *step)
 {
+    if (step->on_host) {
+        return attn_fail(ATTN_ERR_INVALID,
+                         "the tensors of step %016llx were in the host's memory: all, or none",
+                         (unsigned long long)step->id);
+    }
     if (step->track != NULL) {
         return ATTN_OK;
     }
@@ -224,11 +229,6 @@ ensure_track(engine_t *engine, engine_step_t *step)
                              "memory",
                              i);
         }
-    }
-    if (step->on_host) {
-        return attn_fail(ATTN_ERR_INVALID,
-                         "the tensors of step %016llx were in the host's memory: all, or none",
-                         (unsigned long long)step->id);
     }
     return engine_track_take(engine, step);
 }
