@@ -124,6 +124,16 @@ lend(lender_t *lender, rpc_call_t *call, const Attn__V1__SlabRequest *request,
     return ATTN_OK;
 }
 
+/* Memory of our GPU is for clients of this host alone: they have a slab that is no messages'. */
+static bool
+offers_gpu(const lending_t *lending)
+{
+    ucx_offer_t offered;
+
+    ucx_session_offer(lending->session, &offered);
+    return !offered.messages && lender_gpu_lends(lending->lender->gpu);
+}
+
 static attn_status_t
 offer(const lending_t *lending)
 {
@@ -142,7 +152,7 @@ offer(const lending_t *lending)
     reply.bytes        = offered.bytes;
     reply.messages     = offered.messages;
     reply.ucx_version  = offered.version;
-    reply.gpu          = !offered.messages && lender_gpu_lends(lending->lender->gpu);
+    reply.gpu          = offers_gpu(lending);
     return rpc_call_send(lending->call, &(rpc_outgoing_t){.head = &reply.base});
 }
 
@@ -192,7 +202,7 @@ lend_gpu(lending_t *lending)
     Attn__V1__GpuSlab words   = ATTN__V1__GPU_SLAB__INIT;
     gpu_slab_t *slab          = NULL;
 
-    if (lending->gpu != NULL || !lender_gpu_lends(lender->gpu)) {
+    if (lending->gpu != NULL || !offers_gpu(lending)) {
         return attn_fail(ATTN_ERR_INVALID, lending->gpu != NULL
                                                ? "memory of the GPU is asked for once a stream"
                                                : "no memory of a GPU was offered");
