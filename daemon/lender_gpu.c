@@ -109,14 +109,14 @@ gpu_slab_open(lender_gpu_t *gpu, const ucx_session_t *session, gpu_slab_t **slab
                         .secret  = offer.secret,
                         .bytes   = offer.bytes};
     slab->gpu        = gpu;
-    slab->bytes      = offer.bytes;
+    slab->bytes      = attn_shared_takes(offer.bytes);
     atomic_init(&slab->references, 1);
     attn_status_t status = reserve(gpu, slab->bytes);
     if (status != ATTN_OK) {
         free(slab);
         return status;
     }
-    status = attn_shared_create(gpu->gpu, slab->bytes, &card, sizeof(card), &slab->memory);
+    status = attn_shared_create(gpu->gpu, offer.bytes, &card, sizeof(card), &slab->memory);
     if (status == ATTN_OK) {
         status = attn_memory_uuid(gpu->gpu, slab->uuid);
     }

@@ -38,38 +38,41 @@ look_up(void *library)
     const struct {
         void *call;
         const char *name;
+        bool shares; /* needed only where processes share memory: older drivers may lack it */
     } wanted[] = {
-        {&memory_calls.attributes, "cuPointerGetAttributes"},
-        {&memory_calls.device, "cuDeviceGet"},
-        {&memory_calls.uuid, "cuDeviceGetUuid_v2"},
-        {&memory_calls.retain, "cuDevicePrimaryCtxRetain"},
-        {&memory_calls.push, "cuCtxPushCurrent_v2"},
-        {&memory_calls.pop, "cuCtxPopCurrent_v2"},
-        {&memory_calls.exchange_mode, "cuThreadExchangeStreamCaptureMode"},
-        {&memory_calls.copy, "cuMemcpy2DAsync_v2"},
-        {&memory_calls.copy_there, "cuMemcpyDtoDAsync_v2"},
-        {&memory_calls.fill, "cuMemsetD8Async"},
-        {&memory_calls.stream, "cuStreamCreate"},
-        {&memory_calls.stream_end, "cuStreamDestroy_v2"},
-        {&memory_calls.event, "cuEventCreate"},
-        {&memory_calls.event_end, "cuEventDestroy_v2"},
-        {&memory_calls.record, "cuEventRecord"},
-        {&memory_calls.query, "cuEventQuery"},
-        {&memory_calls.pin, "cuMemHostAlloc"},
-        {&memory_calls.unpin, "cuMemFreeHost"},
-        {&memory_calls.take, "cuMemAlloc_v2"},
-        {&memory_calls.give, "cuMemFree_v2"},
-        {&memory_calls.range, "cuMemGetAddressRange_v2"},
-        {&memory_calls.key, "cuIpcGetMemHandle"},
-        {&memory_calls.map, "cuIpcOpenMemHandle_v2"},
-        {&memory_calls.unmap, "cuIpcCloseMemHandle"},
+        {&memory_calls.attributes, "cuPointerGetAttributes", false},
+        {&memory_calls.device, "cuDeviceGet", false},
+        {&memory_calls.uuid, "cuDeviceGetUuid_v2", true},
+        {&memory_calls.retain, "cuDevicePrimaryCtxRetain", false},
+        {&memory_calls.push, "cuCtxPushCurrent_v2", false},
+        {&memory_calls.pop, "cuCtxPopCurrent_v2", false},
+        {&memory_calls.exchange_mode, "cuThreadExchangeStreamCaptureMode", false},
+        {&memory_calls.copy, "cuMemcpy2DAsync_v2", false},
+        {&memory_calls.copy_there, "cuMemcpyDtoDAsync_v2", true},
+        {&memory_calls.fill, "cuMemsetD8Async", true},
+        {&memory_calls.stream, "cuStreamCreate", false},
+        {&memory_calls.stream_end, "cuStreamDestroy_v2", false},
+        {&memory_calls.event, "cuEventCreate", false},
+        {&memory_calls.event_end, "cuEventDestroy_v2", false},
+        {&memory_calls.record, "cuEventRecord", false},
+        {&memory_calls.query, "cuEventQuery", false},
+        {&memory_calls.pin, "cuMemHostAlloc", false},
+        {&memory_calls.unpin, "cuMemFreeHost", false},
+        {&memory_calls.take, "cuMemAlloc_v2", true},
+        {&memory_calls.give, "cuMemFree_v2", true},
+        {&memory_calls.range, "cuMemGetAddressRange_v2", true},
+        {&memory_calls.key, "cuIpcGetMemHandle", true},
+        {&memory_calls.map, "cuIpcOpenMemHandle_v2", true},
+        {&memory_calls.unmap, "cuIpcCloseMemHandle", true},
     };
     bool all = true;
 
+    memory_calls.shares = true;
     for (size_t i = 0; i < sizeof(wanted) / sizeof(wanted[0]); i++) {
         void *symbol = dlsym(library, wanted[i].name);
         memcpy(wanted[i].call, &symbol, sizeof(symbol));
-        all = all && symbol != NULL;
+        all                 = all && (symbol != NULL || wanted[i].shares);
+        memory_calls.shares = memory_calls.shares && (symbol != NULL || !wanted[i].shares);
     }
     return all;
 }
@@ -131,6 +134,15 @@ memory_check(int result, const char *call)
 }
 
 attn_status_t
+memory_can_share(void)
+{
+    return !attn_memory_has_cuda() || memory_calls.shares
+               ? ATTN_OK
+               : attn_fail(ATTN_ERR_UNSUPPORTED,
+                           "the driver of CUDA is too old to share memory between processes");
+}
+
+attn_status_t
 memory_enter(int gpu, int *mode)
 {
     attn_status_t status = ATTN_OK;
@@ -177,7 +189,8 @@ attn_memory_uuid(int gpu, uint8_t uuid[ATTN_UUID])
     int device = 0, mode;
     attn_status_t status;
 
-    if ((status = memory_enter(gpu, &mode)) != ATTN_OK) {
+    if ((status = memory_can_share()) != ATTN_OK ||
+        (status = memory_enter(gpu, &mode)) != ATTN_OK) {
         return status;
     }
     status = memory_check(memory_calls.device(&device, gpu), "cuDeviceGet");

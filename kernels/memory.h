@@ -90,6 +90,9 @@ attn_status_t attn_shared_map(int gpu, const uint8_t key[ATTN_SHARED_KEY], uint6
  * @return ATTN_ERR_DEADLINE     the GPU has not read it by until_ns: ask again */
 attn_status_t attn_shared_check(attn_shared_t *shared, uint64_t until_ns);
 
+/** What so many bytes take of the GPU. */
+uint64_t attn_shared_takes(uint64_t bytes);
+
 const uint8_t *attn_shared_key(const attn_shared_t *shared);
 uint8_t *attn_shared_at(const attn_shared_t *shared);
 

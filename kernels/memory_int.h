@@ -50,9 +50,13 @@ typedef struct memory_calls {
     int (*key)(memory_key_t *key, uint64_t at);
     int (*map)(uint64_t *at, memory_key_t key, unsigned flags);
     int (*unmap)(uint64_t at);
+    bool shares; /* what sharing needs is there; copy_there(), fill(), take() and on, uuid() */
 } memory_calls_t;
 
 extern memory_calls_t memory_calls; /* after memory_enter() */
+
+/** @return ATTN_ERR_UNSUPPORTED  the driver is too old to share memory between processes */
+attn_status_t memory_can_share(void);
 
 /** The context of a GPU, this thread's until memory_leave(); no call until then breaks off a
  * capture. @return ATTN_ERR_UNSUPPORTED, ATTN_ERR_INTERNAL */

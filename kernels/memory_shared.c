@@ -197,11 +197,17 @@ end(attn_copies_t *copies, uint64_t until_ns, attn_status_t status)
     return status != ATTN_OK ? status : ended;
 }
 
+uint64_t
+attn_shared_takes(uint64_t bytes)
+{
+    return attn_div_up(bytes, PIECE) * PIECE;
+}
+
 attn_status_t
 attn_shared_create(int gpu, uint64_t bytes, const void *card, uint64_t card_bytes,
                    attn_shared_t **shared_p)
 {
-    uint64_t whole = attn_div_up(bytes, PIECE) * PIECE;
+    uint64_t whole = attn_shared_takes(bytes);
     uint8_t words[CARD_MAX];
     attn_copies_t *copies;
     attn_status_t status;
@@ -303,6 +309,12 @@ attn_shared_map(int gpu, const uint8_t key[ATTN_SHARED_KEY], uint64_t bytes, con
     if (card_bytes > CARD_MAX || card_bytes > bytes) {
         return attn_fail(ATTN_ERR_INVALID, "%llu bytes of a GPU to map, with a card of %llu",
                          (unsigned long long)bytes, (unsigned long long)card_bytes);
+    }
+    if ((status = memory_can_share()) != ATTN_OK) {
+        return status;
+    }
+    if ((status = memory_can_share()) != ATTN_OK) {
+        return status;
     }
     free_left();
     attn_shared_t *shared = shared_new(gpu);
