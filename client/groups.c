@@ -15,6 +15,7 @@
 #define IDLE_NS (UINT64_C(10000) * ATTN_NS_PER_MS)    /* unused for so long it is closed */
 #define REFUSED_NS (UINT64_C(10000) * ATTN_NS_PER_MS) /* these workers are not asked meanwhile */
 #define MAKE_NS (UINT64_C(2000) * ATTN_NS_PER_MS)     /* for making one at most */
+#define SHARED_NS (5 * MAKE_NS)                       /* where ranks may take turns on a GPU */
 #define CLOSE_NS (UINT64_C(1000) * ATTN_NS_PER_MS)    /* for closing one */
 #define UNSUPPORTED_NS (60 * REFUSED_NS)              /* if they cannot, whatever else happens */
 #define REFUSALS 16u
@@ -322,7 +323,8 @@ static attn_status_t
 group_make(groups_t *groups, const group_wish_t *wish, group_t **group_p)
 {
     group_t *g           = calloc(1, sizeof(*g));
-    uint64_t deadline_ns = attn_min(wish->deadline_ns, attn_now_ns() + MAKE_NS);
+    uint64_t most_ns     = wish->shared ? SHARED_NS : MAKE_NS;
+    uint64_t deadline_ns = attn_min(wish->deadline_ns, attn_now_ns() + most_ns);
 
     if (g == NULL) {
         return attn_fail(ATTN_ERR_NO_MEMORY, "no memory for a group");
