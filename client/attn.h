@@ -87,8 +87,9 @@ typedef enum attn_gpu_way {
  * has the same bits in any case.
  */
 typedef enum attn_merging {
-    ATTN_MERGING_AUTO,   /**< where it costs least, step by step */
-    ATTN_MERGING_CLIENT, /**< in this process */
+    ATTN_MERGING_AUTO,   /**< where it costs least, step by step: among workers that are started
+                          with --groups, and have a GPU each. Not run on two GPUs yet */
+    ATTN_MERGING_CLIENT, /**< in this process: the default */
     ATTN_MERGING_GROUP,  /**< among the workers, also where they share a GPU and take turns on it;
                           attn_step_begin() fails, with the reason, where they cannot */
 } attn_merging_t;

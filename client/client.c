@@ -39,6 +39,7 @@ attn_client_options_init(attn_client_options_t *options)
         .timeout_ms      = 10000,
         .step_timeout_ms = 60000,
         .spin_us         = 50,
+        .merging         = ATTN_MERGING_CLIENT,
     };
 }
 

@@ -337,6 +337,13 @@ static const option_t worker_table[] = {
      .initial = "no",
      .help    = "Allow ucx-net beyond this machine, though what goes there is not encrypted, also "
                 "where certificates encrypt everything else."},
+    {.name = "groups",
+     .kind = OPTION_SWITCH,
+     OPTION_FIELD(worker_options_t, groups),
+     .initial = "no",
+     .help    = "Let clients make groups of this worker and others of its host, whose GPUs merge "
+                "partials among themselves. For tests: not run on two GPUs yet, and clients can hold "
+                "up the worker in it."},
     {.name = "check-store",
      .kind = OPTION_SWITCH,
      OPTION_FIELD(worker_options_t, check_store),

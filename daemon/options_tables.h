@@ -35,6 +35,7 @@ typedef struct worker_options {
     uint64_t ucx_memory, ucx_slab;       /**< bytes; ucx_memory 0: none, else ucx_slab or more */
     char ucx_net[OPTIONS_TEXT_MAX];      /**< devices; empty: no messages */
     bool ucx_net_plaintext;
+    bool groups;
     bool check_store;
     char metrics_listen[OPTIONS_TEXT_MAX]; /**< empty: no such port */
     uint32_t log_level;                    /**< attn_log_level_t */

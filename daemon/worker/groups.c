@@ -29,6 +29,16 @@ inbox_mac(worker_t *worker, const Attn__V1__Inbox *inbox, uint8_t mac[TICKET_MAC
     return gate_sign(&worker->gate, text, (size_t)n + ATTN_INBOX_HANDLE, mac);
 }
 
+static attn_status_t
+check_allowed(const worker_t *worker)
+{
+    return worker->options.groups
+               ? ATTN_OK
+               : attn_fail(ATTN_ERR_UNSUPPORTED,
+                           "worker %s is in no groups: it was started without --groups",
+                           worker->name);
+}
+
 attn_status_t
 worker_serve_open_group(const unary_call_t *u)
 {
@@ -49,12 +59,16 @@ worker_serve_open_group(const unary_call_t *u)
     if (inbox == NULL || handle == NULL || mac == NULL || host == NULL || device == NULL) {
         return ATTN_ERR_NO_MEMORY;
     }
+    attn_status_t status = check_allowed(worker);
+    if (status != ATTN_OK) {
+        return status;
+    }
     ucx_host(host);
     if (host[0] == '\0') {
         return attn_fail(ATTN_ERR_UNSUPPORTED,
                          "the kernel does not tell which host worker %s is on", worker->name);
     }
-    attn_status_t status = engine_group_open(worker->engine, &options, handle, device);
+    status = engine_group_open(worker->engine, &options, handle, device);
     if (status != ATTN_OK) {
         return status;
     }
@@ -115,8 +129,11 @@ worker_serve_connect_group(const unary_call_t *u)
     const Attn__V1__ConnectGroupRequest *r = u->request;
     worker_t *worker                       = u->service;
     uint8_t handles[ATTN_RANKS_MAX][ATTN_INBOX_HANDLE];
-    attn_status_t status = ATTN_OK;
+    attn_status_t status = check_allowed(worker);
 
+    if (status != ATTN_OK) {
+        return status;
+    }
     if (r->n_inboxes < 2 || r->n_inboxes > ATTN_RANKS_MAX) {
         return attn_fail(ATTN_ERR_INVALID, "%zu inboxes: 2 to %u", r->n_inboxes, ATTN_RANKS_MAX);
     }
@@ -144,11 +161,16 @@ worker_serve_prove_group(const unary_call_t *u)
     Attn__V1__ProveGroupReply *reply     = u->reply;
     double seconds[2]                    = {0};
 
+    attn_status_t status = check_allowed(worker);
+
+    if (status != ATTN_OK) {
+        return status;
+    }
     if (r->timeout_ms < 1 || r->timeout_ms > PROVE_MS_MAX) {
         return attn_fail(ATTN_ERR_INVALID, "timeout_ms is %u: 1 to %u", r->timeout_ms,
                          PROVE_MS_MAX);
     }
-    attn_status_t status =
+    status =
         engine_group_prove(worker->engine, r->group, attn_now_ns() + r->timeout_ms * ATTN_NS_PER_MS,
                            seconds, &reply->many);
     reply->few_seconds  = seconds[0];

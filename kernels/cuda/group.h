@@ -5,10 +5,10 @@
  *
  * CUDA IPC first, not NCCL: it needs no library at run time, no communicator and no promise about a
  * device-side ABI; a mapped pointer is all that the kernel wants. NCCL's windows would be another
- * way to the same pointers. Against it: memory of a process that is killed goes from under those
- * who have it mapped, and what they write there is an error of their context. A transport that
- * outlives that exports inboxes as descriptors (cuMemExportToShareableHandle), which count their
- * users; the kernel does not know the difference.
+ * way to the same pointers. On one GPU the driver keeps memory of a process that is killed until
+ * the last of those who have it mapped is gone; between two GPUs nobody has looked. If it is not so
+ * there, what survivors write to it is an error of their context, and inboxes are to be exported
+ * as descriptors (cuMemExportToShareableHandle); the kernel does not know the difference.
  *
  * Device pointers are uint64_t here, streams CUstream. One thread at a time, but for abort.
  */

@@ -280,6 +280,9 @@ worker_launch(test_cluster_t *cluster, uint32_t i)
     if (o->device_each) {
         snprintf(device + strlen(device), 8, ":%u", i);
     }
+    if (o->groups) {
+        argv[n++] = "--groups";
+    }
     if (o->check_store) {
         argv[n++] = "--check-store";
     }

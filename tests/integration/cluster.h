@@ -56,15 +56,16 @@ typedef struct cluster_options {
     uint32_t workers;
     const char *slab;     /**< of each; NULL: 32MiB */
     const char *device;   /**< of each; NULL: cpu */
+    bool groups;          /**< workers may be made groups */
     bool device_each;     /**< a number of its own is put behind it: cuda:0, cuda:1, ... */
     const char *lost_ms;  /**< NULL: CLUSTER_LOST_MS; with a heartbeat of 100 */
     const char *lease_ms; /**< NULL: 30000 */
     const char *drain_ms; /**< NULL: 5000 */
     const char *gpu_lend; /**< NULL: the daemon's default; likewise below */
     const char *ucx_slab;
-    const char *certs;    /**< folder of server.pem, server.key and ca.pem: mTLS; NULL: plaintext */
-    bool check_store;     /**< workers verify their stores all the time */
-    bool ucx_net;         /**< workers take messages of UCX's, over loopback */
+    const char *certs; /**< folder of server.pem, server.key and ca.pem: mTLS; NULL: plaintext */
+    bool check_store;  /**< workers verify their stores all the time */
+    bool ucx_net;      /**< workers take messages of UCX's, over loopback */
     /** Each worker has an IPC namespace of its own, which makes it another host's for shared
      * memory; then ucx_net is true, too. So with ATTN_TEST_APART in the environment. Where that is
      * not allowed the test is skipped. */

@@ -74,6 +74,7 @@ world_up(world_t *w, uint32_t workers, bool each, attn_merging_t merging)
     setenv("FAKE_CUDA_DEVICES", each ? "4" : "1", 1);
     cluster_up(&w->cluster, &(cluster_options_t){.workers     = workers,
                                                  .device      = each ? "cuda" : "cuda:0",
+                                                 .groups      = true,
                                                  .device_each = each});
     side_open(&w->alone, &w->cluster, ATTN_MERGING_CLIENT);
     side_open(&w->group, &w->cluster, merging);
@@ -325,13 +326,18 @@ test_the_choice(void **state)
         world_down(&w);
     }
 
-    cluster_up(&w.cluster, &(cluster_options_t){.workers = 2, .device = "cpu"});
-    side_open(&w.group, &w.cluster, ATTN_MERGING_GROUP);
-    seq = make_sequence(&w.group, 4 * CHUNK, 5);
-    assert_int_equal(ask(&w.group, &q, &b), ATTN_ERR_UNSUPPORTED);
-    assert_non_null(strstr(attn_last_error(), "merging is group, but there is none"));
-    side_close(&w.group);
-    cluster_down(&w.cluster);
+    /* Workers without GPUs, and those whose operator did not say that they may. */
+    for (uint32_t gpu = 0; gpu < 2; gpu++) {
+        cluster_up(&w.cluster, &(cluster_options_t){
+                                   .workers = 2, .device = gpu ? "cuda:0" : "cpu", .groups = !gpu});
+        side_open(&w.group, &w.cluster, ATTN_MERGING_GROUP);
+        seq = make_sequence(&w.group, 4 * CHUNK, 5);
+        assert_int_equal(ask(&w.group, &q, &b), ATTN_ERR_UNSUPPORTED);
+        assert_non_null(strstr(attn_last_error(), "merging is group, but there is none"));
+        assert_int_equal(strstr(attn_last_error(), "--groups") != NULL, gpu);
+        side_close(&w.group);
+        cluster_down(&w.cluster);
+    }
 }
 
 /* ---- several at once ---- */
