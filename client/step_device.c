@@ -197,9 +197,8 @@ step_may_map(const attn_step_t *step)
 void
 step_stages_free(attn_step_t *step)
 {
-    const share_t *share = &step->shares[0];
-
     if (step->way == WAY_MAPPED) {
+        const share_t *share = &step->shares[0];
         if (step->stages != NULL && attn_copies_wait(step->stages->copies, 0) != ATTN_OK) {
             share->link->ops->adrift(share->remote);
         }
