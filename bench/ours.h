@@ -22,6 +22,7 @@ typedef struct ours {
     attn_cache_t *cache;
     attn_seq_t seq;
     uint64_t length;
+    attn_memory_t memory; /* of q, k, v and o */
     void *q, *k, *v, *o;
     uint64_t q_bytes, kv_bytes; /* o has q_bytes, k and v have kv_bytes each */
 } ours_t;
@@ -31,6 +32,9 @@ void ours_open(ours_t *ours, const char *target, const shape_t *shape, uint32_t 
                const attn_client_options_t *options, uint32_t chunk, attn_placement_t placement);
 void ours_close(ours_t *ours);
 
+/** From now on tensors are in the memory of GPU 0. */
+void ours_on_gpu(ours_t *ours);
+
 /** From now on steps have so many rows, at most as many as it was opened with. */
 void ours_reshape(ours_t *ours, uint32_t rows);
 
@@ -39,6 +43,9 @@ void ours_append(ours_t *ours);
 
 /** A step of one run of the shape's rows for each layer. */
 attn_step_t *ours_begin(ours_t *ours);
+
+/** A step of one run, that is not kept. @return false: it failed, and why */
+bool ours_try(ours_t *ours, char why[256]);
 void ours_commit(ours_t *ours, attn_step_t *step);
 
 /** One layer; with `direct` as a unary call. @return nanoseconds of it that were computing */

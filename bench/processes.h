@@ -26,6 +26,22 @@ typedef struct cluster {
 void cluster_start(cluster_t *cluster, uint32_t n, uint32_t threads, uint32_t spin_us);
 void cluster_stop(cluster_t *cluster);
 
+/** What workers may be told; what is 0 or NULL is as cluster_start() has it. */
+typedef struct cluster_options {
+    uint32_t threads, spin_us;
+    uint32_t gpus; /**< worker i is on cuda:((gpu_first + i) modulo gpus); 0: on the CPU */
+    uint32_t gpu_first;
+    uint64_t slab;     /**< bytes of KV */
+    uint64_t ucx_slab; /**< bytes of shared memory for a client, and of a GPU's */
+    uint32_t clients;  /**< so many of which are lent at most */
+    bool groups;       /**< they may be made */
+    bool own_cores;    /**< worker i stays on core i, modulo those that there are */
+    bool apart;        /**< cluster_start_apart() */
+} cluster_options_t;
+
+/** The same. @return false: one did not come up, and has said why; all are stopped */
+bool cluster_start_with(cluster_t *cluster, uint32_t n, const cluster_options_t *options);
+
 /** The same, but each worker has an IPC namespace of its own, as if it were on another host, and
  * takes messages of UCX's over loopback. @return false: such namespaces are not allowed here */
 bool cluster_start_apart(cluster_t *cluster, uint32_t n, uint32_t threads, uint32_t spin_us);
