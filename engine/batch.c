@@ -439,6 +439,15 @@ mix(XXH3_state_t *hash, const void *bytes, size_t n)
     XXH3_64bits_update(hash, bytes, n);
 }
 
+static void
+mix_nodes(XXH3_state_t *hash, const attn_node_t *nodes, uint32_t n)
+{
+    for (uint32_t i = 0; i < n; i++) {
+        uint32_t node[] = {nodes[i].level, nodes[i].index};
+        mix(hash, node, sizeof(node));
+    }
+}
+
 uint64_t
 engine_batch_fingerprint(const engine_batch_t *batch)
 {
@@ -458,16 +467,21 @@ engine_batch_fingerprint(const engine_batch_t *batch)
                                 e->chunks[c].n_new, e->chunks[c].number};
             mix(&hash, chunk, sizeof(chunk));
         }
-        for (uint32_t k = 0; k < e->n_nodes; k++) {
-            uint32_t node[] = {e->nodes[k].level, e->nodes[k].index};
-            mix(&hash, node, sizeof(node));
-        }
+        mix_nodes(&hash, e->nodes, e->n_nodes);
         if (e->n_lists > 0) {
             mix(&hash, e->sparse_indptr, (e->n_lists + 1u) * sizeof(uint32_t));
             mix(&hash, e->sparse_pages, e->sparse_indptr[e->n_lists] * sizeof(uint32_t));
         }
         if (e->mask != NULL) {
             mix(&hash, e->mask, e->n_q * attn_mask_row_bytes(e->n_new));
+        }
+    }
+    for (uint32_t i = 0; i < batch->n_grouped; i++) {
+        const attn_group_entry_t *e = &batch->grouped[i];
+        mix(&hash, &e->n_q, sizeof(e->n_q));
+        mix(&hash, e->n_nodes, sizeof(e->n_nodes));
+        for (uint32_t r = 0; r < ATTN_RANKS_MAX; r++) {
+            mix_nodes(&hash, e->nodes[r], e->n_nodes[r]);
         }
     }
     return XXH3_64bits_digest(&hash);
