@@ -499,7 +499,9 @@ ATTN_API attn_status_t attn_step_begin(attn_cache_t *cache, const attn_batch_t *
  * attn_client_links() counts both.
  *
  * After the first six below the step is as it was, and the layer may be run again; after any
- * other the step is over, and attn_step_abort() frees it.
+ * other the step is over, and attn_step_abort() frees it. Where its workers merge among themselves
+ * (attn_merging_t) they wait for one another: a run that one of them fails ends the step, whatever
+ * it says, and a full queue is ATTN_ERR_ABORTED: begin anew.
  *
  * @return ATTN_ERR_INVALID     a tensor, the layer; the sentence names field and limit
  * @return ATTN_ERR_BUSY        a submitted run of the step is outstanding

@@ -102,14 +102,22 @@ step_rank_failed(share_t *share, attn_status_t status, const char *sentence)
 
     pthread_mutex_lock(&step->lock);
     note_failure(share, status, sentence);
+    step->rank_failed  = true;
+    share->outstanding = false; /* it has answered */
     pthread_mutex_unlock(&step->lock);
+    step_cancel_ranks(step);
+}
+
+void
+step_cancel_ranks(attn_step_t *step)
+{
     for (uint32_t s = 0; s < step->n_shares; s++) {
-        share_t *other = &step->shares[s];
+        share_t *share = &step->shares[s];
         pthread_mutex_lock(&step->lock);
-        link_step_t *remote = other != share && other->outstanding ? other->remote : NULL;
+        bool waits = step->rank_failed && share->ranked && share->outstanding;
         pthread_mutex_unlock(&step->lock);
-        if (remote != NULL) {
-            other->link->ops->cancel(remote);
+        if (waits) {
+            share->link->ops->cancel(share->remote);
         }
     }
 }

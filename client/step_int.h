@@ -82,6 +82,7 @@ struct attn_step {
     bool dead;            /* a share failed for good */
     group_t *group;       /* NULL: what comes as partials is merged here */
     bool group_whole;     /* it is fit for the next step */
+    bool rank_failed;     /* a rank's run did, and the others' were cancelled; under lock */
     uint32_t n_grouped;   /* entries that it merges */
     attn_group_entry_t *grouped;
     uint64_t *grouped_rows; /* the first query row of each in the batch */
@@ -139,9 +140,12 @@ void step_share_start(share_t *share);
 void step_share_done(void *share, attn_status_t status, const char *sentence); /* a link_done_fn */
 void step_call_started(attn_step_t *step);
 
-/** A rank's run failed for good: before it is done. The others', which wait for it, are cancelled.
- */
+/** A rank's run failed: before it is done. The others', which wait for it, are cancelled: who
+ * cannot tell whether it failed before its exchange must not have them wait. That ends the step. */
 void step_rank_failed(share_t *share, attn_status_t status, const char *sentence);
+
+/** The same for those that were not asked yet when a rank failed: when all are. */
+void step_cancel_ranks(attn_step_t *step);
 
 /** Does a step go on after a run that failed so? Wrong arguments leave it as it was. */
 bool step_survives(attn_status_t status);

@@ -225,7 +225,7 @@ run_done(void *arg, attn_status_t status, const char *sentence)
         way_meter_run(&share->link->meter, share->run_bytes,
                       took > share->compute_ns ? took - share->compute_ns : 0, now);
     }
-    if (status != ATTN_OK && share->ranked && !step_survives(status)) {
+    if (status != ATTN_OK && share->ranked && share->step->o != NULL) {
         step_rank_failed(share, status, sentence);
     }
     step_share_done(share, status, sentence);
@@ -296,7 +296,10 @@ run_merge(attn_step_t *step)
         return status;
     }
     /* Wrong arguments leave the step as it was; anything else ended it at some worker. */
-    step->dead = !step_survives(status);
+    step->dead = step->rank_failed || !step_survives(status);
+    if (step->rank_failed && status == ATTN_ERR_EXHAUSTED) { /* there is no layer to try again */
+        status = ATTN_ERR_ABORTED;
+    }
     return status;
 }
 
@@ -411,6 +414,7 @@ run_go(attn_step_t *step, const packed_run_t *p, const attn_lists_t *lists)
         step->shares[s].compute_ns = 0; /* unless something of this layer is this worker's */
         share_run(&step->shares[s], p->q, p->k, p->v, lists);
     }
+    step_cancel_ranks(step);
     step_call_started(step);
 }
 
