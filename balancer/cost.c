@@ -8,6 +8,11 @@
  *     link       = (q, k, v and the answers of all workers) / bandwidth
  *     merge      = bytes of partials / merge_bandwidth
  *
+ * Where workers merge among themselves the answers are o, each row's by one of them, and
+ *
+ *     merge      = seconds + others * peer_seconds
+ *                  + bytes of partials that leave the worker that has most / bandwidth
+ *
  * Memory is read while what was read before is computed with, so the longer of the two counts.
  * flops is that of requests with few or with many packed rows (rows * q_heads / kv_heads). A row of
  * several sees on average half of the step's rows less than all. A partial is a float per element
@@ -149,38 +154,95 @@ sizes_of(const cost_batch_t *batch)
                      .partial = heads * (g->head_dim_v + 2.0) * sizeof(float)};
 }
 
-cost_seconds_t
-cost_layer(const cost_batch_t *batch, const cost_part_t *parts, uint32_t n_parts,
-           double merge_bandwidth, const cost_link_t *front)
+/* Seconds in which ranks exchange partials, with so many bytes of them on the one that has most. */
+static double
+exchange_seconds(const cost_exchange_t *exchange, uint32_t ranks, double bytes)
+{
+    double others = (double)ranks - 1;
+
+    return exchange->seconds + others * exchange->peer_seconds +
+           bytes * others / ranks / exchange->bandwidth;
+}
+
+/* Workers that have partials. */
+static uint32_t
+count_ranks(const cost_part_t *parts, uint32_t n_parts)
+{
+    uint32_t ranks = 0;
+
+    for (uint32_t i = 0; i < n_parts; i++) {
+        ranks += parts[i].nodes > 0 ? parts[i].count : 0;
+    }
+    return ranks;
+}
+
+/* A layer but for its merge, and the bytes of partials: of all workers, and of the one that has
+ * most. ranks: of workers that each answer with O of a share of the rows; 0: with partials. */
+static cost_seconds_t
+layer(const cost_batch_t *batch, const cost_part_t *parts, uint32_t n_parts, uint32_t ranks,
+      double *all, double *most)
 {
     sizes_t bytes    = sizes_of(batch);
     cost_seconds_t s = {.total = -1};
-    double hop = 0, sends = 0, link = 0, merged = 0, last_send = 0, kv = 0;
+    double hop = 0, sends = 0, link = 0, last_send = 0, kv = 0;
 
-    assert(n_parts > 0 && merge_bandwidth > 0);
+    assert(n_parts > 0);
+    *all = *most = 0;
     for (uint32_t i = 0; i < n_parts; i++) {
         const cost_part_t *p  = &parts[i];
         cost_seconds_t attend = cost_attend(batch, p);
         double partials       = (double)p->nodes * bytes.partial * p->sequences;
-        double answer         = p->nodes > 0 ? partials : bytes.o * p->sequences;
+        double answer         = p->nodes == 0 ? bytes.o * p->sequences
+                                : ranks > 0   ? bytes.o * p->sequences / ranks
+                                              : partials;
 
         assert(p->count > 0 && p->link.bandwidth > 0);
         s = attend.total > s.total ? attend : s;
         link += p->count * (bytes.q * p->sequences + answer) / p->link.bandwidth;
-        merged += p->count * partials;
         sends += p->count * p->link.send_seconds;
+        *all += p->count * partials;
+        *most     = partials > *most ? partials : *most;
         hop       = p->link.hop_seconds > hop ? p->link.hop_seconds : hop;
         last_send = p->link.send_seconds > last_send ? p->link.send_seconds : last_send;
         kv        = bytes.kv * batch->sequences / p->link.bandwidth;
     }
-    s.hop   = hop + 2 * (sends - last_send);
-    s.link  = link + kv;
-    s.merge = merged / merge_bandwidth;
+    s.hop  = hop + 2 * (sends - last_send);
+    s.link = link + kv;
+    s.total += s.hop + s.link;
+    return s;
+}
+
+cost_seconds_t
+cost_layer(const cost_batch_t *batch, const cost_part_t *parts, uint32_t n_parts,
+           double merge_bandwidth, const cost_link_t *front)
+{
+    double all, most;
+    cost_seconds_t s = layer(batch, parts, n_parts, 0, &all, &most);
+
+    assert(merge_bandwidth > 0);
+    s.merge = all / merge_bandwidth;
+    s.total += s.merge;
     if (front != NULL) {
+        sizes_t bytes = sizes_of(batch);
+        double way    = batch->sequences * (bytes.q + bytes.kv + bytes.o) / front->bandwidth;
         s.hop += front->hop_seconds;
-        s.link += batch->sequences * (bytes.q + bytes.kv + bytes.o) / front->bandwidth;
+        s.link += way;
+        s.total += front->hop_seconds + way;
     }
-    s.total += s.hop + s.link + s.merge;
+    return s;
+}
+
+cost_seconds_t
+cost_layer_group(const cost_batch_t *batch, const cost_part_t *parts, uint32_t n_parts,
+                 const cost_exchange_t *exchange)
+{
+    uint32_t ranks = count_ranks(parts, n_parts);
+    double all, most;
+    cost_seconds_t s = layer(batch, parts, n_parts, ranks, &all, &most);
+
+    assert(ranks > 1 && exchange->bandwidth > 0);
+    s.merge = exchange_seconds(exchange, ranks, most);
+    s.total += s.merge;
     return s;
 }
 
@@ -254,38 +316,45 @@ cost_layout_spread(const cost_constants_t *constants, const cost_batch_t *batch,
 /* ---- the choice ---- */
 
 static void
-place_at(const cost_constants_t *constants, const cost_link_t *front, const cost_batch_t *batch,
-         cost_place_t place, const cost_layout_t *layout, cost_choice_t *choice)
+place_at(cost_place_t place, const cost_layout_t *layout, cost_seconds_t seconds,
+         cost_choice_t *choice)
 {
     choice->available[place] = true;
     choice->workers[place]   = layout->workers;
-    choice->seconds[place] =
-        cost_layer(batch, layout->parts, layout->n_parts, constants->merge_bandwidth, front);
-    if (choice->best == COST_PLACES ||
-        choice->seconds[place].total < choice->seconds[choice->best].total) {
+    choice->seconds[place]   = seconds;
+    if (choice->best == COST_PLACES || seconds.total < choice->seconds[choice->best].total) {
         choice->best = place;
     }
 }
 
 void
-cost_choose(const cost_constants_t *constants, const cost_link_t *front, const cost_batch_t *batch,
-            uint32_t workers, cost_choice_t *choice)
+cost_choose(const cost_constants_t *constants, const cost_link_t *front,
+            const cost_exchange_t *exchange, const cost_batch_t *batch, uint32_t workers,
+            cost_choice_t *choice)
 {
-    cost_layout_t whole, spread;
+    double merges = constants->merge_bandwidth;
+    cost_layout_t whole, spread, *for_front = &whole;
 
     *choice = (cost_choice_t){.best = COST_PLACES};
     if (workers == 0) {
         return;
     }
     cost_layout_whole(constants, batch, workers, &whole);
-    place_at(constants, NULL, batch, COST_LOCAL, &whole, choice);
+    place_at(COST_LOCAL, &whole, cost_layer(batch, whole.parts, whole.n_parts, merges, NULL),
+             choice);
     cost_layout_spread(constants, batch, workers, &spread);
     if (spread.workers > 1) {
-        place_at(constants, NULL, batch, COST_CLIENT, &spread, choice);
+        place_at(COST_CLIENT, &spread,
+                 cost_layer(batch, spread.parts, spread.n_parts, merges, NULL), choice);
+        for_front = choice->best == COST_CLIENT ? &spread : &whole;
+    }
+    if (spread.workers > 1 && exchange != NULL) {
+        place_at(COST_GROUP, &spread,
+                 cost_layer_group(batch, spread.parts, spread.n_parts, exchange), choice);
     }
     if (front != NULL) {
-        place_at(constants, front, batch, COST_COORDINATOR,
-                 choice->best == COST_LOCAL ? &whole : &spread, choice);
+        place_at(COST_COORDINATOR, for_front,
+                 cost_layer(batch, for_front->parts, for_front->n_parts, merges, front), choice);
     }
 }
 
@@ -348,7 +417,38 @@ cost_break_even_tokens(const cost_constants_t *constants, const attn_geometry_t 
 void
 cost_exchange_init(cost_exchange_t *exchange)
 {
-    *exchange = (cost_exchange_t){.seconds = 30e-6, .bandwidth = 10e9};
+    *exchange = (cost_exchange_t){.seconds = 30e-6, .peer_seconds = 1e-6, .bandwidth = 10e9};
+}
+
+#define AT_LEAST 1e-9 /* seconds: what a clock would not show */
+
+void
+cost_exchange_measured(const cost_proof_t *proof, cost_exchange_t *exchange)
+{
+    double others = (double)proof->ranks - 1;
+    double bytes  = ((double)proof->many - proof->few) * (8.0 + 4.0 * proof->head_dim_v) * others /
+                   proof->ranks;
+    double took = proof->many_seconds - proof->few_seconds;
+
+    cost_exchange_init(exchange);
+    exchange->seconds   = proof->few_seconds - others * exchange->peer_seconds;
+    exchange->seconds   = exchange->seconds > AT_LEAST ? exchange->seconds : AT_LEAST;
+    exchange->bandwidth = took > AT_LEAST ? bytes / took : exchange->bandwidth;
+}
+
+void
+cost_exchange_slowest(cost_exchange_t *into, const cost_exchange_t *other)
+{
+    if (!(other->seconds > 0)) {
+        return;
+    }
+    if (other->seconds > into->seconds) {
+        into->seconds = other->seconds;
+    }
+    if (other->peer_seconds > into->peer_seconds) {
+        into->peer_seconds = other->peer_seconds;
+    }
+    into->bandwidth = lower_rate(into->bandwidth, other->bandwidth);
 }
 
 static double
@@ -367,8 +467,18 @@ double
 cost_merge_group(const cost_link_t *link, const cost_exchange_t *exchange,
                  const cost_merge_t *merge)
 {
-    double o    = (double)merge->rows * merge->head_dim_v * merge->o_size;
-    double away = states_bytes(merge) * (merge->workers - 1) / merge->workers;
+    double o = (double)merge->rows * merge->head_dim_v * merge->o_size;
 
-    return exchange->seconds + away / merge->workers / exchange->bandwidth + o / link->bandwidth;
+    return exchange_seconds(exchange, merge->workers, states_bytes(merge) / merge->workers) +
+           o / link->bandwidth;
+}
+
+cost_place_t
+cost_merge_place(const cost_constants_t *constants, const cost_exchange_t *exchange,
+                 const cost_merge_t *merge)
+{
+    return cost_merge_group(&constants->link, exchange, merge) <
+                   cost_merge_client(&constants->link, constants->merge_bandwidth, merge)
+               ? COST_GROUP
+               : COST_CLIENT;
 }

@@ -88,12 +88,27 @@ typedef struct cost_merge {
 
 /** How GPUs of one host exchange partials, and merge them. */
 typedef struct cost_exchange {
-    double seconds;   /**< of next to nothing; above 0 */
-    double bandwidth; /**< bytes/s of partials from each to the others; above 0 */
+    double seconds;      /**< of nothing, with nobody: a launch beside attention's; above 0 */
+    double peer_seconds; /**< more for each other rank */
+    double bandwidth;    /**< bytes/s of partials, from each to the others; above 0 */
 } cost_exchange_t;
 
-/** What is assumed until something was measured: PCIe, and a launch beside attention's. */
+/** What is assumed until something was measured: PCIe. */
 void cost_exchange_init(cost_exchange_t *exchange);
+
+/** How long exchanges of a group took, of few rows and of many: of each, every rank has a state. */
+typedef struct cost_proof {
+    uint32_t ranks, head_dim_v;
+    uint32_t few, many; /**< rows; few < many */
+    double few_seconds, many_seconds;
+} cost_proof_t;
+
+/** What a proof tells. A peer's share of it is as assumed, for that takes groups of several sizes;
+ * so is the bandwidth where many rows took no longer than few. */
+void cost_exchange_measured(const cost_proof_t *proof, cost_exchange_t *exchange);
+
+/** The slower of both in everything; one whose seconds are 0 is not known. */
+void cost_exchange_slowest(cost_exchange_t *into, const cost_exchange_t *other);
 
 /** What comes behind attention, but for the hop, which is the same: partials to the client and
  * their merge there; or the exchange, and O to the client. Seconds. */
@@ -114,6 +129,10 @@ cost_seconds_t cost_attend(const cost_batch_t *batch, const cost_part_t *part);
  */
 cost_seconds_t cost_layer(const cost_batch_t *batch, const cost_part_t *parts, uint32_t n_parts,
                           double merge_bandwidth, const cost_link_t *front);
+
+/** The same, merged by those of the parts that have partials, of which there are two at least. */
+cost_seconds_t cost_layer_group(const cost_batch_t *batch, const cost_part_t *parts,
+                                uint32_t n_parts, const cost_exchange_t *exchange);
 
 /** A sequence is whole, or spread, over workers that are as the constants say. */
 typedef struct cost_layout {
@@ -137,7 +156,7 @@ void cost_layout_spread(const cost_constants_t *constants, const cost_batch_t *b
 /** Where partial answers are put together. */
 typedef enum cost_place {
     COST_LOCAL,       /**< nowhere: each sequence is whole on one worker */
-    COST_GROUP,       /**< among workers that share a host: cost_merge_group(), where they lie so */
+    COST_GROUP,       /**< among workers that share a host */
     COST_CLIENT,      /**< in libattn */
     COST_COORDINATOR, /**< in the coordinator, for a thin client; or nowhere, if that is cheaper */
     COST_PLACES,
@@ -154,10 +173,17 @@ typedef struct cost_choice {
  * What each place would cost, where `workers` workers have a region of the cache.
  * With less than two workers, or one chunk, nothing can be spread, and with none nothing is
  * available.
- * @param front  a thin client's way to the coordinator; NULL: there is none
+ * @param front     a thin client's way to the coordinator; NULL: there is none
+ * @param exchange  of these workers; NULL: they do not merge among themselves
  */
 void cost_choose(const cost_constants_t *constants, const cost_link_t *front,
-                 const cost_batch_t *batch, uint32_t workers, cost_choice_t *choice);
+                 const cost_exchange_t *exchange, const cost_batch_t *batch, uint32_t workers,
+                 cost_choice_t *choice);
+
+/** Of workers that may be a group, which is cheaper: COST_GROUP or COST_CLIENT? Of partials that
+ * are where they are, of any entries of a step. */
+cost_place_t cost_merge_place(const cost_constants_t *constants, const cost_exchange_t *exchange,
+                              const cost_merge_t *merge);
 
 /**
  * Tokens above which a decode step (one row) of one sequence is faster with it spread

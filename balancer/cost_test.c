@@ -36,6 +36,8 @@ static const cost_constants_t plain = {
     .merge_bandwidth = 1e9,
 };
 
+static const cost_exchange_t wide = {.seconds = 2e-5, .peer_seconds = 1e-6, .bandwidth = 1e10};
+
 static const cost_link_t front = {.hop_seconds = 2e-3, .send_seconds = 5e-4, .bandwidth = 1e7};
 
 static void
@@ -170,6 +172,22 @@ test_three_workers_answer_with_partials(void **state)
     assert_near(s.total, s.attend + s.read + s.hop + s.link + s.merge);
 }
 
+/* Each of three answers with a third of O, and the exchange waits for the one that sends most. */
+static void
+test_three_workers_merge_among_themselves(void **state)
+{
+    cost_batch_t batch   = batch_of(5000, 1, 1);
+    cost_part_t parts[2] = {part_of(2000, 1, 2), part_of(1000, 2, 1)};
+    (void)state;
+    batch.new_rows   = 1;
+    cost_seconds_t s = cost_layer_group(&batch, parts, 2, &wide);
+    cost_seconds_t c = cost_layer(&batch, parts, 2, 1e9, NULL);
+    assert_true(s.read == c.read && s.attend == c.attend && s.hop == c.hop);
+    assert_near(s.link, (3 * Q + O + KV) / 1e8);
+    assert_near(s.merge, 2e-5 + 2 * 1e-6 + 2 * PARTIAL * 2 / 3 / 1e10);
+    assert_near(s.total, s.attend + s.read + s.hop + s.link + s.merge);
+}
+
 static void
 test_a_slow_worker_or_link_is_what_is_waited_for(void **state)
 {
@@ -273,18 +291,23 @@ random_constants(void)
 static void
 test_the_choice_is_the_cheapest(void **state)
 {
-    uint32_t locals = 0, clients = 0;
+    uint32_t locals = 0, clients = 0, groups = 0;
     (void)state;
     for (int i = 0; i < 20000; i++) {
         cost_constants_t constants = random_constants();
         cost_batch_t batch = batch_of((uint64_t)random_in(1, 1e9), (uint32_t)random_in(1, 1e4),
                                       (uint32_t)random_in(1, 300));
         uint32_t workers   = (uint32_t)random_in(1, 200);
+        cost_exchange_t exchange = {.seconds      = random_in(1e-6, 1e-2),
+                                    .peer_seconds = random_in(1e-7, 1e-4),
+                                    .bandwidth    = random_in(1e8, 1e12)};
         cost_choice_t choice;
-        cost_choose(&constants, &front, &batch, workers, &choice);
+        bool spread = workers > 1 && batch.tokens > 2048, may = i % 2 != 0;
+        cost_choose(&constants, &front, may ? &exchange : NULL, &batch, workers, &choice);
         assert_true(choice.best < COST_PLACES && choice.available[choice.best]);
-        assert_true(choice.available[COST_LOCAL] && !choice.available[COST_GROUP]);
-        assert_int_equal(choice.available[COST_CLIENT], workers > 1 && batch.tokens > 2048);
+        assert_true(choice.available[COST_LOCAL]);
+        assert_int_equal(choice.available[COST_CLIENT], spread);
+        assert_int_equal(choice.available[COST_GROUP], spread && may);
         for (cost_place_t p = COST_LOCAL; p < COST_PLACES; p++) {
             const cost_seconds_t *s = &choice.seconds[p];
             if (choice.available[p]) {
@@ -294,13 +317,19 @@ test_the_choice_is_the_cheapest(void **state)
             }
         }
         assert_true(choice.available[COST_COORDINATOR] && choice.best != COST_COORDINATOR);
-        assert_int_equal(choice.workers[COST_COORDINATOR], choice.workers[choice.best]);
+        /* Who is asked by thin clients merges by itself, whatever workers could. */
+        cost_place_t theirs =
+            spread && choice.seconds[COST_CLIENT].total < choice.seconds[COST_LOCAL].total
+                ? COST_CLIENT
+                : COST_LOCAL;
+        assert_int_equal(choice.workers[COST_COORDINATOR], choice.workers[theirs]);
         assert_near(choice.seconds[COST_COORDINATOR].hop,
-                    choice.seconds[choice.best].hop + front.hop_seconds);
+                    choice.seconds[theirs].hop + front.hop_seconds);
         locals += choice.best == COST_LOCAL;
         clients += choice.best == COST_CLIENT;
+        groups += choice.best == COST_GROUP;
     }
-    assert_true(locals > 1000 && clients > 1000); /* both sorts were there */
+    assert_true(locals > 1000 && clients > 1000 && groups > 1000); /* all sorts were there */
 }
 
 static void
@@ -309,12 +338,12 @@ test_without_workers_nothing_is_available(void **state)
     cost_batch_t batch = batch_of(1 << 20, 1, 1);
     cost_choice_t choice;
     (void)state;
-    cost_choose(&plain, &front, &batch, 0, &choice);
+    cost_choose(&plain, &front, NULL, &batch, 0, &choice);
     assert_int_equal(choice.best, COST_PLACES);
     for (cost_place_t p = COST_LOCAL; p < COST_PLACES; p++) {
         assert_false(choice.available[p]);
     }
-    cost_choose(&plain, NULL, &batch, 1, &choice);
+    cost_choose(&plain, NULL, NULL, &batch, 1, &choice);
     assert_int_equal(choice.best, COST_LOCAL);
     assert_false(choice.available[COST_CLIENT] || choice.available[COST_COORDINATOR]);
 }
@@ -325,7 +354,7 @@ total_of(const cost_constants_t *constants, const cost_batch_t *batch, uint32_t 
 {
     cost_choice_t choice;
 
-    cost_choose(constants, &front, batch, workers, &choice);
+    cost_choose(constants, &front, NULL, batch, workers, &choice);
     assert_true(choice.available[place]);
     return choice.seconds[place].total;
 }
@@ -381,7 +410,7 @@ test_huge_numbers_stay_numbers(void **state)
     cost_choice_t choice;
     (void)state;
     for (int i = 0; i < 2; i++) {
-        cost_choose(i == 0 ? &plain : &slow, &front, &batch, UINT32_MAX, &choice);
+        cost_choose(i == 0 ? &plain : &slow, &front, &wide, &batch, UINT32_MAX, &choice);
         assert_int_equal(choice.workers[COST_CLIENT], 64);
         for (cost_place_t p = COST_LOCAL; p < COST_PLACES; p++) {
             assert_true(!choice.available[p] || choice.seconds[p].total > 0);
@@ -398,7 +427,7 @@ spread_pays(const cost_constants_t *constants, uint64_t chunks, uint32_t workers
     cost_batch_t batch = batch_of(chunks * geometry.chunk_size, 1, 1);
     cost_choice_t choice;
 
-    cost_choose(constants, &front, &batch, workers, &choice);
+    cost_choose(constants, &front, NULL, &batch, workers, &choice);
     return choice.best == COST_CLIENT;
 }
 
@@ -468,7 +497,7 @@ static void
 test_who_merges(void **state)
 {
     const cost_link_t link         = {.hop_seconds = 1, .bandwidth = 1000};
-    const cost_exchange_t exchange = {.seconds = 0.5, .bandwidth = 100};
+    const cost_exchange_t exchange = {.seconds = 0.2, .peer_seconds = 0.1, .bandwidth = 100};
     /* 10 rows of 4 columns, 24 bytes a state, on 4 workers. */
     const cost_merge_t merge = {
         .workers = 4, .rows = 10, .states = 40, .head_dim_v = 4, .o_size = 2};
@@ -478,6 +507,40 @@ test_who_merges(void **state)
     /* Three quarters of the states go to another worker, each sending a quarter of those. */
     assert_near(cost_merge_group(&link, &exchange, &merge),
                 0.5 + 960 * 0.75 / 4 / 100 + 10 * 4 * 2 / 1000.0);
+
+    cost_constants_t constants = {.link = link, .merge_bandwidth = 480};
+    cost_exchange_t slow       = exchange;
+    assert_int_equal(cost_merge_place(&constants, &exchange, &merge), COST_GROUP); /* 2.38, 2.96 */
+    slow.seconds += 0.59;
+    assert_int_equal(cost_merge_place(&constants, &slow, &merge), COST_CLIENT);
+}
+
+/* What is measured by a group prices a layer of that size as it was measured. */
+static void
+test_what_a_proof_tells(void **state)
+{
+    cost_proof_t proof = {.ranks        = 4,
+                          .head_dim_v   = 4,
+                          .few          = 10,
+                          .many         = 110,
+                          .few_seconds  = 1e-4,
+                          .many_seconds = 3e-4};
+    cost_exchange_t exchange, slowest = {0}, assumed;
+    (void)state;
+    cost_exchange_init(&assumed);
+    cost_exchange_measured(&proof, &exchange);
+    assert_near(exchange.seconds + 3 * exchange.peer_seconds, 1e-4);
+    assert_near(exchange.bandwidth, 100 * 24 * 0.75 / 2e-4);
+    /* Where many rows took no longer, nothing is known of bytes. */
+    proof.few_seconds = proof.many_seconds = 0;
+    cost_exchange_t odd;
+    cost_exchange_measured(&proof, &odd);
+    assert_true(odd.seconds > 0 && odd.bandwidth == assumed.bandwidth);
+    cost_exchange_slowest(&slowest, &odd);
+    cost_exchange_slowest(&slowest, &exchange);
+    cost_exchange_slowest(&slowest, &(cost_exchange_t){0});
+    assert_true(slowest.seconds == exchange.seconds && slowest.bandwidth == exchange.bandwidth);
+    assert_true(slowest.peer_seconds == assumed.peer_seconds);
 }
 
 int
@@ -492,6 +555,7 @@ main(void)
         cmocka_unit_test(test_the_slowest_of_each),
         cmocka_unit_test(test_one_worker_answers_with_o),
         cmocka_unit_test(test_three_workers_answer_with_partials),
+        cmocka_unit_test(test_three_workers_merge_among_themselves),
         cmocka_unit_test(test_a_slow_worker_or_link_is_what_is_waited_for),
         cmocka_unit_test(test_a_thin_client_pays_its_way_to_the_coordinator),
         cmocka_unit_test(test_whole_sequences_are_dealt_out),
@@ -505,6 +569,7 @@ main(void)
         cmocka_unit_test(test_more_workers_than_lanes_change_nothing),
         cmocka_unit_test(test_one_worker_never_spreads),
         cmocka_unit_test(test_who_merges),
+        cmocka_unit_test(test_what_a_proof_tells),
     };
     return cmocka_run_group_tests_name("balancer.cost", tests, NULL, NULL);
 }

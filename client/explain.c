@@ -276,7 +276,7 @@ price_coordinator(explainer_t *x, uint32_t way)
     constants.link    = link_of(&x->out->ways[way]);
     cost_link_t front = constants.link;
     front.hop_seconds = x->front_seconds;
-    cost_choose(&constants, &front, &x->batch, x->out->workers, &choice);
+    cost_choose(&constants, &front, NULL, &x->batch, x->out->workers, &choice);
     attn_cost_t *cost = add_cost(x, ATTN_MERGE_COORDINATOR, way, choice.workers[COST_COORDINATOR],
                                  there ? &choice.seconds[COST_COORDINATOR] : NULL);
     snprintf(cost->reason, sizeof(cost->reason), "%s",
@@ -294,7 +294,7 @@ price(explainer_t *x, uint32_t way)
     uint32_t n = x->split != NULL ? owners(x->split) : 0;
 
     constants.link = link_of(&x->out->ways[way]);
-    cost_choose(&constants, NULL, &x->batch, x->out->workers, &choice);
+    cost_choose(&constants, NULL, NULL, &x->batch, x->out->workers, &choice);
     bool spread = n > 0 ? n > 1 : would_spread(x, &x->out->ways[way], reason);
     bool real   = n > 0 && as_it_lies(x, &constants, &lies);
     if (n > 0) {
