@@ -33,6 +33,7 @@
 #define ATTN_DIRECTORY_H
 
 #include "balancer/cost.h"
+#include "kernels/groups.h"
 #include "kvstore/sequence.h"
 
 #define DIR_WORKERS_MAX 1024u
@@ -77,6 +78,12 @@ uint64_t directory_epoch(const directory_t *directory);
 
 /* ---- workers ---- */
 
+/** Where a worker may be a rank of groups that merge partials; empty: it is in none. */
+typedef struct dir_place {
+    char host[96];
+    char device[ATTN_GROUP_DEVICE]; /**< its GPU's address there */
+} dir_place_t;
+
 typedef struct dir_worker {
     uint32_t id; /**< 1, 2, ...; never used twice */
     bool alive;
@@ -88,6 +95,7 @@ typedef struct dir_worker {
     cost_link_t link;    /**< directory_worker_link() */
     char device[96];
     uint64_t device_bytes;
+    dir_place_t place;
     uint64_t seen_ns;
     /* As last told by heartbeat: */
     uint64_t region_bytes, used_bytes, chunks, open_steps, runs, kv_bytes;

@@ -118,6 +118,7 @@ test_heartbeats_keep_a_worker_alive(void **state)
                             .groups       = 13,
                             .gpu_runs     = 12,
                             .ucx_ways     = "shm net",
+                            .place        = {"host", "device"},
                             .slab_bytes   = 7};
     (void)state;
     fixture_open(&f, 0);
@@ -139,6 +140,7 @@ test_heartbeats_keep_a_worker_alive(void **state)
     assert_int_equal(worker->groups, 13);
     assert_string_equal(worker->ucx_ways, "shm net");
     assert_int_equal(worker->slab_bytes, 1 << 20); /* told by hello alone */
+    assert_string_equal(worker->place.host, "");
 
     directory_tick(f.directory, f.now_ns + 2 * SECOND - 1);
     assert_true(directory_worker(f.directory, other)->alive);

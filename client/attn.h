@@ -165,6 +165,9 @@ typedef struct attn_worker_info {
     char ucx_ways[32];     /**< how: "shm" (shared memory of its host), and "net" or, once a client
                               came by it, the transport that UCX chose: "tcp", "rc_mlx5", ... */
     uint32_t groups;       /**< that its GPU is in: attn_merging_t */
+    char group_host[96];   /**< where it may be in some: they are of workers of one host; empty: it
+                              has no GPU for that, or was started without --groups */
+    char group_device[32]; /**< its GPU there */
     uint32_t gpu_clients;  /**< that have memory of its GPU for tensors of theirs ... */
     uint64_t gpu_runs;     /**< ... and of ucx_runs, layers asked so: from GPU to GPU */
     /* Constants of the cost model, as measured at its start; 0: not known. */

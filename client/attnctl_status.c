@@ -123,6 +123,8 @@ worker_json(const attn_worker_info_t *w, rates_t rates)
     attnctl_json_u64(object, "ucx_runs", w->ucx_runs);
     attnctl_json_u64(object, "gpu_clients", w->gpu_clients);
     attnctl_json_u64(object, "groups", w->groups);
+    cJSON_AddStringToObject(object, "group_host", w->group_host);
+    cJSON_AddStringToObject(object, "group_device", w->group_device);
     attnctl_json_u64(object, "gpu_runs", w->gpu_runs);
     cJSON_AddStringToObject(object, "ucx_ways", w->ucx_ways);
     cJSON_AddBoolToObject(object, "leaving", w->leaving);

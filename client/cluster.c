@@ -117,6 +117,18 @@ cluster_worker_address(cluster_t *cluster, uint32_t worker, char address[64], bo
 }
 
 attn_status_t
+cluster_worker_place(cluster_t *cluster, uint32_t worker, dir_place_t *place)
+{
+    pthread_mutex_lock(&cluster->lock);
+    const dir_worker_t *w = directory_worker(cluster->directory, worker);
+    if (w != NULL) {
+        *place = w->place;
+    }
+    pthread_mutex_unlock(&cluster->lock);
+    return w != NULL ? ATTN_OK : attn_fail(ATTN_ERR_NOT_FOUND, "no worker %u", worker);
+}
+
+attn_status_t
 cluster_link(cluster_t *cluster, uint32_t worker, link_t **link_p)
 {
     char address[64];
@@ -568,6 +580,8 @@ cluster_describe(cluster_t *cluster, attn_cluster_info_t *info)
         memcpy(into->kind, w->kind, sizeof(into->kind));
         memcpy(into->device, w->device, sizeof(into->device));
         memcpy(into->ucx_ways, w->ucx_ways, sizeof(into->ucx_ways));
+        memcpy(into->group_host, w->place.host, sizeof(into->group_host));
+        memcpy(into->group_device, w->place.device, sizeof(into->group_device));
     }
     pthread_mutex_unlock(&cluster->lock);
     return info->workers != NULL ? ATTN_OK

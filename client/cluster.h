@@ -133,9 +133,10 @@ typedef struct cluster_export {
 attn_status_t cluster_export(cluster_t *cluster, uint64_t cache, attn_seq_t seq,
                              cluster_export_t *part);
 
-/** All workers: address of one, and all of them with figures. */
+/** All workers: address of one, where it is for groups, and all of them with figures. */
 attn_status_t cluster_worker_address(cluster_t *cluster, uint32_t worker, char address[64],
                                      bool *alive_p);
+attn_status_t cluster_worker_place(cluster_t *cluster, uint32_t worker, dir_place_t *place);
 attn_status_t cluster_describe(cluster_t *cluster, attn_cluster_info_t *info);
 
 /** The same and more, for who watches the cluster. */

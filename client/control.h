@@ -32,6 +32,8 @@ typedef struct control_ops {
                             uint64_t deadline_ns, attn_seq_info_t *infos, uint64_t *epoch_p);
     /** Address of a worker that a layout named. */
     attn_status_t (*worker)(control_t *control, uint32_t worker, char address[64], bool *alive_p);
+    /** And where it is for groups. */
+    attn_status_t (*place)(control_t *control, uint32_t worker, dir_place_t *place);
     attn_status_t (*describe)(control_t *control, uint64_t deadline_ns, attn_cluster_info_t *info);
     /** As cluster_seq_move() and cluster_worker_drain(). */
     attn_status_t (*seq_move)(control_t *control, uint64_t cache, attn_seq_t seq, uint32_t from,

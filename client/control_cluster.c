@@ -103,6 +103,12 @@ local_worker(control_t *control, uint32_t worker, char address[64], bool *alive_
 }
 
 static attn_status_t
+local_place(control_t *control, uint32_t worker, dir_place_t *place)
+{
+    return cluster_worker_place(of(control)->cluster, worker, place);
+}
+
+static attn_status_t
 local_describe(control_t *control, uint64_t deadline_ns, attn_cluster_info_t *info)
 {
     (void)deadline_ns;
@@ -136,6 +142,7 @@ static const control_ops_t cluster_control_ops = {
     .seq_free     = local_seq_free,
     .layout       = local_layout,
     .worker       = local_worker,
+    .place        = local_place,
     .describe     = local_describe,
     .seq_move     = local_seq_move,
     .worker_drain = local_worker_drain,

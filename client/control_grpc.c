@@ -21,6 +21,7 @@ typedef struct known_worker {
     uint32_t id; /* key */
     char address[64];
     bool alive;
+    dir_place_t place;
     UT_hash_handle hh;
 } known_worker_t;
 
@@ -232,6 +233,8 @@ remember_worker(grpc_control_t *control, const Attn__V1__WorkerInfo *info)
     if (worker != NULL) {
         snprintf(worker->address, sizeof(worker->address), "%s", info->address);
         worker->alive = info->alive;
+        snprintf(worker->place.host, sizeof(worker->place.host), "%s", info->group_host);
+        snprintf(worker->place.device, sizeof(worker->place.device), "%s", info->group_device);
     }
     pthread_mutex_unlock(&control->lock);
     return worker != NULL ? ATTN_OK
@@ -336,6 +339,21 @@ remote_worker(control_t *control, uint32_t id, char address[64], bool *alive_p)
 }
 
 static attn_status_t
+remote_place(control_t *control, uint32_t id, dir_place_t *place)
+{
+    known_worker_t *worker;
+
+    pthread_mutex_lock(&of(control)->lock);
+    HASH_FIND(hh, of(control)->workers, &id, sizeof(id), worker);
+    if (worker != NULL) {
+        *place = worker->place;
+    }
+    pthread_mutex_unlock(&of(control)->lock);
+    return worker != NULL ? ATTN_OK
+                          : attn_fail(ATTN_ERR_NOT_FOUND, "no layout named worker %u", id);
+}
+
+static attn_status_t
 remote_describe(control_t *control, uint64_t deadline_ns, attn_cluster_info_t *info)
 {
     Attn__V1__Empty request = ATTN__V1__EMPTY__INIT;
@@ -427,6 +445,7 @@ static const control_ops_t grpc_control_ops = {
     .seq_free     = remote_seq_free,
     .layout       = remote_layout,
     .worker       = remote_worker,
+    .place        = remote_place,
     .describe     = remote_describe,
     .seq_move     = remote_seq_move,
     .worker_drain = remote_worker_drain,

@@ -732,6 +732,8 @@ wire_worker_decode(const Attn__V1__WorkerInfo *message, attn_worker_info_t *info
     strncpy(info->kind, message->kind, sizeof(info->kind) - 1);
     strncpy(info->device, message->device, sizeof(info->device) - 1);
     strncpy(info->ucx_ways, message->ucx_ways, sizeof(info->ucx_ways) - 1);
+    strncpy(info->group_host, message->group_host, sizeof(info->group_host) - 1);
+    strncpy(info->group_device, message->group_device, sizeof(info->group_device) - 1);
 }
 
 attn_status_t

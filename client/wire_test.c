@@ -558,8 +558,11 @@ test_figures_and_long_texts_of_a_worker(void **state)
     message.few_flops = few, message.n_few_flops = 2;
     message.many_flops = many, message.n_many_flops = 4;
     message.attend_seconds = 14, message.hop_seconds = 15, message.link_bandwidth = 16;
-    message.ucx_ways = "shm tcp";
+    message.ucx_ways   = "shm tcp";
+    message.group_host = address, message.group_device = "0000:01:00.0";
     wire_worker_decode(&message, &info);
+    assert_true(strlen(info.group_host) == 95);
+    assert_string_equal(info.group_device, "0000:01:00.0");
     assert_int_equal(info.id, 3);
     assert_true(info.alive && info.chunks == UINT64_MAX);
     assert_true(info.slab_bytes == 1 && info.region_bytes == 2 && info.used_bytes == 3);

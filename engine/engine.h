@@ -416,6 +416,9 @@ attn_status_t engine_group_prove(engine_t *engine, uint64_t id, uint64_t until_n
  * forget: and no other one does here, so its inbox goes. Missing groups count as closed. */
 attn_status_t engine_group_close(engine_t *engine, uint64_t id, bool forget);
 
+/** Which of the host's devices it is. @return false: of none that has groups */
+bool engine_group_device(const engine_t *engine, char device[ATTN_GROUP_DEVICE]);
+
 /** Groups that are connected. */
 uint32_t engine_groups_count(engine_t *engine);
 

@@ -331,6 +331,17 @@ engine_groups_free(engine_t *engine)
     }
 }
 
+bool
+engine_group_device(const engine_t *engine, char device[ATTN_GROUP_DEVICE])
+{
+    const attn_group_ops_t *ops = engine->backend->ops->groups;
+
+    if (ops != NULL) {
+        ops->device(engine->backend, device);
+    }
+    return ops != NULL;
+}
+
 uint32_t
 engine_groups_count(engine_t *engine)
 {

@@ -369,6 +369,8 @@ encode_workers(wire_block_t *block, const attn_cluster_info_t *info,
         m->ucx_runs          = from[i].ucx_runs;
         m->gpu_clients       = from[i].gpu_clients;
         m->groups            = from[i].groups;
+        m->group_host        = from[i].group_host;
+        m->group_device      = from[i].group_device;
         m->gpu_runs          = from[i].gpu_runs;
         m->ucx_ways          = from[i].ucx_ways;
         m->leaving           = from[i].leaving;

@@ -70,10 +70,18 @@ encode_owners(coordinator_t *c, wire_block_t *block, const attn_seq_info_t *info
             return status;
         }
         attn__v1__worker_info__init(info);
-        info->id          = owners[i];
-        info->alive       = alive;
-        info->address     = address;
-        reply->workers[i] = info;
+        info->id           = owners[i];
+        info->alive        = alive;
+        info->address      = address;
+        reply->workers[i]  = info;
+        dir_place_t *place = wire_alloc(block, 1, sizeof(*place));
+        if (place == NULL) {
+            return ATTN_ERR_NO_MEMORY;
+        }
+        if (cluster_worker_place(c->cluster, owners[i], place) == ATTN_OK) {
+            info->group_host   = place->host;
+            info->group_device = place->device;
+        }
     }
     reply->n_workers = unique;
     return reply->workers != NULL ? ATTN_OK : ATTN_ERR_NO_MEMORY;
@@ -181,6 +189,14 @@ take_worker(const Attn__V1__WorkerInfo *info, dir_worker_t *worker)
     if (status == ATTN_OK) {
         status = coordinator_take_text("ucx_ways", info->ucx_ways, worker->ucx_ways,
                                        sizeof(worker->ucx_ways));
+    }
+    if (status == ATTN_OK) {
+        status = coordinator_take_text("group_host", info->group_host, worker->place.host,
+                                       sizeof(worker->place.host));
+    }
+    if (status == ATTN_OK) {
+        status = coordinator_take_text("group_device", info->group_device, worker->place.device,
+                                       sizeof(worker->place.device));
     }
     return status == ATTN_OK && !(isfinite(worker->kv_rate) && worker->kv_rate >= 0)
                ? attn_fail(ATTN_ERR_INVALID, "kv_bytes_per_s is %g: finite, at least 0",

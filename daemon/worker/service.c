@@ -459,6 +459,8 @@ worker_describe(worker_t *worker, Attn__V1__WorkerInfo *info, char ways[WORKER_W
     info->ucx_ways = ways;
 
     info->groups         = engine.groups;
+    info->group_host     = worker->place.host;
+    info->group_device   = worker->place.device;
     info->attend_seconds = engine.speed.attend_seconds;
     info->few_flops      = &worker->speed.few_flops[ATTN_F32]; /* as the engine's, and stays */
     info->many_flops     = &worker->speed.many_flops[ATTN_F32];

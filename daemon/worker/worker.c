@@ -84,6 +84,9 @@ start(worker_t *worker)
         engine_describe(worker->engine, &info);
         worker->speed = info.speed;
         snprintf(worker->device, sizeof(worker->device), "%s", info.device.name);
+        if (o->groups && engine_group_device(worker->engine, worker->place.device)) {
+            ucx_host(worker->place.host);
+        }
         status = jobs_create(COPIER_COPIES_MAX + 2, &worker->jobs); /* one refuses, one waits */
     }
     if (status == ATTN_OK) {

@@ -2,6 +2,7 @@
 #ifndef ATTN_DAEMON_WORKER_INT_H
 #define ATTN_DAEMON_WORKER_INT_H
 
+#include "balancer/directory.h"
 #include "daemon/certs.h"
 #include "daemon/monitor/monitor.h"
 #include "daemon/process.h"
@@ -22,6 +23,7 @@ typedef struct worker {
     char name[OPTIONS_TEXT_MAX];       /* in logs and error sentences */
     char address[PROCESS_ADDRESS_MAX]; /* that clients are told */
     char device[96];                   /* as its maker calls it; empty: it has no name */
+    dir_place_t place;                 /* for groups; empty: it is in none */
     cost_worker_t speed;               /* the engine's: what is told points there */
     engine_t *engine;
     rpc_server_t *server;
