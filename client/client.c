@@ -1,6 +1,6 @@
 /* client.c: opening and closing a client, and its two threads. The housekeeper cancels what is
  * overdue and ticks the engines of inproc://; it never waits for a peer. The keeper does what has
- * to: it renews the lease, and aborts steps that completions gave up. */
+ * to: it renews the lease, aborts steps that completions gave up, and makes and closes groups. */
 #include "client/client_int.h"
 
 #include "base/checked.h"
@@ -245,6 +245,14 @@ keeper(void *arg)
     }
     pthread_mutex_unlock(&client->lock);
     return NULL;
+}
+
+void
+client_wake(attn_client_t *client)
+{
+    pthread_mutex_lock(&client->lock);
+    pthread_cond_broadcast(&client->wake);
+    pthread_mutex_unlock(&client->lock);
 }
 
 void

@@ -68,6 +68,9 @@ uint64_t client_deadline(const attn_client_t *client); /* of a control call */
 /** Renew the lease, and tell what runs take. */
 attn_status_t client_renew(attn_client_t *client, uint64_t deadline_ns);
 
+/** There is something for the client's threads to do. */
+void client_wake(attn_client_t *client);
+
 /** For the caller of a call that moved chunks. */
 void client_moved(const cluster_moved_t *from, attn_moved_t *to);
 

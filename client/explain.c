@@ -333,7 +333,7 @@ price_group(explainer_t *x)
             c->place == ATTN_MERGE_CLIENT && c->way == 0 && c->available ? c : client_cost;
     }
     if (client_cost == NULL || client->groups == NULL ||
-        !groups_exchange(client->groups, &exchange)) {
+        !groups_exchange(client->groups, NULL, 0, &exchange)) {
         snprintf(cost->reason, sizeof(cost->reason), "no group of workers is formed");
         return;
     }

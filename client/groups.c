@@ -1,3 +1,7 @@
+/*
+ * groups.c: groups are made, proved, measured, kept for the next step, and closed. Everything that
+ * asks workers is done without the lock.
+ */
 #include "client/groups.h"
 
 #include "base/checked.h"
@@ -13,27 +17,42 @@
 
 #define GROUPS_MAX 4u                                 /* of a client: workers have few */
 #define IDLE_NS (UINT64_C(10000) * ATTN_NS_PER_MS)    /* unused for so long it is closed */
-#define REFUSED_NS (UINT64_C(10000) * ATTN_NS_PER_MS) /* these workers are not asked meanwhile */
+#define REPLACE_NS (UINT64_C(3000) * ATTN_NS_PER_MS)  /* or for so long, where another is wanted */
 #define MAKE_NS (UINT64_C(2000) * ATTN_NS_PER_MS)     /* for making one at most */
-#define SHARED_NS (5 * MAKE_NS)                       /* where ranks may take turns on a GPU */
+#define INSISTS_NS (5 * MAKE_NS)                      /* where ranks may take turns on a GPU */
 #define CLOSE_NS (UINT64_C(1000) * ATTN_NS_PER_MS)    /* for closing one */
-#define UNSUPPORTED_NS (60 * REFUSED_NS)              /* if they cannot, whatever else happens */
+#define AGAIN_NS (UINT64_C(1000) * ATTN_NS_PER_MS)    /* refusals, at first: what may be again */
+#define REFUSED_NS (UINT64_C(10000) * ATTN_NS_PER_MS) /* what failed */
+#define REFUSED_NS_MAX (60 * REFUSED_NS)              /* at last, and what cannot be */
 #define REFUSALS 16u
+#define MEASURED 16u
 
-/* Workers that could not be made a group. */
+/* Workers that could not be made a group, or one that cannot be in any: no wish that names them,
+ * and asks for as much, is granted until then. */
 typedef struct refusal {
     group_wish_t wish;
-    uint64_t until_ns;
+    uint64_t until_ns, for_ns;
     attn_status_t status;
     char sentence[256];
 } refusal_t;
 
+/* What exchanges of some workers took. */
+typedef struct measured {
+    uint32_t ranks;
+    link_t *links[ATTN_RANKS_MAX];
+    cost_exchange_t exchange;
+} measured_t;
+
 struct groups {
     pthread_mutex_t lock;
     group_t *list;
-    uint32_t making; /* that are not in the list yet */
+    uint32_t making;                 /* by who insists: not in the list yet */
+    group_wish_t wanted[GROUPS_MAX]; /* by who does not: the first is being made, or will be */
+    uint32_t n_wanted;
     refusal_t refusals[REFUSALS];
     uint32_t n_refusals; /* ever; a ring */
+    measured_t measured[MEASURED];
+    uint32_t n_measured; /* likewise */
 };
 
 attn_status_t
@@ -60,12 +79,13 @@ close_ranks(const group_t *g, uint64_t deadline_ns)
 {
     bool all = true;
 
-    for (uint32_t r = 0; r < g->ranks; r++) {
-        link_t *link = g->links[r];
+    for (uint32_t r = 0; r < g->of.ranks; r++) {
+        link_t *link = g->of.links[r];
         all          = link->ops->group_close(link, g->id, false, deadline_ns) == ATTN_OK && all;
     }
-    for (uint32_t r = 0; r < g->ranks && all; r++) {
-        g->links[r]->ops->group_close(g->links[r], g->id, true, deadline_ns);
+    for (uint32_t r = 0; r < g->of.ranks && all; r++) {
+        link_t *link = g->of.links[r];
+        link->ops->group_close(link, g->id, true, deadline_ns);
     }
 }
 
@@ -93,25 +113,14 @@ bool
 groups_due(groups_t *groups)
 {
     uint64_t now = attn_now_ns();
-    bool due     = false;
 
     pthread_mutex_lock(&groups->lock);
+    bool due = groups->n_wanted > 0;
     for (const group_t *g = groups->list; g != NULL; g = g->next) {
         due = due || (!g->taken && (g->over || now >= g->used_ns + IDLE_NS));
     }
     pthread_mutex_unlock(&groups->lock);
     return due;
-}
-
-void
-groups_sweep(groups_t *groups)
-{
-    group_t *g;
-
-    while ((g = take_dying(groups, attn_now_ns())) != NULL) {
-        close_ranks(g, attn_now_ns() + CLOSE_NS);
-        free(g);
-    }
 }
 
 void
@@ -158,43 +167,72 @@ static void *
 prove_rank(void *arg)
 {
     prover_t *p  = arg;
-    link_t *link = p->group->links[p->rank];
+    link_t *link = p->group->of.links[p->rank];
 
     p->status = link->ops->group_prove(link, p->group->id, p->deadline_ns, &p->proof);
     snprintf(p->sentence, sizeof(p->sentence), "%s", p->status == ATTN_OK ? "" : attn_last_error());
     return NULL;
 }
 
-/* What the proofs say: the seconds of next to nothing, and bytes that leave a rank. */
-static void
-measure(group_t *g, const prover_t *provers)
+static bool
+same_workers(uint32_t ranks, link_t *const *links, uint32_t n, link_t *const *others)
 {
-    cost_exchange_init(&g->measured);
-    for (uint32_t r = 0; r < g->ranks; r++) {
+    return ranks == n && memcmp(links, others, n * sizeof(*links)) == 0;
+}
+
+/* What the proofs say of these workers. */
+static void
+note_measured(groups_t *groups, const group_t *g, const cost_exchange_t *exchange)
+{
+    measured_t *into = NULL;
+
+    pthread_mutex_lock(&groups->lock);
+    for (uint32_t i = 0; i < MEASURED && into == NULL; i++) {
+        measured_t *m = &groups->measured[i];
+        into          = same_workers(m->ranks, m->links, g->of.ranks, g->of.links) ? m : NULL;
+    }
+    into  = into != NULL ? into : &groups->measured[groups->n_measured++ % MEASURED];
+    *into = (measured_t){.ranks = g->of.ranks, .exchange = *exchange};
+    memcpy(into->links, g->of.links, sizeof(into->links));
+    pthread_mutex_unlock(&groups->lock);
+}
+
+static void
+measure(groups_t *groups, const group_t *g, const prover_t *provers)
+{
+    cost_exchange_t slowest = {0};
+
+    for (uint32_t r = 0; r < g->of.ranks; r++) {
         const link_proof_t *p = &provers[r].proof;
-        double bytes          = (double)(p->many - ENGINE_PROOF_FEW) * (8.0 + 4.0 * g->head_dim_v) *
-                       (g->ranks - 1) / g->ranks;
-        double took = p->many_seconds - p->few_seconds;
-        if (r == 0 || p->few_seconds > g->measured.seconds) {
-            g->measured.seconds = p->few_seconds > 1e-9 ? p->few_seconds : 1e-9;
-        }
-        double bandwidth = bytes / (took > 1e-9 ? took : 1e-9);
-        if (r == 0 || bandwidth < g->measured.bandwidth) {
-            g->measured.bandwidth = bandwidth > 1 ? bandwidth : 1;
+        cost_exchange_t one;
+        if (p->many > ENGINE_PROOF_FEW) {
+            cost_exchange_measured(&(cost_proof_t){.ranks        = g->of.ranks,
+                                                   .head_dim_v   = g->of.head_dim_v,
+                                                   .few          = ENGINE_PROOF_FEW,
+                                                   .many         = p->many,
+                                                   .few_seconds  = p->few_seconds,
+                                                   .many_seconds = p->many_seconds},
+                                   &one);
+            cost_exchange_slowest(&slowest, &one);
         }
     }
+    if (slowest.seconds > 0) {
+        note_measured(groups, g, &slowest);
+    }
+    attn_log(ATTN_LOG_INFO, "client.group", "ranks=%u exchange_us=%.1f bandwidth_gbps=%.2f",
+             g->of.ranks, 1e6 * slowest.seconds, 1e-9 * slowest.bandwidth);
 }
 
 /* All ranks exchange something at the same time, a thread each: before a step relies on it. */
 static attn_status_t
-prove(group_t *g, uint64_t deadline_ns)
+prove(groups_t *groups, group_t *g, uint64_t deadline_ns)
 {
     prover_t provers[ATTN_RANKS_MAX];
     pthread_t threads[ATTN_RANKS_MAX];
     bool started[ATTN_RANKS_MAX] = {false};
     attn_status_t status         = ATTN_OK;
 
-    for (uint32_t r = 0; r < g->ranks; r++) {
+    for (uint32_t r = 0; r < g->of.ranks; r++) {
         provers[r] = (prover_t){.group = g, .rank = r, .deadline_ns = deadline_ns};
         started[r] = r > 0 && pthread_create(&threads[r], NULL, prove_rank, &provers[r]) == 0;
         if (r > 0 && !started[r]) {
@@ -202,7 +240,7 @@ prove(group_t *g, uint64_t deadline_ns)
         }
     }
     prove_rank(&provers[0]);
-    for (uint32_t r = 0; r < g->ranks; r++) {
+    for (uint32_t r = 0; r < g->of.ranks; r++) {
         if (started[r]) {
             pthread_join(threads[r], NULL);
         }
@@ -211,40 +249,45 @@ prove(group_t *g, uint64_t deadline_ns)
         }
     }
     if (status == ATTN_OK) {
-        measure(g, provers);
-        attn_log(ATTN_LOG_INFO, "client.group",
-                 "ranks=%u apart=%s exchange_us=%.1f bandwidth_gbps=%.2f", g->ranks,
-                 g->apart ? "yes" : "no", 1e6 * g->measured.seconds, 1e-9 * g->measured.bandwidth);
+        measure(groups, g, provers);
     }
     return status;
 }
 
 bool
-groups_exchange(groups_t *groups, cost_exchange_t *exchange)
+groups_exchange(groups_t *groups, link_t *const *links, uint32_t n, cost_exchange_t *exchange)
 {
-    bool found = false;
+    cost_exchange_t slowest  = {0};
+    const measured_t *theirs = NULL;
 
-    cost_exchange_init(exchange);
     pthread_mutex_lock(&groups->lock);
-    for (const group_t *g = groups->list; g != NULL; g = g->next) {
-        if (g->apart && (!found || g->measured.seconds > exchange->seconds)) {
-            exchange->seconds = g->measured.seconds;
-        }
-        if (g->apart && (!found || g->measured.bandwidth < exchange->bandwidth)) {
-            exchange->bandwidth = g->measured.bandwidth;
-        }
-        found = found || g->apart;
+    for (uint32_t i = 0; i < MEASURED && theirs == NULL; i++) {
+        const measured_t *m = &groups->measured[i];
+        theirs              = n > 0 && same_workers(m->ranks, m->links, n, links) ? m : NULL;
+        cost_exchange_slowest(&slowest, &m->exchange);
     }
+    slowest = theirs != NULL ? theirs->exchange : slowest;
     pthread_mutex_unlock(&groups->lock);
-    return found;
+    cost_exchange_init(exchange);
+    if (slowest.seconds > 0) {
+        *exchange = slowest;
+    }
+    return slowest.seconds > 0;
 }
 
-/* ---- making ---- */
+/* ---- refusals ---- */
 
+/* Is all that the wish wants refused? */
 static bool
-same_workers(const group_wish_t *wish, uint32_t ranks, link_t *const *links)
+refuses(const refusal_t *r, const group_wish_t *wish)
 {
-    return wish->ranks == ranks && memcmp(wish->links, links, ranks * sizeof(*links)) == 0;
+    bool theirs = same_workers(r->wish.ranks, r->wish.links, wish->ranks, wish->links);
+
+    for (uint32_t i = 0; i < wish->ranks && r->wish.ranks == 1; i++) {
+        theirs = theirs || wish->links[i] == r->wish.links[0];
+    }
+    return theirs && r->wish.head_dim_v == wish->head_dim_v &&
+           r->wish.half_bytes <= wish->half_bytes;
 }
 
 /* Was this refused a short while ago? Under the lock. */
@@ -253,101 +296,158 @@ find_refusal(const groups_t *groups, const group_wish_t *wish, uint64_t now_ns)
 {
     for (uint32_t i = 0; i < REFUSALS; i++) {
         const refusal_t *r = &groups->refusals[i];
-        if (now_ns < r->until_ns && same_workers(wish, r->wish.ranks, r->wish.links) &&
-            r->wish.head_dim_v == wish->head_dim_v && r->wish.shared == wish->shared &&
-            r->wish.half_bytes <= wish->half_bytes) {
+        if (now_ns < r->until_ns && refuses(r, wish)) {
             return r;
         }
     }
     return NULL;
 }
 
-static void
-refuse(groups_t *groups, const group_wish_t *wish, attn_status_t status)
+bool
+groups_refused(groups_t *groups, const group_wish_t *wish, char sentence[256])
 {
     pthread_mutex_lock(&groups->lock);
-    refusal_t *r = &groups->refusals[groups->n_refusals++ % REFUSALS];
-    uint64_t ns  = status == ATTN_ERR_UNSUPPORTED ? UNSUPPORTED_NS : REFUSED_NS;
-    *r           = (refusal_t){.wish = *wish, .until_ns = attn_now_ns() + ns, .status = status};
-    strncpy(r->sentence, attn_last_error(), sizeof(r->sentence) - 1);
+    const refusal_t *r = find_refusal(groups, wish, attn_now_ns());
+    if (r != NULL) {
+        memcpy(sentence, r->sentence, 256);
+    }
     pthread_mutex_unlock(&groups->lock);
-    attn_log(ATTN_LOG_INFO, "client.no_group", "ranks=%u reason=\"%s\"", wish->ranks, r->sentence);
+    return r != NULL;
 }
 
-/* Two ranks on one GPU take turns: no exchange ends before the device has gone from one to the
- * other and back. */
-static attn_status_t
-check_devices(group_t *g, const link_inbox_t *inboxes, bool shared)
+static uint64_t
+refused_at_first(attn_status_t status)
 {
-    g->apart = true;
-    for (uint32_t a = 0; a < g->ranks; a++) {
-        for (uint32_t b = a + 1; b < g->ranks; b++) {
-            if (strcmp(inboxes[a].host, inboxes[b].host) != 0) {
-                return attn_fail(ATTN_ERR_UNSUPPORTED,
-                                 "ranks %u and %u are on different hosts, or in different IPC "
-                                 "namespaces",
-                                 a, b);
-            }
-            g->apart = g->apart && strcmp(inboxes[a].device, inboxes[b].device) != 0;
+    return status == ATTN_ERR_BUSY          ? AGAIN_NS
+           : status == ATTN_ERR_UNSUPPORTED ? REFUSED_NS_MAX
+                                            : REFUSED_NS;
+}
+
+void
+groups_refuse(groups_t *groups, const group_wish_t *wish, attn_status_t status,
+              const char *sentence)
+{
+    uint64_t now = attn_now_ns(), ns = refused_at_first(status);
+    uint64_t half = wish->half_bytes;
+    refusal_t *r  = NULL;
+
+    pthread_mutex_lock(&groups->lock);
+    for (uint32_t i = 0; i < REFUSALS && r == NULL; i++) {
+        refusal_t *old = &groups->refusals[i];
+        bool theirs    = same_workers(old->wish.ranks, old->wish.links, wish->ranks, wish->links) &&
+                      old->wish.head_dim_v == wish->head_dim_v;
+        r = theirs ? old : NULL;
+    }
+    if (r != NULL && now < r->until_ns + r->for_ns) { /* it is in force, or was for as long */
+        ns   = attn_max(ns, now < r->until_ns ? r->for_ns : 2 * r->for_ns);
+        half = attn_min(half, r->wish.half_bytes);
+    }
+    r  = r != NULL ? r : &groups->refusals[groups->n_refusals++ % REFUSALS];
+    ns = attn_min(ns, REFUSED_NS_MAX);
+    *r = (refusal_t){.wish = *wish, .until_ns = now + ns, .for_ns = ns, .status = status};
+    r->wish.half_bytes = half;
+    snprintf(r->sentence, sizeof(r->sentence), "%s", sentence);
+    pthread_mutex_unlock(&groups->lock);
+    attn_log(ATTN_LOG_INFO, "client.no_group", "ranks=%u for_ms=%llu reason=\"%.255s\"",
+             wish->ranks, (unsigned long long)(ns / ATTN_NS_PER_MS), sentence);
+}
+
+/* ---- making ---- */
+
+attn_status_t
+groups_check(const group_member_t *members, uint32_t n, bool shared)
+{
+    if (n < 2 || n > ATTN_RANKS_MAX) {
+        return attn_fail(ATTN_ERR_UNSUPPORTED,
+                         "partials are on %u workers of a cluster: 2 to %u may be a group", n,
+                         ATTN_RANKS_MAX);
+    }
+    for (uint32_t a = 0; a < n; a++) {
+        if (members[a].place.host[0] == '\0') {
+            return attn_fail(ATTN_ERR_UNSUPPORTED,
+                             "worker %u is in no groups: it has no GPU for that, or was started "
+                             "without --groups",
+                             members[a].worker);
         }
     }
-    return g->apart || shared
-               ? ATTN_OK
-               : attn_fail(ATTN_ERR_UNSUPPORTED, "two of the %u workers share a GPU", g->ranks);
+    for (uint32_t a = 0; a < n; a++) {
+        for (uint32_t b = a + 1; b < n; b++) {
+            if (strcmp(members[a].place.host, members[b].place.host) != 0) {
+                return attn_fail(ATTN_ERR_UNSUPPORTED,
+                                 "workers %u and %u are on different hosts, or in different IPC "
+                                 "namespaces",
+                                 members[a].worker, members[b].worker);
+            }
+            /* They would take turns: no exchange ends before the device has gone from one to the
+             * other and back. */
+            if (!shared && strcmp(members[a].place.device, members[b].place.device) == 0) {
+                return attn_fail(ATTN_ERR_UNSUPPORTED, "workers %u and %u share a GPU",
+                                 members[a].worker, members[b].worker);
+            }
+        }
+    }
+    return ATTN_OK;
 }
 
+/* failed: the rank that could not be opened, where the others have no part in that. */
 static attn_status_t
-make_ranks(group_t *g, const group_wish_t *wish, uint64_t deadline_ns)
+make_ranks(groups_t *groups, group_t *g, uint64_t deadline_ns, link_t **failed)
 {
     link_inbox_t inboxes[ATTN_RANKS_MAX];
     attn_status_t status = ATTN_OK;
+    uint32_t ranks       = g->of.ranks;
 
-    for (uint32_t r = 0; r < g->ranks && status == ATTN_OK; r++) {
+    for (uint32_t r = 0; r < ranks && status == ATTN_OK; r++) {
+        link_t *link                   = g->of.links[r];
         engine_group_options_t options = {.id         = g->id,
-                                          .ranks      = g->ranks,
+                                          .ranks      = ranks,
                                           .me         = r,
-                                          .head_dim_v = g->head_dim_v,
-                                          .half_bytes = g->half_bytes};
-        status = g->links[r]->ops->group_open(g->links[r], &options, deadline_ns, &inboxes[r]);
+                                          .head_dim_v = g->of.head_dim_v,
+                                          .half_bytes = g->of.half_bytes};
+        status  = link->ops->group_open(link, &options, deadline_ns, &inboxes[r]);
+        *failed = status != ATTN_OK ? link : NULL;
     }
-    if (status == ATTN_OK) {
-        status = check_devices(g, inboxes, wish->shared);
+    for (uint32_t r = 0; r < ranks && status == ATTN_OK; r++) {
+        link_t *link = g->of.links[r];
+        status       = link->ops->group_connect(link, inboxes, ranks, deadline_ns);
     }
-    for (uint32_t r = 0; r < g->ranks && status == ATTN_OK; r++) {
-        status = g->links[r]->ops->group_connect(g->links[r], inboxes, g->ranks, deadline_ns);
-    }
-    return status == ATTN_OK ? prove(g, deadline_ns) : status;
+    return status == ATTN_OK ? prove(groups, g, deadline_ns) : status;
 }
 
+/* What there is of one that fails is left to the sweep. */
 static attn_status_t
 group_make(groups_t *groups, const group_wish_t *wish, group_t **group_p)
 {
-    group_t *g           = calloc(1, sizeof(*g));
-    uint64_t most_ns     = wish->shared ? SHARED_NS : MAKE_NS;
-    uint64_t deadline_ns = attn_min(wish->deadline_ns, attn_now_ns() + most_ns);
+    group_t *g       = calloc(1, sizeof(*g));
+    uint64_t most_ns = wish->insists ? INSISTS_NS : MAKE_NS;
+    link_t *failed   = NULL;
 
     if (g == NULL) {
         return attn_fail(ATTN_ERR_NO_MEMORY, "no memory for a group");
     }
-    *g = (group_t){.ranks      = wish->ranks,
-                   .head_dim_v = wish->head_dim_v,
-                   .half_bytes = ENGINE_HALF_MIN,
-                   .taken      = true};
-    memcpy(g->links, wish->links, sizeof(g->links));
-    while (g->half_bytes < wish->half_bytes) {
-        g->half_bytes *= 2;
+    *g               = (group_t){.of = *wish, .taken = true};
+    g->of.half_bytes = ENGINE_HALF_MIN;
+    while (g->of.half_bytes < wish->half_bytes) {
+        g->of.half_bytes *= 2;
     }
     while (g->id == 0) {
         if (getrandom(&g->id, sizeof(g->id), 0) != sizeof(g->id)) {
             g->id = attn_now_ns() ^ (uint64_t)(uintptr_t)g << 16;
         }
     }
-    attn_status_t status = make_ranks(g, wish, deadline_ns);
-    if (status != ATTN_OK) { /* what there is of it is left to the sweep: the step has a deadline */
-        refuse(groups, wish, status);
+    uint64_t until_ns    = attn_min(wish->deadline_ns, attn_now_ns() + most_ns);
+    attn_status_t status = make_ranks(groups, g, until_ns, &failed);
+    if (status != ATTN_OK) {
+        group_wish_t of = *wish;
+        if (failed != NULL) { /* true of all groups with it */
+            of.ranks    = 1;
+            of.links[0] = failed;
+        }
+        groups_refuse(groups, &of, status, attn_last_error());
         g->over  = true;
         g->taken = false;
     }
+    g->used_ns = attn_now_ns();
     pthread_mutex_lock(&groups->lock);
     g->next      = groups->list;
     groups->list = g;
@@ -356,41 +456,100 @@ group_make(groups_t *groups, const group_wish_t *wish, group_t **group_p)
     return status;
 }
 
-/* How many there are, or of those the ones that are not over. Under the lock. */
-static uint32_t
-count(const groups_t *groups, bool live)
+/* The first of what is wanted, which stays so until it is there: nobody is to want it twice. */
+static void
+make_wanted(groups_t *groups)
 {
-    uint32_t n = groups->making;
+    group_wish_t wish = {0};
+    group_t *g;
 
-    for (const group_t *g = groups->list; g != NULL; g = g->next) {
-        n += !live || !g->over;
+    pthread_mutex_lock(&groups->lock);
+    if (groups->n_wanted > 0) {
+        wish = groups->wanted[0];
     }
-    return n;
+    pthread_mutex_unlock(&groups->lock);
+    if (wish.ranks == 0) {
+        return;
+    }
+    wish.deadline_ns = UINT64_MAX;
+    if (group_make(groups, &wish, &g) == ATTN_OK) {
+        groups_give(groups, g, false);
+    }
+    pthread_mutex_lock(&groups->lock);
+    groups->n_wanted--;
+    memmove(&groups->wanted[0], &groups->wanted[1], groups->n_wanted * sizeof(groups->wanted[0]));
+    pthread_mutex_unlock(&groups->lock);
 }
 
-/* One that is there and fits; what is too small for its workers, or not used any more, gives way.
- * Under the lock. */
+void
+groups_sweep(groups_t *groups)
+{
+    group_t *g;
+
+    while ((g = take_dying(groups, attn_now_ns())) != NULL) {
+        close_ranks(g, attn_now_ns() + CLOSE_NS);
+        free(g);
+    }
+    make_wanted(groups);
+}
+
+/* ---- taking ---- */
+
+static bool
+same_kind(const group_wish_t *a, const group_wish_t *b)
+{
+    return same_workers(a->ranks, a->links, b->ranks, b->links) && a->head_dim_v == b->head_dim_v;
+}
+
+/* One that is there and fits; what is too small for its workers gives way. Under the lock. */
 static group_t *
 find_free(groups_t *groups, const group_wish_t *wish, uint64_t now_ns)
 {
+    for (group_t *g = groups->list; g != NULL; g = g->next) {
+        if (g->taken || g->over || !same_kind(wish, &g->of)) {
+            continue;
+        }
+        if (g->of.half_bytes >= wish->half_bytes && now_ns < g->used_ns + IDLE_NS) {
+            return g;
+        }
+        g->over = true;
+    }
+    return NULL;
+}
+
+/* Is it wanted already? Under the lock. */
+static bool
+is_wanted(groups_t *groups, const group_wish_t *wish)
+{
+    for (uint32_t i = 0; i < groups->n_wanted; i++) {
+        if (same_kind(wish, &groups->wanted[i])) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* May there be one more? One that was not used of late gives way: else steps that take turns with
+ * more workers than there may be groups would make one each. Under the lock. */
+static bool
+has_room(groups_t *groups, const group_wish_t *wish, uint64_t now_ns)
+{
+    uint32_t all = groups->making + groups->n_wanted, live = all;
     group_t *oldest = NULL;
 
     for (group_t *g = groups->list; g != NULL; g = g->next) {
-        bool same = same_workers(wish, g->ranks, g->links) && g->head_dim_v == wish->head_dim_v &&
-                    (g->apart || wish->shared);
-        if (g->taken || g->over) {
-            continue;
+        all++;
+        live += !g->over;
+        if (!g->taken && !g->over && (oldest == NULL || g->used_ns < oldest->used_ns)) {
+            oldest = g;
         }
-        if (same && g->half_bytes >= wish->half_bytes && now_ns < g->used_ns + IDLE_NS) {
-            return g;
-        }
-        g->over = g->over || same;
-        oldest  = oldest == NULL || g->used_ns < oldest->used_ns ? g : oldest;
     }
-    if (count(groups, true) >= GROUPS_MAX && oldest != NULL) {
+    if (live >= GROUPS_MAX && oldest != NULL &&
+        (wish->insists || now_ns >= oldest->used_ns + REPLACE_NS)) {
         oldest->over = true;
+        live--;
     }
-    return NULL;
+    return live < GROUPS_MAX && all < 2 * GROUPS_MAX;
 }
 
 attn_status_t
@@ -400,18 +559,23 @@ groups_take(groups_t *groups, const group_wish_t *wish, group_t **group_p)
     attn_status_t status = ATTN_OK;
 
     pthread_mutex_lock(&groups->lock);
-    const refusal_t *refused = find_refusal(groups, wish, now);
+    const refusal_t *refused = wish->insists ? NULL : find_refusal(groups, wish, now);
     group_t *g               = refused == NULL ? find_free(groups, wish, now) : NULL;
+    bool wanted              = !wish->insists && is_wanted(groups, wish);
     if (g != NULL) {
         g->taken = true;
     } else if (refused != NULL) {
         status = attn_fail(refused->status, "%s", refused->sentence);
-    } else if (count(groups, true) >= GROUPS_MAX || count(groups, false) >= 2 * GROUPS_MAX) {
-        status =
-            attn_fail(ATTN_ERR_EXHAUSTED,
-                      "steps are in all of the %u groups that a client has, or others were not "
-                      "closed yet",
-                      GROUPS_MAX);
+    } else if (!wanted && !has_room(groups, wish, now)) {
+        status = attn_fail(ATTN_ERR_EXHAUSTED,
+                           "all of the %u groups that a client has are in use, or were a moment "
+                           "ago, or others were not closed yet",
+                           GROUPS_MAX);
+    } else if (!wish->insists) {
+        if (!wanted) {
+            groups->wanted[groups->n_wanted++] = *wish;
+        }
+        status = attn_fail(ATTN_ERR_BUSY, "%u workers are being made a group", wish->ranks);
     }
     groups->making += g == NULL && status == ATTN_OK;
     pthread_mutex_unlock(&groups->lock);

@@ -371,20 +371,33 @@ share_begin(share_t *share, const attn_batch_t *batch, uint64_t epoch)
     }
 }
 
+/* A begin, over several attempts. */
+typedef struct beginning {
+    attn_cache_t *cache;
+    const attn_batch_t *batch;
+    uint64_t deadline_ns;
+    bool asked;        /* were workers, by layouts as the coordinator has them? */
+    bool alone;        /* without a group */
+    group_wish_t wish; /* of the last attempt's group; ranks 0: it had none */
+} beginning_t;
+
 static attn_status_t
-begin_once(attn_cache_t *cache, const attn_batch_t *batch, uint64_t deadline_ns, bool fresh,
-           attn_step_t **step_p, bool *asked_p)
+begin_once(beginning_t *b, bool fresh, attn_step_t **step_p)
 {
-    attn_step_t *step = NULL;
+    const attn_batch_t *batch = b->batch;
+    attn_step_t *step         = NULL;
     uint64_t epoch;
     char sentence[512];
-    attn_status_t status = begin_layouts(cache, batch, deadline_ns, fresh);
+    attn_status_t status = begin_layouts(b->cache, batch, b->deadline_ns, fresh);
 
-    *asked_p = status == ATTN_OK;
-    if (status != ATTN_OK || (status = step_new(cache, batch, deadline_ns, &step)) != ATTN_OK) {
+    b->asked      = status == ATTN_OK;
+    b->wish.ranks = 0;
+    if (status != ATTN_OK ||
+        (status = step_new(b->cache, batch, b->deadline_ns, &step)) != ATTN_OK) {
         return status;
     }
-    if ((status = begin_split(step, &epoch)) != ATTN_OK || (status = step_group(step)) != ATTN_OK ||
+    if ((status = begin_split(step, &epoch)) != ATTN_OK ||
+        (!b->alone && (status = step_group(step)) != ATTN_OK) ||
         (status = step_layout(step)) != ATTN_OK) {
         step_free(step);
         return status;
@@ -398,6 +411,8 @@ begin_once(attn_cache_t *cache, const attn_batch_t *batch, uint64_t deadline_ns,
     status = step_call_wait(step, step->deadline_ns);
     if (status != ATTN_OK) {
         snprintf(sentence, sizeof(sentence), "%s", step->sentence);
+        b->wish       = step->wish;
+        b->wish.ranks = step->group != NULL ? step->wish.ranks : 0;
         step_abort_shares(step);
         step_retire(step);
         return attn_fail(status, "%s", sentence);
@@ -412,6 +427,28 @@ is_about_age(attn_status_t status)
 {
     return status == ATTN_ERR_STALE || status == ATTN_ERR_NOT_FOUND ||
            status == ATTN_ERR_UNAVAILABLE || status == ATTN_ERR_LOST || status == ATTN_ERR_DENIED;
+}
+
+/* Where a group may be done without, a rank that refuses is no reason not to begin. */
+static attn_status_t
+begin_somehow(beginning_t *b, bool fresh, attn_step_t **step_p)
+{
+    char sentence[512];
+    attn_status_t status = begin_once(b, fresh, step_p);
+
+    if (status == ATTN_OK || is_about_age(status) || b->wish.ranks == 0 || b->wish.insists ||
+        attn_now_ns() >= b->deadline_ns) {
+        return status;
+    }
+    snprintf(sentence, sizeof(sentence), "%s", attn_last_error());
+    group_wish_t refused  = b->wish;
+    attn_status_t because = status;
+    b->alone              = true;
+    status                = begin_once(b, false, step_p);
+    if (status == ATTN_OK) { /* it was the group's fault */
+        groups_refuse(b->cache->client->groups, &refused, because, sentence);
+    }
+    return status;
 }
 
 attn_status_t
@@ -433,15 +470,15 @@ attn_step_begin(attn_cache_t *cache, const attn_batch_t *batch, attn_step_t **st
     uint32_t timeout =
         batch->timeout_ms != 0 ? batch->timeout_ms : cache->client->options.step_timeout_ms;
     uint64_t deadline = attn_now_ns() + timeout * ATTN_NS_PER_MS;
-    bool asked        = false; /* were workers asked, by layouts as the coordinator has them? */
-    status            = begin_once(cache, batch, deadline, false, step_p, &asked);
+    beginning_t b     = {.cache = cache, .batch = batch, .deadline_ns = deadline};
+    status            = begin_somehow(&b, false, step_p);
     for (uint32_t attempt = 1; is_about_age(status) && attempt < BEGIN_ATTEMPTS; attempt++) {
         if (status == ATTN_ERR_DENIED) { /* what the next attempt meets tells more than this */
             client_renew(cache->client, deadline);
         }
-        attn_status_t again = begin_once(cache, batch, deadline, true, step_p, &asked);
+        attn_status_t again = begin_somehow(&b, true, step_p);
         bool same           = again == status;
-        bool moved          = asked && (again == ATTN_ERR_STALE || again == ATTN_ERR_NOT_FOUND);
+        bool moved          = b.asked && (again == ATTN_ERR_STALE || again == ATTN_ERR_NOT_FOUND);
         status              = again;
         if (same && !moved) { /* chunks may be moved time and again */
             break;

@@ -36,15 +36,15 @@ number_ranks(const attn_step_t *step)
     return ranks;
 }
 
-/* Is it cheaper than partials that come here? */
-static bool
-group_pays(const attn_step_t *step, uint32_t ranks)
+/* Who would put its partials together for less? */
+static cost_place_t
+who_merges(const attn_step_t *step, const group_wish_t *wish)
 {
     const attn_geometry_t *g = &step->cache->geometry;
-    cost_merge_t merge       = {.workers    = ranks,
+    cost_merge_t merge       = {.workers    = wish->ranks,
                                 .head_dim_v = g->head_dim_v,
                                 .o_size     = (uint32_t)attn_dtype_size(step->o_dtype)};
-    cost_constants_t assumed;
+    cost_constants_t constants;
     cost_exchange_t exchange;
     cost_link_t link;
 
@@ -60,13 +60,14 @@ group_pays(const attn_step_t *step, uint32_t ranks)
         merge.rows += (uint64_t)step->entries[i].n_q * g->q_heads;
     }
     merge.rows = attn_min(merge.rows, merge.states);
-    cost_constants_init(&assumed);
-    groups_exchange(step->client->groups, &exchange);
-    if (!links_meter(step->client->links, &link)) {
-        link = assumed.link;
+    cost_constants_init(&constants);
+    constants.merge_bandwidth = measure_merge();
+    if (links_meter(step->client->links, &link)) {
+        constants.link.hop_seconds = link.hop_seconds;
+        constants.link.bandwidth   = link.bandwidth > 0 ? link.bandwidth : constants.link.bandwidth;
     }
-    return cost_merge_group(&link, &exchange, &merge) <
-           cost_merge_client(&link, measure_merge(), &merge);
+    groups_exchange(step->client->groups, wish->links, wish->ranks, &exchange);
+    return cost_merge_place(&constants, &exchange, &merge);
 }
 
 /* The entries that are merged, with what each rank has of them. */
@@ -122,71 +123,73 @@ half_bytes(const attn_step_t *step, uint32_t ranks)
     return (rows / ranks + 1) * most * attn_group_line_bytes(step->cache->geometry.head_dim_v);
 }
 
+/* Which workers it is. */
 static attn_status_t
 wish_links(attn_step_t *step, group_wish_t *wish)
 {
-    uint32_t rank        = 0;
+    group_member_t members[ATTN_RANKS_MAX];
+    control_t *control   = step->client->control;
     attn_status_t status = ATTN_OK;
+    uint32_t ranks = number_ranks(step), rank = 0;
 
-    for (uint32_t s = 0; s < step->split->n_shares && status == ATTN_OK; s++) {
-        link_t *link;
+    if (step->client->groups == NULL) {
+        return attn_fail(ATTN_ERR_UNSUPPORTED, "groups are of workers of a cluster");
+    }
+    for (uint32_t s = 0; s < step->split->n_shares && ranks <= ATTN_RANKS_MAX; s++) {
+        uint32_t worker = step->split->shares[s].worker;
         if (!has_partials(&step->split->shares[s])) {
             continue;
         }
-        status = step_link(step, step->split->shares[s].worker, &link);
-        if (status == ATTN_OK && link->ops->group_open == NULL) {
-            status = attn_fail(ATTN_ERR_UNSUPPORTED, "groups are of workers of a cluster");
-        }
+        members[rank].worker = worker;
+        status               = control->ops->place(control, worker, &members[rank].place);
         if (status == ATTN_OK) {
-            wish->links[rank++] = link;
+            status = step_link(step, worker, &wish->links[rank++]);
+        }
+        if (status != ATTN_OK) {
+            return status;
         }
     }
-    return status;
+    wish->ranks = ranks;
+    return groups_check(members, ranks, wish->insists);
 }
 
 static attn_status_t
-take_group(attn_step_t *step, uint32_t ranks)
+take_group(attn_step_t *step, group_wish_t *wish)
 {
-    group_wish_t wish    = {.ranks       = ranks,
-                            .head_dim_v  = step->cache->geometry.head_dim_v,
-                            .shared      = step->client->options.merging == ATTN_MERGING_GROUP,
-                            .deadline_ns = step->deadline_ns};
-    attn_status_t status = ATTN_OK;
+    attn_status_t status = list_entries(step);
 
-    if (step->client->groups == NULL || ranks > ATTN_RANKS_MAX) {
-        return attn_fail(ATTN_ERR_UNSUPPORTED,
-                         "the step's partials are on %u workers: 2 to %u of a cluster are a group",
-                         ranks, ATTN_RANKS_MAX);
-    }
-    status = list_entries(step);
     if (status == ATTN_OK) {
-        wish.half_bytes = half_bytes(step, ranks);
-        status          = wish_links(step, &wish);
+        wish->half_bytes = half_bytes(step, wish->ranks);
+        status           = groups_take(step->client->groups, wish, &step->group);
     }
-    return status == ATTN_OK ? groups_take(step->client->groups, &wish, &step->group) : status;
+    if (status == ATTN_ERR_BUSY) {
+        client_wake(step->client); /* its keeper makes one */
+    }
+    return status;
 }
 
 attn_status_t
 step_group(attn_step_t *step)
 {
-    attn_merging_t merge = step->client->options.merging;
-    uint32_t ranks       = number_ranks(step);
+    attn_merging_t merging = step->client->options.merging;
+    group_wish_t *wish     = &step->wish;
 
-    if (ranks < 2 || merge == ATTN_MERGING_CLIENT ||
-        (merge == ATTN_MERGING_AUTO &&
-         (step->client->groups == NULL || !group_pays(step, ranks)))) {
+    if (merging == ATTN_MERGING_CLIENT || number_ranks(step) < 2) {
         return ATTN_OK;
     }
-    attn_status_t status = take_group(step, ranks);
-    if (status == ATTN_OK) {
+    *wish                = (group_wish_t){.head_dim_v  = step->cache->geometry.head_dim_v,
+                                          .insists     = merging == ATTN_MERGING_GROUP,
+                                          .deadline_ns = step->deadline_ns};
+    attn_status_t status = wish_links(step, wish);
+    if (status == ATTN_OK && (wish->insists || who_merges(step, wish) == COST_GROUP)) {
+        status = take_group(step, wish);
+    }
+    if (step->group != NULL) {
         atomic_fetch_add(&step->client->steps_grouped, 1);
         return ATTN_OK;
     }
-    step->group     = NULL;
     step->n_grouped = 0;
-    return merge != ATTN_MERGING_GROUP
-               ? ATTN_OK
-               : attn_fail_in(status, "merging is group, but there is none: ");
+    return wish->insists ? attn_fail_in(status, "merging is group, but there is none: ") : ATTN_OK;
 }
 
 void
@@ -209,7 +212,7 @@ step_group_spans(const attn_step_t *step, share_t *share, uint64_t o_row, uint64
     for (uint32_t i = 0; i < step->n_grouped; i++) {
         rows += step->grouped[i].n_q * heads;
     }
-    attn_group_share_t mine = attn_group_share(rows, share->rank, step->group->ranks);
+    attn_group_share_t mine = attn_group_share(rows, share->rank, step->group->of.ranks);
     for (uint32_t i = 0; i < step->n_grouped; i++) {
         uint64_t n     = step->grouped[i].n_q * heads;
         uint64_t first = attn_max(mine.first, at), end = attn_min(mine.first + mine.n, at + n);
@@ -229,6 +232,10 @@ step_group_give(attn_step_t *step)
     if (step->group != NULL) {
         groups_give(step->client->groups, step->group, !step->group_whole);
         step->group = NULL;
+        if (!step->group_whole) {
+            groups_refuse(step->client->groups, &step->wish, ATTN_ERR_BUSY,
+                          "their last group ended with its step");
+        }
     }
     free(step->grouped);
     free(step->grouped_rows);

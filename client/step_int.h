@@ -81,6 +81,7 @@ struct attn_step {
     bool on_device;       /* begun so at its one worker: layers are enqueued */
     bool dead;            /* a share failed for good */
     group_t *group;       /* NULL: what comes as partials is merged here */
+    group_wish_t wish;    /* that it was taken for */
     bool group_whole;     /* it is fit for the next step */
     bool rank_failed;     /* a rank's run did, and the others' were cancelled; under lock */
     uint32_t n_grouped;   /* entries that it merges */
@@ -223,8 +224,8 @@ attn_status_t step_link(const attn_step_t *step, uint32_t worker, link_t **link_
 
 /* ---- step_group.c: partials that workers merge among themselves ---- */
 
-/** When it is split: a group for it, if there is to be one. @return what groups_take() failed with,
- * where the client's options say that there must be one */
+/** When it is split: a group for it, if there is to be one. @return what was wrong with that, where
+ * the client's options say that there must be one */
 attn_status_t step_group(attn_step_t *step);
 
 /** Its shares are there: those that are ranks, and what of the answer comes from them. */

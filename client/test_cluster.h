@@ -85,6 +85,8 @@ add_worker(fixture_t *f, const char *kind)
         .incarnation = 100 + i, .slab_bytes = info.slab_bytes, .speed.read_bandwidth = 1e10};
     snprintf(f->hello[i].address, sizeof(f->hello[i].address), "inproc:%u", i);
     snprintf(f->hello[i].kind, sizeof(f->hello[i].kind), "%s", kind != NULL ? kind : info.kind);
+    strcpy(f->hello[i].place.host, "here");
+    snprintf(f->hello[i].place.device, sizeof(f->hello[i].place.device), "%u", i);
     OK(cluster_worker_join(f->cluster, &f->hello[i], &f->hello[i].id));
     OK(links_add_engine(f->links, f->hello[i].address, f->engines[i]));
 }
