@@ -713,7 +713,8 @@ typedef struct attn_way {
 typedef struct attn_cost {
     attn_merge_place_t place;
     bool available; /**< there are figures; if not, reason says why */
-    bool taken;     /**< this is how it is, or would be, done */
+    bool taken;     /**< this is how it is, or would be, done; reason says why, and for
+                       ATTN_MERGE_GROUP also why it is not */
     bool cheapest;  /**< of those over the same way */
     uint32_t workers;
     uint32_t way; /**< index into ways: over that */
@@ -745,6 +746,10 @@ typedef struct attn_explanation {
     double read_bandwidth, attend_seconds;
     double flops;           /**< FLOP/s with so many query rows */
     double merge_bandwidth; /**< bytes/s of partials that this client merges */
+    /* Exchanges of workers that merge among themselves: of nothing, for each other worker, and
+     * bytes/s of partials that leave one. */
+    double exchange_seconds, exchange_peer_seconds, exchange_bandwidth;
+    bool exchange_measured; /**< as groups that this client made were; false: assumed */
     uint32_t n_ways;
     attn_way_t ways[ATTN_WAYS_MAX]; /**< the first is how runs of this client go */
     uint32_t n_costs;

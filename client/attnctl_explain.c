@@ -33,6 +33,9 @@ static const char usage[] =
     "  --rows N,...            query rows of each (1)\n"
     "  --new N                 new tokens of each (0)\n"
     "  --sequences N           alike, in one step (1)\n"
+    "  --merging auto|client|group\n"
+    "                          what the client's options say of workers that merge among\n"
+    "                          themselves (client)\n"
     "  --measure               take such steps, of one sequence that is whole and of one that is\n"
     "                          spread, over each transport, and print what they took beside it\n"
     "  --ms N                  of measuring each (300)\n"
@@ -55,6 +58,7 @@ enum {
     ROWS,
     NEW,
     SEQUENCES,
+    MERGING,
     MEASURE,
     MS,
     DEV,
@@ -75,6 +79,7 @@ static const struct option options[] = {
     {"rows", required_argument, NULL, ROWS},
     {"new", required_argument, NULL, NEW},
     {"sequences", required_argument, NULL, SEQUENCES},
+    {"merging", required_argument, NULL, MERGING},
     {"measure", no_argument, NULL, MEASURE},
     {"ms", required_argument, NULL, MS},
     {"dev", required_argument, NULL, DEV},
@@ -137,6 +142,8 @@ take_option(explain_options_t *o, int option)
         return true;
     case DTYPE:
         return attnctl_dtype(optarg, &o->dtype);
+    case MERGING:
+        return explain_merging(optarg, &o->merging);
     case TOKENS:
         return take_list(optarg, 1u << 24, &o->tokens);
     case ROWS:
@@ -177,6 +184,8 @@ take_options(int argc, char **argv, explain_options_t *o)
         : o->cache != NULL && o->dev > 0    ? "a cluster that --dev starts has no --cache"
         : o->heads % o->kv_heads != 0       ? "--heads is a multiple of --kv-heads"
         : o->heads * o->head_dim > 1u << 15 ? "--heads times --head-dim: at most 32768"
+        : o->measure && o->merging == ATTN_MERGING_AUTO
+            ? "--measure takes steps that merge in one place: --merging client or group"
         : o->measure && (o->sequences > 1 || o->n_new > 0)
             ? "--measure is of one sequence, and of nothing new"
             : NULL;
@@ -198,6 +207,22 @@ explain_place(attn_merge_place_t place)
                                         [ATTN_MERGE_COORDINATOR] = "coordinator"};
 
     return names[place];
+}
+
+bool
+explain_merging(const char *name, attn_merging_t *merging)
+{
+    static const char *const names[] = {[ATTN_MERGING_AUTO]   = "auto",
+                                        [ATTN_MERGING_CLIENT] = "client",
+                                        [ATTN_MERGING_GROUP]  = "group"};
+
+    for (int i = ATTN_MERGING_AUTO; i <= ATTN_MERGING_GROUP; i++) {
+        if (strcmp(name, names[i]) == 0) {
+            *merging = (attn_merging_t)i;
+            return true;
+        }
+    }
+    return false;
 }
 
 const char *
@@ -227,11 +252,24 @@ print_costs(const attn_explanation_t *x)
             printf("%-12s not available: %s\n", explain_place(c->place), c->reason);
             continue;
         }
-        printf("%-12s %7u %-8s %9.1f %9.1f %9.1f %9.1f %9.1f %9.1f %10.1f%s%s\n",
+        printf("%-12s %7u %-8s %9.1f %9.1f %9.1f %9.1f %9.1f %9.1f %10.1f%s%s",
                explain_place(c->place), c->workers, explain_over(&x->ways[c->way]), 1e6 * c->attend,
                1e6 * c->read, 1e6 * c->compute, 1e6 * c->hop, 1e6 * c->link, 1e6 * c->merge,
                1e6 * c->total, c->taken ? "  taken" : "", c->cheapest ? "  cheapest" : "");
+        bool refused = c->place == ATTN_MERGE_GROUP && !c->taken && c->reason[0] != '\0';
+        printf("%s%s\n", refused ? "  not taken: " : "", refused ? c->reason : "");
     }
+}
+
+static bool
+has_group(const attn_explanation_t *x)
+{
+    bool has = false;
+
+    for (uint32_t i = 0; i < x->n_costs; i++) {
+        has = has || (x->costs[i].place == ATTN_MERGE_GROUP && x->costs[i].available);
+    }
+    return has;
 }
 
 static void
@@ -260,6 +298,13 @@ print_table(const attn_geometry_t *g, const attn_explain_t *asked, const attn_ex
         printf("%10s  over %s: hop %.1f us, of it sending %.1f, %.2f GB/s; by %s\n",
                break_even(w, text), explain_over(w), 1e6 * w->hop_seconds, 1e6 * w->send_seconds,
                1e-9 * w->link_bandwidth, w->source);
+    }
+    if (has_group(x)) {
+        printf("workers that merge among themselves exchange in %.1f us, and %.1f for each other "
+               "one, at %.2f GB/s; %s\n",
+               1e6 * x->exchange_seconds, 1e6 * x->exchange_peer_seconds,
+               1e-9 * x->exchange_bandwidth,
+               x->exchange_measured ? "by this client's groups" : "assumed");
     }
     printf(
         "the slowest worker reads %.2f GB/s, begins in %.1f us, computes %.1f GFLOP/s; the client "
@@ -314,6 +359,10 @@ print_json(const attn_explain_t *asked, const attn_explanation_t *x)
     cJSON_AddNumberToObject(object, "attend_seconds", x->attend_seconds);
     cJSON_AddNumberToObject(object, "flops", x->flops);
     cJSON_AddNumberToObject(object, "merge_bandwidth", x->merge_bandwidth);
+    cJSON_AddNumberToObject(object, "exchange_seconds", x->exchange_seconds);
+    cJSON_AddNumberToObject(object, "exchange_peer_seconds", x->exchange_peer_seconds);
+    cJSON_AddNumberToObject(object, "exchange_bandwidth", x->exchange_bandwidth);
+    cJSON_AddBoolToObject(object, "exchange_measured", x->exchange_measured);
     cJSON *ways = cJSON_AddArrayToObject(object, "ways");
     for (uint32_t i = 0; i < x->n_ways; i++) {
         const attn_way_t *w = &x->ways[i];
@@ -476,6 +525,7 @@ attnctl_explain(int argc, char **argv, const char *target, const attn_client_opt
                                     .head_dim  = 128,
                                     .dtype     = ATTN_BF16,
                                     .ms        = 300,
+                                    .merging   = ATTN_MERGING_CLIENT,
                                     .client    = &client};
     char address[64];
     int pid = -1, code = take_options(argc, argv, &o);
@@ -483,7 +533,8 @@ attnctl_explain(int argc, char **argv, const char *target, const attn_client_opt
     if (code >= 0) {
         return code;
     }
-    client.name = "attnctl explain";
+    client.name    = "attnctl explain";
+    client.merging = o.merging;
     if (o.dev > 0) {
         pid = bench_dev_start(&(bench_options_t){.dev = o.dev, .attnd = o.attnd}, address);
         if (pid < 0) {

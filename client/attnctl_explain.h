@@ -21,6 +21,7 @@ typedef struct explain_options {
     attn_dtype_t dtype;
     uint32_t dev, ms;
     bool json, measure;
+    attn_merging_t merging; /* of the client that is explained */
     const attn_client_options_t *client;
 } explain_options_t;
 
@@ -36,6 +37,9 @@ attn_status_t explain_cache(const explain_options_t *o, attn_client_t *client,
 
 /** "local", "group", "client", "coordinator". */
 const char *explain_place(attn_merge_place_t place);
+
+/** "auto", "client", "group". */
+bool explain_merging(const char *name, attn_merging_t *merging);
 
 /** Whatever is on the way: "ucx", or who measured it. */
 const char *explain_over(const attn_way_t *way);

@@ -165,9 +165,9 @@ learn(bed_t *b)
 
 /* ---- a point ---- */
 
+/* Of a layout as it is done: a spread one is merged by the client, or by its workers. */
 static attn_status_t
-say(attn_cache_t *cache, uint64_t tokens, uint32_t rows, attn_merge_place_t place,
-    attn_cost_t *cost, attn_way_t *way)
+say(attn_cache_t *cache, uint64_t tokens, uint32_t rows, attn_cost_t *cost, attn_way_t *way)
 {
     attn_explain_t asked = {.size = sizeof(asked), .tokens = tokens, .n_q = rows};
     attn_explanation_t x;
@@ -175,7 +175,7 @@ say(attn_cache_t *cache, uint64_t tokens, uint32_t rows, attn_merge_place_t plac
 
     *cost = (attn_cost_t){0};
     for (uint32_t i = 0; status == ATTN_OK && i < x.n_costs; i++) {
-        if (x.costs[i].place == place && x.costs[i].way == 0) {
+        if (x.costs[i].taken) {
             *cost = x.costs[i];
             *way  = x.ways[0];
         }
@@ -213,16 +213,16 @@ tell(const bed_t *b, uint64_t tokens, uint32_t rows, const attn_cost_t *c, const
 static attn_status_t
 point(bed_t *b, uint64_t tokens, uint32_t rows)
 {
-    static const attn_merge_place_t places[LAYOUTS] = {ATTN_MERGE_LOCAL, ATTN_MERGE_CLIENT};
-    attn_status_t status                            = ATTN_OK;
+    attn_status_t status = ATTN_OK;
 
     for (uint32_t l = 0; l < LAYOUTS; l++) {
         for (uint32_t c = 0; c < b->n_clients && status == ATTN_OK; c++) {
             attn_cost_t cost;
             attn_way_t way;
             double us;
-            status = say(b->caches[c][l], tokens, rows, places[l], &cost, &way);
-            if (status != ATTN_OK || !cost.available) {
+            status = say(b->caches[c][l], tokens, rows, &cost, &way);
+            if (status != ATTN_OK || !cost.available ||
+                (cost.place == ATTN_MERGE_LOCAL) != (l == WHOLE)) {
                 continue;
             }
             status = ask(b, b->caches[c][l], b->seqs[l], tokens, rows, RUNS_LEAST, b->o->ms, &us);

@@ -17,6 +17,7 @@
 #include <string.h>
 
 #define ASKS 5u /* the coordinator is asked so often, for the time it takes */
+#define TWO_OF_BOTH "it needs two workers, and two chunks"
 
 typedef struct explainer {
     attn_cache_t *cache;
@@ -27,6 +28,10 @@ typedef struct explainer {
     cost_batch_t batch;
     double front_seconds; /* there and back to the coordinator */
     split_t *split;       /* of a sequence that there is */
+    uint32_t owners;      /* of it: workers that attend to it; 0: there is no such sequence */
+    cost_exchange_t exchange;
+    bool may_group;     /* the workers may merge among themselves */
+    char no_group[128]; /* why not */
 } explainer_t;
 
 /* ---- constants ---- */
@@ -198,9 +203,11 @@ add_cost(explainer_t *x, attn_merge_place_t place, uint32_t way, uint32_t worker
     return cost;
 }
 
-/* The sequence as it lies. @return false: out of memory */
+/* The sequence as it lies, and merged by the client or, likewise, by its owners. @return false: out
+ * of memory */
 static bool
-as_it_lies(const explainer_t *x, const cost_constants_t *constants, cost_seconds_t *seconds)
+as_it_lies(const explainer_t *x, const cost_constants_t *constants, cost_seconds_t *client,
+           cost_seconds_t *group)
 {
     const split_t *split = x->split;
     cost_part_t *parts   = calloc(split->n_shares + (size_t)1, sizeof(*parts));
@@ -222,15 +229,17 @@ as_it_lies(const explainer_t *x, const cost_constants_t *constants, cost_seconds
         }
     }
     if (parts != NULL && n > 0) {
-        *seconds = cost_layer(&x->batch, parts, n, constants->merge_bandwidth, NULL);
+        *client = cost_layer(&x->batch, parts, n, constants->merge_bandwidth, NULL);
+    }
+    if (parts != NULL && n > 1 && x->may_group) {
+        *group = cost_layer_group(&x->batch, parts, n, &x->exchange);
     }
     free(parts);
     return parts != NULL && n > 0;
 }
 
-/* Workers that attend to the sequence. */
 static uint32_t
-owners(const split_t *split)
+count_owners(const split_t *split)
 {
     uint32_t n = 0;
 
@@ -239,6 +248,91 @@ owners(const split_t *split)
     }
     return n;
 }
+
+/* ---- groups ---- */
+
+/* Does the worker have some of the sequence? Of one to come any may. */
+static bool
+owns(const explainer_t *x, const attn_worker_info_t *info)
+{
+    bool found = x->owners == 0 && info->alive;
+
+    for (uint32_t s = 0; x->owners > 0 && s < x->split->n_shares; s++) {
+        const split_share_t *share = &x->split->shares[s];
+        found = found || (share->worker == info->id && share->parts[0].attends);
+    }
+    return found;
+}
+
+/* Bytes of partials that one of n gets at most, about. */
+static uint64_t
+half_bytes(const explainer_t *x, uint32_t n)
+{
+    uint64_t rows = (uint64_t)x->batch.sequences * x->batch.rows * x->cache->geometry.q_heads;
+
+    return (rows / n + 1) * n * attn_group_line_bytes(x->cache->geometry.head_dim_v);
+}
+
+/* May those that have it, or would, merge among themselves, and what do their exchanges take? */
+static attn_status_t
+ask_group(explainer_t *x)
+{
+    attn_client_t *client = x->cache->client;
+    group_wish_t wish     = {.head_dim_v = x->cache->geometry.head_dim_v};
+    group_member_t members[ATTN_RANKS_MAX];
+    char refused[256];
+    uint32_t n = 0, linked = 0;
+
+    cost_exchange_init(&x->exchange);
+    if (client->groups == NULL) {
+        return attn_fail(ATTN_ERR_UNSUPPORTED, "groups are of workers of a cluster");
+    }
+    if (x->owners == 1 || x->batch.tokens <= x->cache->geometry.chunk_size || x->out->workers < 2) {
+        return attn_fail(ATTN_ERR_UNSUPPORTED, "%s", TWO_OF_BOTH);
+    }
+    for (uint32_t i = 0; i < x->cluster.n_workers; i++) {
+        const attn_worker_info_t *w = &x->cluster.workers[i];
+        if (!owns(x, w) || ++n > ATTN_RANKS_MAX) {
+            continue;
+        }
+        group_member_t *m = &members[n - 1];
+        *m                = (group_member_t){.worker = w->id};
+        memcpy(m->place.host, w->group_host, sizeof(m->place.host));
+        memcpy(m->place.device, w->group_device, sizeof(m->place.device));
+        link_t *link = links_find(client->links, w->address);
+        if (link != NULL) {
+            wish.links[linked++] = link;
+        }
+    }
+    attn_status_t status = groups_check(members, n, client->options.merging == ATTN_MERGING_GROUP);
+    if (status != ATTN_OK) {
+        return status;
+    }
+    if (linked == n) { /* who was never asked has refused nothing, and was not measured */
+        wish.ranks      = n;
+        wish.half_bytes = half_bytes(x, n);
+    }
+    x->out->exchange_measured =
+        groups_exchange(client->groups, wish.links, wish.ranks, &x->exchange);
+    return client->options.merging == ATTN_MERGING_AUTO &&
+                   groups_refused(client->groups, &wish, refused)
+               ? attn_fail(ATTN_ERR_UNSUPPORTED, "refused of late: %s", refused)
+               : ATTN_OK;
+}
+
+static void
+take_group(explainer_t *x)
+{
+    x->may_group = ask_group(x) == ATTN_OK;
+    if (!x->may_group) {
+        snprintf(x->no_group, sizeof(x->no_group), "%s", attn_last_error());
+    }
+    x->out->exchange_seconds      = x->exchange.seconds;
+    x->out->exchange_peer_seconds = x->exchange.peer_seconds;
+    x->out->exchange_bandwidth    = x->exchange.bandwidth;
+}
+
+/* ---- places ---- */
 
 /* Would the batch be spread, were it placed now? Says why. */
 static bool
@@ -283,88 +377,102 @@ price_coordinator(explainer_t *x, uint32_t way)
              there ? "for thin clients" : "there is no coordinator");
 }
 
-/* Local and client over one way: as if the batch were to be placed, but for what it lies as. */
-static void
-price(explainer_t *x, uint32_t way)
+/* Of chunks on several workers: is it the workers who merge? Says why, or why not. */
+static bool
+in_group(const explainer_t *x, const cost_choice_t *choice, char reason[128])
 {
-    cost_constants_t constants = x->constants;
-    cost_choice_t choice;
-    cost_seconds_t lies;
-    char reason[128];
-    uint32_t n = x->split != NULL ? owners(x->split) : 0;
+    attn_merging_t merging = x->cache->client->options.merging;
+    double theirs = choice->seconds[COST_GROUP].total, ours = choice->seconds[COST_CLIENT].total;
 
-    constants.link = link_of(&x->out->ways[way]);
-    cost_choose(&constants, NULL, NULL, &x->batch, x->out->workers, &choice);
-    bool spread = n > 0 ? n > 1 : would_spread(x, &x->out->ways[way], reason);
-    bool real   = n > 0 && as_it_lies(x, &constants, &lies);
-    if (n > 0) {
-        snprintf(reason, sizeof(reason),
-                 n > 1 ? "the only way for chunks on %u workers" : "one worker has all of it", n);
+    if (!x->may_group) {
+        return false;
     }
-    for (cost_place_t p = COST_LOCAL; p <= COST_CLIENT; p += COST_CLIENT - COST_LOCAL) {
-        bool taken              = (p == COST_CLIENT) == spread;
-        const cost_seconds_t *s = taken && real         ? &lies
-                                  : choice.available[p] ? &choice.seconds[p]
-                                                        : NULL;
-        attn_cost_t *cost = add_cost(x, p == COST_LOCAL ? ATTN_MERGE_LOCAL : ATTN_MERGE_CLIENT, way,
-                                     taken && real ? n : choice.workers[p], s);
-        cost->taken       = taken && way == 0;
-        cost->cheapest    = p == choice.best;
-        if (taken || s == NULL) {
-            snprintf(cost->reason, sizeof(cost->reason), "%s",
-                     s != NULL ? reason : "it needs two workers, and two chunks");
+    snprintf(reason, 128, "%s",
+             merging == ATTN_MERGING_CLIENT  ? "merging is client: this client's options"
+             : merging == ATTN_MERGING_GROUP ? "merging is group: this client's options"
+             : theirs < ours                 ? "workers merge for less than this client"
+                                             : "this client merges for less");
+    return merging == ATTN_MERGING_GROUP || (merging == ATTN_MERGING_AUTO && theirs < ours);
+}
+
+/* The line of a place. */
+static void
+price_place(explainer_t *x, uint32_t way, cost_place_t place, const cost_choice_t *choice,
+            const char *reason)
+{
+    static const attn_merge_place_t places[] = {[COST_LOCAL]  = ATTN_MERGE_LOCAL,
+                                                [COST_GROUP]  = ATTN_MERGE_GROUP,
+                                                [COST_CLIENT] = ATTN_MERGE_CLIENT};
+    bool there                               = choice->available[place];
+    attn_cost_t *cost = add_cost(x, places[place], way, choice->workers[place],
+                                 there ? &choice->seconds[place] : NULL);
+
+    cost->cheapest = place == choice->best;
+    snprintf(cost->reason, sizeof(cost->reason), "%s",
+             there                 ? reason
+             : place == COST_GROUP ? x->no_group
+                                   : TWO_OF_BOTH);
+}
+
+/* The cheapest of what there is now. */
+static void
+choose_again(cost_choice_t *choice)
+{
+    choice->best = COST_PLACES;
+    for (cost_place_t p = COST_LOCAL; p <= COST_CLIENT; p++) {
+        if (choice->available[p] &&
+            (choice->best == COST_PLACES ||
+             choice->seconds[p].total < choice->seconds[choice->best].total)) {
+            choice->best = p;
         }
     }
 }
 
-/* As the client's, over this client's way, but that the workers merge: where they are known to. */
+/* Local, group and client over one way: as if the batch were to be placed, but for what it lies as.
+ * Who is in groups is known of this client alone. */
 static void
-price_group(explainer_t *x)
+price(explainer_t *x, uint32_t way)
 {
-    const attn_client_t *client = x->cache->client;
-    const attn_geometry_t *g    = &x->cache->geometry;
-    attn_cost_t *client_cost = NULL, *cost = add_cost(x, ATTN_MERGE_GROUP, 0, 0, NULL);
-    cost_link_t link = link_of(&x->out->ways[0]);
-    cost_exchange_t exchange;
+    cost_constants_t constants = x->constants;
+    bool own                   = way == 0;
+    cost_choice_t choice;
+    char spread_for[128], merged_for[128] = "";
 
-    for (uint32_t i = 0; i < x->out->n_costs; i++) {
-        attn_cost_t *c = &x->out->costs[i];
-        client_cost =
-            c->place == ATTN_MERGE_CLIENT && c->way == 0 && c->available ? c : client_cost;
+    constants.link = link_of(&x->out->ways[way]);
+    cost_choose(&constants, NULL, x->may_group && own ? &x->exchange : NULL, &x->batch,
+                x->out->workers, &choice);
+    bool spread = x->owners > 0 ? x->owners > 1 : would_spread(x, &x->out->ways[way], spread_for);
+    if (x->owners > 0) {
+        cost_place_t lies = spread ? COST_CLIENT : COST_LOCAL;
+        snprintf(spread_for, sizeof(spread_for),
+                 spread ? "the only way for chunks on %u workers" : "one worker has all of it",
+                 x->owners);
+        if (as_it_lies(x, &constants, &choice.seconds[lies], &choice.seconds[COST_GROUP])) {
+            choice.available[lies]       = true;
+            choice.workers[lies]         = x->owners;
+            choice.available[COST_GROUP] = x->may_group && own;
+            choice.workers[COST_GROUP]   = x->owners;
+            choose_again(&choice);
+        }
     }
-    if (client_cost == NULL || client->groups == NULL ||
-        !groups_exchange(client->groups, NULL, 0, &exchange)) {
-        snprintf(cost->reason, sizeof(cost->reason), "no group of workers is formed");
-        return;
+    bool group         = in_group(x, &choice, merged_for) && spread && own;
+    bool fails         = x->cache->client->options.merging == ATTN_MERGING_GROUP && !group && own;
+    cost_place_t taken = !spread ? COST_LOCAL
+                         : group ? COST_GROUP
+                         : fails ? COST_PLACES
+                                 : COST_CLIENT;
+    if (group) { /* and it is this line that is read */
+        snprintf(merged_for + strlen(merged_for), sizeof(merged_for) - strlen(merged_for),
+                 "; %.64s", spread_for);
     }
-    cost_merge_t merge = {.workers    = client_cost->workers,
-                          .rows       = (uint64_t)x->batch.sequences * x->batch.rows * g->q_heads,
-                          .head_dim_v = g->head_dim_v,
-                          .o_size     = (uint32_t)attn_dtype_size(g->kv_dtype)};
-    merge.states       = merge.rows * merge.workers;
-    double theirs      = cost_merge_group(&link, &exchange, &merge);
-    double ours        = cost_merge_client(&link, x->constants.merge_bandwidth, &merge);
-    double o           = (double)merge.rows * merge.head_dim_v * merge.o_size / link.bandwidth;
-    uint32_t index     = x->out->n_costs - 1;
-    *cost              = *client_cost;
-    cost->place        = ATTN_MERGE_GROUP;
-    cost->merge        = theirs - o;
-    cost->total        = client_cost->total - ours + theirs;
-    cost->link         = cost->total - cost->attend -
-                 (cost->read > cost->compute ? cost->read : cost->compute) - cost->hop -
-                 cost->merge;
-    cost->taken = client_cost->taken && client->options.merging != ATTN_MERGING_CLIENT &&
-                  (client->options.merging == ATTN_MERGING_GROUP || theirs < ours);
-    client_cost->taken = client_cost->taken && !cost->taken;
-    cost->cheapest     = true;
-    for (uint32_t i = 0; i < index; i++) {
-        cost->cheapest =
-            cost->cheapest && !(x->out->costs[i].way == 0 && x->out->costs[i].available &&
-                                x->out->costs[i].place != ATTN_MERGE_COORDINATOR &&
-                                x->out->costs[i].total <= cost->total);
-    }
-    for (uint32_t i = 0; cost->cheapest && i < index; i++) {
-        x->out->costs[i].cheapest = x->out->costs[i].cheapest && x->out->costs[i].way != 0;
+    for (cost_place_t p = COST_LOCAL; p <= COST_CLIENT; p++) {
+        if (p != COST_GROUP || own) {
+            price_place(x, way, p, &choice,
+                        p == COST_GROUP ? merged_for
+                        : p == taken    ? spread_for
+                                        : "");
+            x->out->costs[x->out->n_costs - 1].taken = own && p == taken;
+        }
     }
 }
 
@@ -401,6 +509,7 @@ take_batch(explainer_t *x)
         status                = chunks != NULL
                                     ? split_batch(&entry, &layout, 1, x->cache->geometry.chunk_size, &x->split)
                                     : attn_fail(ATTN_ERR_NO_MEMORY, "no memory for a layout");
+        x->owners             = status == ATTN_OK ? count_owners(x->split) : 0;
         free(chunks);
     }
     attn_seq_info_free(&info);
@@ -419,6 +528,7 @@ explain_all(explainer_t *x)
     out->flops           = cost_flops(&x->batch, w);
     out->merge_bandwidth = x->constants.merge_bandwidth;
     take_ways(x);
+    take_group(x);
     for (uint32_t i = 0; i < out->n_ways; i++) {
         cost_constants_t constants = x->constants;
         constants.link             = link_of(&out->ways[i]);
@@ -427,7 +537,6 @@ explain_all(explainer_t *x)
         price(x, i);
     }
     price_coordinator(x, out->n_ways - 1); /* pings: thin clients and the coordinator speak gRPC */
-    price_group(x);
 }
 
 attn_status_t

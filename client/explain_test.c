@@ -148,7 +148,7 @@ test_one_chunk_is_on_one_worker(void **state)
     assert_true(cost_of(&x, ATTN_MERGE_LOCAL).cheapest);
     assert_string_equal(cost_of(&x, ATTN_MERGE_CLIENT).reason,
                         "it needs two workers, and two chunks");
-    assert_string_equal(cost_of(&x, ATTN_MERGE_GROUP).reason, "no group of workers is formed");
+    assert_string_equal(cost_of(&x, ATTN_MERGE_GROUP).reason, "groups are of workers of a cluster");
     assert_string_equal(cost_of(&x, ATTN_MERGE_COORDINATOR).reason, "there is no coordinator");
     bed_close(&b);
 }

@@ -219,6 +219,9 @@ bool links_meter(links_t *links, cost_link_t *link);
 /** The worker at this address ("inproc:0") is the engine; takes the engine over. */
 attn_status_t links_add_engine(links_t *links, const char *address, engine_t *engine);
 
+/** NULL: it was never asked for. */
+link_t *links_find(links_t *links, const char *address);
+
 /** The link to a worker, made when first asked for; lives as long as links. */
 attn_status_t links_get(links_t *links, const char *address, link_t **link_p);
 

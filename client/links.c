@@ -96,6 +96,17 @@ links_add_engine(links_t *links, const char *address, engine_t *engine)
     return status;
 }
 
+link_t *
+links_find(links_t *links, const char *address)
+{
+    links_entry_t *entry;
+
+    pthread_mutex_lock(&links->lock);
+    HASH_FIND_STR(links->by_address, address, entry);
+    pthread_mutex_unlock(&links->lock);
+    return entry != NULL ? entry->link : NULL;
+}
+
 attn_status_t
 links_get(links_t *links, const char *address, link_t **link_p)
 {

@@ -24,8 +24,9 @@
 #define Q_HEADS 4u
 #define LAYERS 2u
 #define CHUNK 256u
-#define ROWS 8u /* queries of a step at most */
-#define O_MAX (2 * ROWS * Q_HEADS * DIM)
+#define ENTRIES 4u /* of a step at most */
+#define ROWS 32u   /* queries of each */
+#define O_MAX (ENTRIES * ROWS * Q_HEADS * DIM)
 
 typedef struct side {
     attn_client_t *client;
@@ -157,7 +158,7 @@ typedef struct question {
 static attn_status_t
 begin(side_t *side, const question_t *q, attn_step_t **step)
 {
-    attn_entry_t entries[4] = {0};
+    attn_entry_t entries[ENTRIES] = {0};
 
     for (uint32_t i = 0; i < q->n; i++) {
         entries[i] = (attn_entry_t){
@@ -251,7 +252,7 @@ test_bits(void **state)
                           make_sequence(&w.group, 100, 2), /* on one worker */
                           make_sequence(&w.group, 3 * CHUNK, 3)};
     uint64_t bases[3]  = {5 * CHUNK + 100, 100, 3 * CHUNK};
-    for (uint32_t n_q = 1; n_q <= ROWS; n_q += 3) {
+    for (uint32_t n_q = 1; n_q <= 8; n_q += 3) {
         assert_agreed(&w, &(question_t){seqs, bases, 1, n_q, 0, n_q, 0, true});
     }
     assert_agreed(&w, &(question_t){seqs, bases, 2, 1, 0, 7, 0, true}); /* fewer rows than ranks */
@@ -302,10 +303,39 @@ test_a_rank_refuses(void **state)
 
 /* ---- who is chosen ---- */
 
+/* What attn_explain() says of the workers that have the sequence. */
+static attn_cost_t
+explained(const side_t *side, attn_seq_t seq, attn_explanation_t *x)
+{
+    attn_explain_t asked = {.size = sizeof(asked), .seq = seq, .n_q = 8};
+    uint32_t taken       = 0;
+    attn_cost_t cost     = {0};
+
+    OK(attn_explain(side->cache, &asked, x));
+    for (uint32_t i = 0; i < x->n_costs; i++) {
+        const attn_cost_t *c = &x->costs[i];
+        double sum           = c->attend + fmax(c->read, c->compute) + c->hop + c->link + c->merge;
+        assert_true(fabs(c->total - sum) <= 1e-9 * sum);
+        taken += c->taken;
+        cost = c->place == ATTN_MERGE_GROUP ? *c : cost;
+    }
+    assert_int_equal(taken, 1);
+    return cost;
+}
+
+static void
+assert_words(const char *text, const char *words)
+{
+    if (strstr(text, words) == NULL) {
+        fail_msg("no \"%s\" in \"%s\"", words, text);
+    }
+}
+
 static void
 test_the_choice(void **state)
 {
     static answer_t a, b;
+    attn_explanation_t x;
     world_t w;
 
     (void)state;
@@ -317,12 +347,22 @@ test_the_choice(void **state)
     OK(ask(&w.group, &q, &b));
     assert_same(&q, &a, &b);
     assert_int_equal(grouped(&w.group), 0);
+    attn_cost_t cost = explained(&w.group, seq, &x);
+    assert_false(cost.available || x.exchange_measured);
+    assert_words(cost.reason, "share a GPU");
     world_down(&w);
 
     if (gpus > 1) {
         world_up(&w, 2, true, ATTN_MERGING_GROUP);
         seq = make_sequence(&w.alone, 4 * CHUNK, 5);
         assert_agreed(&w, &q);
+        cost = explained(&w.group, seq, &x);
+        assert_true(cost.taken && cost.workers == 2 && x.exchange_measured);
+        assert_words(cost.reason, "merging is group");
+        OK(ask(&w.alone, &q, &a));
+        cost = explained(&w.alone, seq, &x);
+        assert_true(cost.available && !cost.taken && !x.exchange_measured);
+        assert_words(cost.reason, "merging is client");
         world_down(&w);
     }
 
@@ -333,11 +373,53 @@ test_the_choice(void **state)
         side_open(&w.group, &w.cluster, ATTN_MERGING_GROUP);
         seq = make_sequence(&w.group, 4 * CHUNK, 5);
         assert_int_equal(ask(&w.group, &q, &b), ATTN_ERR_UNSUPPORTED);
-        assert_non_null(strstr(attn_last_error(), "merging is group, but there is none"));
-        assert_int_equal(strstr(attn_last_error(), "--groups") != NULL, gpu);
+        assert_words(attn_last_error(), "merging is group, but there is none");
+        assert_words(attn_last_error(), "is in no groups");
+        OK(attn_explain(w.group.cache,
+                        &(attn_explain_t){.size = sizeof(attn_explain_t), .seq = seq}, &x));
+        for (uint32_t i = 0; i < x.n_costs; i++) { /* begin fails, and nothing else is done */
+            assert_false(x.costs[i].taken);
+        }
         side_close(&w.group);
         cluster_down(&w.cluster);
     }
+}
+
+/* Where it may pay, a group is made, beside steps that do without meanwhile, and measured. */
+static void
+test_groups_are_made_beside_steps(void **state)
+{
+    static answer_t a, b;
+    attn_seq_t seqs[ENTRIES];
+    uint64_t bases[ENTRIES], end;
+    attn_explanation_t x;
+    world_t w;
+
+    (void)state;
+    if (gpus < 2) {
+        return;
+    }
+    world_up(&w, 2, true, ATTN_MERGING_AUTO);
+    for (uint32_t i = 0; i < ENTRIES; i++) {
+        seqs[i]  = make_sequence(&w.group, 4 * CHUNK, 30 + i);
+        bases[i] = 4 * CHUNK;
+    }
+    question_t q = {seqs, bases, ENTRIES, ROWS, 0, 31, 0, true};
+    OK(ask(&w.alone, &q, &a));
+    OK(ask(&w.group, &q, &b)); /* by what is assumed of links and exchanges it pays */
+    assert_int_equal(grouped(&w.group), 0);
+    for (end = now_ms() + 10000, x.exchange_measured = false; !x.exchange_measured;) {
+        assert_true(now_ms() < end);
+        assert_same(&q, &a, &b);
+        OK(ask(&w.group, &q, &b));
+        attn_cost_t cost = explained(&w.group, seqs[0], &x);
+        assert_true(cost.available);
+        assert_words(cost.reason, "merge");
+    }
+    print_message("an exchange takes %.0f us, %.1f GB/s; %llu steps had a group\n",
+                  1e6 * x.exchange_seconds, 1e-9 * x.exchange_bandwidth,
+                  (unsigned long long)grouped(&w.group));
+    world_down(&w);
 }
 
 /* ---- several at once ---- */
@@ -595,6 +677,7 @@ main(int argc, char **argv)
         cmocka_unit_test(test_bits),
         cmocka_unit_test(test_a_rank_refuses),
         cmocka_unit_test(test_the_choice),
+        cmocka_unit_test(test_groups_are_made_beside_steps),
         cmocka_unit_test(test_several_at_once),
     };
     const struct CMUnitTest faults[] = {
