@@ -171,6 +171,7 @@ cut_range(builder_t *b, const attn_work_t *work, uint64_t limit)
         uint64_t tokens = work->cost / plan_token_cost(work->rows);
         leaves          = count_leaves(b, work);
         pieces          = attn_min(attn_div_up(work->cost, limit), tokens / PIECE_TOKENS_MIN);
+        pieces          = attn_min(pieces, leaves); /* which may have more tokens */
     }
     if (pieces <= 1) {
         PUSH(b, b->works, *work);

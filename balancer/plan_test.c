@@ -312,6 +312,30 @@ test_threads_finish_together(void **state)
     }
 }
 
+/* Leaves may have more tokens than a piece needs to have. */
+static void
+test_a_leaf_is_not_cut(void **state)
+{
+    static const uint32_t threads[] = {2, 16, 132};
+    (void)state;
+
+    for (size_t i = 0; i < 3; i++) {
+        attn_plan_t *plan;
+        batch_t b;
+        batch_init(&b, 8, 4);
+        add(&b, 2 * CHUNK, 600); /* leaves of a chunk */
+        assert_int_equal(attn_plan_build(&b.problem, threads[i], LEAF, CHUNK, &plan), ATTN_OK);
+        for (uint32_t w = 0; w < plan->n_works; w++) {
+            attn_walk_t walk;
+            attn_leaf_t leaf;
+            attn_walk_init(&walk, plan, &plan->works[w]);
+            assert_true(attn_walk_next(&walk, &leaf));
+        }
+        attn_plan_free(plan);
+        batch_free(&b);
+    }
+}
+
 static void
 test_nothing_is_cut_that_need_not_be(void **state)
 {
@@ -669,6 +693,7 @@ main(void)
         cmocka_unit_test(test_every_leaf_is_computed_once),
         cmocka_unit_test(test_a_plan_in_the_memory_of_another_is_the_same),
         cmocka_unit_test(test_threads_finish_together),
+        cmocka_unit_test(test_a_leaf_is_not_cut),
         cmocka_unit_test(test_nothing_is_cut_that_need_not_be),
         cmocka_unit_test(test_states_in_between_are_bounded),
         cmocka_unit_test(test_states_are_those_of_leaf_by_leaf),
