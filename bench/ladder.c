@@ -151,13 +151,9 @@ side_tell(const result_options_t *options, const char *shape, side_t *side, doub
 void
 rung_absent(const result_options_t *options, const char *shape, const char *name, const char *why)
 {
-    char text[256]; /* as JSON has it */
-    uint32_t n = 0;
+    char text[256];
 
-    for (const char *c = why; *c != '\0' && n < sizeof(text) - 1; c++) {
-        text[n++] = *c == '"' || *c == '\\' ? '\'' : (unsigned char)*c < ' ' ? ' ' : *c;
-    }
-    text[n] = '\0';
+    result_text(why, text);
     printf("%-7s %-24s | left out: %s\n", shape, name, text);
     fflush(stdout);
     result_json(options, "latency",

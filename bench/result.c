@@ -46,6 +46,17 @@ result_json(const result_options_t *options, const char *bench, const char *form
 }
 
 void
+result_text(const char *sentence, char text[256])
+{
+    uint32_t n = 0;
+
+    for (const char *c = sentence; *c != '\0' && n < 255; c++) {
+        text[n++] = *c == '"' || *c == '\\' ? '\'' : (unsigned char)*c < ' ' ? ' ' : *c;
+    }
+    text[n] = '\0';
+}
+
+void
 result_must(attn_status_t status)
 {
     if (status != ATTN_OK) {

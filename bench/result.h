@@ -25,6 +25,9 @@ int result_options(result_options_t *options, int argc, char **argv);
 void result_json(const result_options_t *options, const char *bench, const char *format, ...)
     __attribute__((format(printf, 3, 4)));
 
+/** A sentence as JSON and a table have it: no quotes in it, and no lines. */
+void result_text(const char *sentence, char text[256]);
+
 /** Ends the program with the sentence if the status is not ATTN_OK. */
 void result_must(attn_status_t status);
 

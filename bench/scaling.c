@@ -224,16 +224,14 @@ write_row(const bench_t *b, const row_t *row, const char *bits, double speedup)
     char head[256];
 
     snprintf(head, sizeof(head),
-             "\"case\":\"%s\",\"kind\":\"%s\",\"workers\":%u,\"merging\":\"%s\",\"way\":\"%s\"",
-             row->point->name, row->point->piece > 0 ? "prefill" : "decode", row->workers,
+             "\"case\":\"%s\",\"kind\":\"%s\",\"lies\":\"%s\",\"workers\":%u,\"merging\":\"%s\","
+             "\"way\":\"%s\"",
+             row->point->name, row->point->piece > 0 ? "prefill" : "decode",
+             row->point->placement == WHOLE ? "whole" : "spread", row->workers,
              merging_names[row->merging], way_names[row->way]);
     if (row->absent[0] != '\0') {
-        char text[256]; /* as JSON has it */
-        uint32_t n = 0;
-        for (const char *c = row->absent; *c != '\0' && n < sizeof(text) - 1; c++) {
-            text[n++] = *c == '"' || *c == '\\' ? '\'' : (unsigned char)*c < ' ' ? ' ' : *c;
-        }
-        text[n] = '\0';
+        char text[256];
+        result_text(row->absent, text);
         result_json(&b->result, "scaling", "%s,\"absent\":\"%s\"", head, text);
         return;
     }

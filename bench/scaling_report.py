@@ -44,6 +44,17 @@ def beside(row):
     return row["value"] - row["computed"]
 
 
+def merge_hop(run, row):
+    """What more workers and the client's merging take beside computing, over one worker asked in the
+    same way; None where nothing is merged here, or there is no such row."""
+    if row["workers"] == 1 or row["grouped"] or not row["computed"] or row.get("lies") == "whole":
+        return None
+    one = next((other for other in run["rows"]
+                if other["case"] == row["case"] and other["workers"] == 1
+                and other["way"] == row["way"] and "value" in other), None)
+    return beside(row) - beside(one) if one else None
+
+
 def verdicts(run):
     """(what, value or None, bound, at least?, met or None, why not) of all targets."""
     found = []
@@ -73,20 +84,20 @@ def us(value):
 
 
 def table(run, case):
-    lines = ["| workers | merged by | tensors | p50 | p99 | computed | beside | begin + commit | "
-             "speed-up | efficiency | predicted | measured / predicted | bits |",
-             "|---|---|---|---|---|---|---|---|---|---|---|---|---|"]
+    lines = ["| workers | merged by | tensors | p50 | p99 | computed | beside | merge hop | "
+             "begin + commit | speed-up | efficiency | predicted | measured / predicted | bits |",
+             "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|"]
     one = fastest(run, case, 1)
     for row in run["rows"]:
         if row["case"] != case or "value" not in row:
             continue
         times = one["value"] / row["value"] if one and not row["shared"] else None
-        said = row["predicted"]
+        said, hop = row["predicted"], merge_hop(run, row)
         lines.append("| " + " | ".join((
             str(row["workers"]) + (" (sharing GPUs)" if row["shared"] else ""),
             "workers" if row["grouped"] else "-" if row["workers"] == 1 else "client",
             row["way"], us(row["value"]), us(row["p99"]), us(row["computed"]) if row["computed"] else "-",
-            us(beside(row)) if row["computed"] else "-",
+            us(beside(row)) if row["computed"] else "-", us(hop) if hop is not None else "-",
             us(row["begin"] + row["commit"]), f"{times:.2f}" if times else "-",
             f"{100 * times / row['workers']:.0f} %" if times else "-",
             us(said) if said else "-", f"{row['value'] / said:.2f}" if said else "-",
@@ -140,7 +151,8 @@ def markdown(run):
     lines = ["# bench/scaling", "", setting(run), "",
              "Microseconds a layer as the client sees it (prefill: of the whole sequence). computed: "
              "of it the slowest worker, storing, attending and, in a group, merging; beside: the "
-             "rest, which is the way there and back and the client's merging. Speed-up: against the "
+             "rest, which is the way there and back and the client's merging; merge hop: how much more "
+             "that is than with one worker, where the client merges. Speed-up: against the "
              "fastest row of one worker. predicted: by the cost model, before it was measured.", ""]
     for case in cases(run):
         rows = table(run, case)
