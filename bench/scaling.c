@@ -2,9 +2,9 @@
  * scaling.c: what a layer of one long sequence, of many, and of a prefill takes on 1, 2, 4 and 8
  * workers, as the client sees it.
  *
- *     bench_scaling [--quick] [--json FILE] [--cpu] [--workers 1,2,4,8] [--merging client,group]
- *                   [--ways host,cuda,enqueued] [--points NAME,...] [--small] [--share]
- *                   [--seconds S]
+ *     bench_scaling [--quick] [--json FILE] [--cpu] [--small] [--workers 1,2,4,8]
+ *                   [--merging client,group,auto] [--ways host,cuda,enqueued]
+ *                   [--points NAME,...] [--share] [--seconds S]
  *
  * For each number of workers a cluster is started, a GPU each, and filled with noise; then each
  * point is asked for, by a client that merges partials and by one whose workers do, with tensors in
@@ -71,7 +71,7 @@ static int
 usage(void)
 {
     fprintf(stderr, "bench_scaling [--quick] [--json FILE] [--cpu] [--workers 1,2,4,8]\n"
-                    "              [--merging client,group] [--ways host,cuda,enqueued]\n"
+                    "              [--merging client,group,auto] [--ways host,cuda,enqueued]\n"
                     "              [--points NAME,...] [--share] [--seconds S]\n"
                     "  --cpu      workers of one thread each, and a small grid\n"
                     "  --points   those whose names begin so: 'decode 1 x 1M', prefill\n"
@@ -299,7 +299,8 @@ leave_out(bench_t *b, uint32_t workers, const char *reason)
 static void
 measure(bench_t *b, uint32_t workers)
 {
-    static const attn_merging_t merging[] = {ATTN_MERGING_CLIENT, ATTN_MERGING_GROUP};
+    static const attn_merging_t merging[] = {ATTN_MERGING_CLIENT, ATTN_MERGING_GROUP,
+                                             ATTN_MERGING_AUTO};
     world_t world;
 
     if (!world_open(&world, &b->setup, workers)) {
@@ -309,7 +310,7 @@ measure(bench_t *b, uint32_t workers)
     printf("%u worker%s: %.2f GB of k and v filled in %.1f s\n", workers, workers > 1 ? "s" : "",
            (double)world.fill_bytes / 1e9, world.fill_seconds);
     for (uint32_t p = 0; p < b->setup.n_points; p++) {
-        for (uint32_t i = 0; b->setup.wanted[p] && i < 2 * WAYS; i++) {
+        for (uint32_t i = 0; b->setup.wanted[p] && i < 3 * WAYS; i++) {
             row_t row = {.point   = &b->setup.points[p],
                          .workers = workers,
                          .merging = merging[i / WAYS],

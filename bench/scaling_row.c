@@ -33,6 +33,7 @@ typedef struct measure {
     void *answer;        /* o in the host's memory */
     double us[SAMPLES_MAX], computed[SAMPLES_MAX], begin[STEPS_MAX], commit[STEPS_MAX];
     uint32_t n, steps;
+    uint64_t grouped; /* steps of this client that were, before */
 } measure_t;
 
 static bool
@@ -232,7 +233,7 @@ read_links(measure_t *m)
             snprintf(row->gpu_reason, sizeof(row->gpu_reason), "%s", link->gpu_reason);
         }
     }
-    row->grouped = row->merging == ATTN_MERGING_GROUP && info.steps_grouped > 0;
+    row->grouped = info.steps_grouped > m->grouped;
     attn_links_info_free(&info);
 }
 
@@ -389,13 +390,16 @@ measure_row(world_t *world, row_t *row)
     const point_t *point = row->point;
     measure_t *m         = calloc(1, sizeof(*m));
 
-    *m                   = (measure_t){.world  = world,
-                                       .row    = row,
-                                       .tokens = point->tokens,
-                                       .rows   = point->piece > 0 ? point->piece : 1};
-    attn_status_t status = world_side(world, row->merging, point->placement, &m->side);
-    m->seqs              = calloc(point->sequences, sizeof(*m->seqs));
-    if (status == ATTN_OK) {
+    *m                      = (measure_t){.world  = world,
+                                          .row    = row,
+                                          .tokens = point->tokens,
+                                          .rows   = point->piece > 0 ? point->piece : 1};
+    attn_status_t status    = world_side(world, row->merging, point->placement, &m->side);
+    m->seqs                 = calloc(point->sequences, sizeof(*m->seqs));
+    attn_links_info_t links = {0};
+    if (status == ATTN_OK && (status = attn_client_links(m->side->client, &links)) == ATTN_OK) {
+        m->grouped = links.steps_grouped;
+        attn_links_info_free(&links);
         m->cache = m->side->caches[point->placement];
         make_tensors(m);
         status = note(row, point->piece > 0 ? prefill(m) : decode(m));

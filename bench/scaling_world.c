@@ -258,7 +258,7 @@ world_open(world_t *w, const setup_t *setup, uint32_t workers)
                                  .gpus      = setup->gpus,
                                  .slab      = slab + (UINT64_C(64) << 20),
                                  .ucx_slab  = setup->ucx_slab,
-                                 .clients   = 2,
+                                 .clients   = 3,
                                  .groups    = setup->gpus > 0};
     if (!cluster_start_with(&w->cluster, workers, &options)) {
         return false;
