@@ -2,7 +2,8 @@
  * Who sends what where. The parts of a row, the states of all ranks in the order of the tree, are
  * the same for all rows of an entry; what rows of a rank's share have in common with their entry is
  * a stretch. Lines of a rank's inbox are numbered stretch by stretch, row by row, in the order of
- * the parts, those of the rank itself left out.
+ * the parts, those of the rank itself left out. How many there are is known from numbers of nodes
+ * alone: what does not fit is refused before there are any tables.
  */
 #include "kernels/cuda/exchange_plan.h"
 
@@ -11,6 +12,7 @@
 #include "kernels/plan_types.h"
 
 #include <stdlib.h>
+#include <string.h>
 
 /* Parts of an entry: more come of no placement, and chips have no stack for them. */
 #define PARTS_MAX 1024u
@@ -26,7 +28,7 @@ typedef struct planner {
     cuda_exchange_plan_t *plan;
     part_t parts[PARTS_MAX]; /* of the entry */
     uint32_t n_parts;
-    uint64_t lines[CUDA_RANKS]; /* numbered so far */
+    uint64_t lines[CUDA_RANKS]; /* numbered so far, first to know how many */
 } planner_t;
 
 static attn_status_t
@@ -86,10 +88,6 @@ order_parts(planner_t *p, uint32_t e)
                              "leaves",
                              e, before->node, before->rank, part.node, part.rank);
         }
-        if (p->n_parts == PARTS_MAX) {
-            return attn_fail(ATTN_ERR_TOO_LARGE, "entry %u: more than %u states a row", e,
-                             PARTS_MAX);
-        }
         part.level = before == NULL ? ATTN_LEVEL_NONE : attn_key_lca(before->key, part.key);
         while (n >= 2 && stack[n - 1] < part.level) {
             n--;
@@ -121,18 +119,13 @@ reserve(void *table_p, uint64_t *room, uint64_t n, size_t size)
 }
 
 /* Rows [first, end) of an entry, which this rank finishes. */
-static bool
+static void
 add_rows(planner_t *p, uint32_t e, uint64_t first, uint64_t end, uint64_t line)
 {
     cuda_exchange_plan_t *plan = p->plan;
     uint32_t heads = p->batch->q_heads, me = p->batch->me;
-    uint64_t rows = end - first, per_node = (uint64_t)p->batch->entries[e].n_q * heads;
+    uint64_t per_node = (uint64_t)p->batch->entries[e].n_q * heads;
 
-    if (!reserve(&plan->rows, &plan->room[1], plan->n_rows + rows, sizeof(*plan->rows)) ||
-        !reserve(&plan->parts, &plan->room[2], plan->n_parts + rows * p->n_parts,
-                 sizeof(*plan->parts))) {
-        return false;
-    }
     for (uint64_t r = first; r < end; r++) {
         plan->rows[plan->n_rows++] = (cuda_exchange_row_t){.part_first = (uint32_t)plan->n_parts,
                                                            .n_parts    = p->n_parts,
@@ -147,11 +140,10 @@ add_rows(planner_t *p, uint32_t e, uint64_t first, uint64_t end, uint64_t line)
                 (cuda_exchange_part_t){(uint32_t)at, part->rank | part->level << 8};
         }
     }
-    return true;
 }
 
 /* This rank's states of rows [first, end) of an entry, which another one finishes. */
-static bool
+static void
 add_sends(planner_t *p, uint32_t e, uint32_t rank, uint64_t first, uint64_t end, uint64_t line)
 {
     cuda_exchange_plan_t *plan = p->plan;
@@ -159,10 +151,6 @@ add_sends(planner_t *p, uint32_t e, uint32_t rank, uint64_t first, uint64_t end,
     uint64_t mine = p->batch->entries[e].n_nodes[me], of_rank = p->batch->entries[e].n_nodes[rank];
     uint64_t per_node = (uint64_t)p->batch->entries[e].n_q * p->batch->q_heads;
 
-    if (!reserve(&plan->sends, &plan->room[0], plan->n_sends + (end - first) * mine,
-                 sizeof(*plan->sends))) {
-        return false;
-    }
     for (uint64_t r = first; r < end && mine > 0; r++) {
         uint64_t of_row = line + (r - first) * (p->n_parts - of_rank);
         for (uint32_t i = 0; i < p->n_parts; i++) {
@@ -175,29 +163,69 @@ add_sends(planner_t *p, uint32_t e, uint32_t rank, uint64_t first, uint64_t end,
             of_row += part->rank != rank;
         }
     }
-    return true;
 }
 
-/* What each rank finishes of an entry that begins at row `at` of all. */
-static attn_status_t
-add_entry(planner_t *p, uint32_t e, uint64_t at)
+/* Call `of` with what each rank finishes of an entry that begins at row `at` of all. */
+static void
+each_stretch(planner_t *p, uint32_t e, uint64_t at,
+             void (*of)(planner_t *p, uint32_t e, uint32_t rank, uint64_t first, uint64_t end))
 {
     const cuda_exchange_batch_t *b = p->batch;
     uint64_t rows                  = (uint64_t)b->entries[e].n_q * b->q_heads;
-    bool there                     = true;
 
-    for (uint32_t rank = 0; rank < b->ranks && there; rank++) {
+    for (uint32_t rank = 0; rank < b->ranks; rank++) {
         attn_group_share_t share = attn_group_share(p->plan->rows_all, rank, b->ranks);
         uint64_t first           = attn_max(share.first, at);
         uint64_t end             = attn_min(share.first + share.n, at + rows);
-        if (first >= end) {
-            continue;
+        if (first < end) {
+            of(p, e, rank, first - at, end - at);
+            p->lines[rank] += (end - first) * (p->n_parts - b->entries[e].n_nodes[rank]);
         }
-        there = rank == b->me ? add_rows(p, e, first - at, end - at, p->lines[rank])
-                              : add_sends(p, e, rank, first - at, end - at, p->lines[rank]);
-        p->lines[rank] += (end - first) * (p->n_parts - b->entries[e].n_nodes[rank]);
     }
-    return there ? ATTN_OK : attn_fail(ATTN_ERR_NO_MEMORY, "no memory for an exchange's tables");
+}
+
+static void
+add_stretch(planner_t *p, uint32_t e, uint32_t rank, uint64_t first, uint64_t end)
+{
+    if (rank == p->batch->me) {
+        add_rows(p, e, first, end, p->lines[rank]);
+    } else {
+        add_sends(p, e, rank, first, end, p->lines[rank]);
+    }
+}
+
+static void
+count_stretch(planner_t *p, uint32_t e, uint32_t rank, uint64_t first, uint64_t end)
+{
+    if (rank == p->batch->me) {
+        p->plan->n_rows += end - first;
+        p->plan->n_parts += (end - first) * p->n_parts;
+    } else {
+        p->plan->n_sends += (end - first) * p->batch->entries[e].n_nodes[p->batch->me];
+    }
+}
+
+/* How long the tables will be, and how many lines each rank gets. */
+static attn_status_t
+count(planner_t *p)
+{
+    const cuda_exchange_batch_t *b = p->batch;
+    uint64_t at                    = 0;
+
+    for (uint32_t e = 0; e < b->n; e++) {
+        uint64_t parts = 0;
+        for (uint32_t rank = 0; rank < b->ranks; rank++) {
+            parts += b->entries[e].n_nodes[rank];
+        }
+        if (parts > PARTS_MAX) {
+            return attn_fail(ATTN_ERR_TOO_LARGE, "entry %u: %llu states a row, more than %u", e,
+                             (unsigned long long)parts, PARTS_MAX);
+        }
+        p->n_parts = (uint32_t)parts;
+        each_stretch(p, e, at, count_stretch);
+        at += (uint64_t)b->entries[e].n_q * b->q_heads;
+    }
+    return ATTN_OK;
 }
 
 /* What all ranks must agree on, and what 32 bits number. */
@@ -227,12 +255,38 @@ check_sizes(const planner_t *p)
     return ATTN_OK;
 }
 
+static attn_status_t
+take_tables(cuda_exchange_plan_t *plan)
+{
+    return reserve(&plan->sends, &plan->room[0], plan->n_sends, sizeof(*plan->sends)) &&
+                   reserve(&plan->rows, &plan->room[1], plan->n_rows, sizeof(*plan->rows)) &&
+                   reserve(&plan->parts, &plan->room[2], plan->n_parts, sizeof(*plan->parts))
+               ? ATTN_OK
+               : attn_fail(ATTN_ERR_NO_MEMORY, "no memory for an exchange's tables");
+}
+
+static attn_status_t
+make_tables(planner_t *p)
+{
+    attn_status_t status = ATTN_OK;
+    uint64_t at          = 0;
+
+    memset(p->lines, 0, sizeof(p->lines));
+    p->plan->n_sends = p->plan->n_rows = p->plan->n_parts = 0;
+    for (uint32_t e = 0; e < p->batch->n && status == ATTN_OK; e++) {
+        if ((status = order_parts(p, e)) == ATTN_OK) {
+            each_stretch(p, e, at, add_stretch);
+        }
+        at += (uint64_t)p->batch->entries[e].n_q * p->batch->q_heads;
+    }
+    return status;
+}
+
 attn_status_t
 cuda_exchange_plan(const cuda_exchange_batch_t *batch, cuda_exchange_plan_t *plan)
 {
     attn_status_t status = check(batch);
     planner_t *p;
-    uint64_t at = 0;
 
     if (status != ATTN_OK) {
         return status;
@@ -252,13 +306,10 @@ cuda_exchange_plan(const cuda_exchange_batch_t *batch, cuda_exchange_plan_t *pla
         status = attn_fail(ATTN_ERR_TOO_LARGE, "%llu rows in an exchange: at most 2^32",
                            (unsigned long long)plan->rows_all);
     }
-    for (uint32_t e = 0; e < batch->n && status == ATTN_OK; e++) {
-        if ((status = order_parts(p, e)) == ATTN_OK) {
-            status = add_entry(p, e, at);
-        }
-        at += (uint64_t)batch->entries[e].n_q * batch->q_heads;
+    if (status == ATTN_OK && (status = count(p)) == ATTN_OK &&
+        (status = check_sizes(p)) == ATTN_OK && (status = take_tables(plan)) == ATTN_OK) {
+        status = make_tables(p);
     }
-    status = status == ATTN_OK ? check_sizes(p) : status;
     free(p);
     return status;
 }

@@ -40,7 +40,8 @@ typedef struct cuda_exchange_plan {
  * @return ATTN_ERR_INVALID    ranks, head dim or heads out of range, or two ranks have a node in
  *                             common
  * @return ATTN_ERR_TOO_LARGE  some rank's lines do not fit in half of its inbox (all ranks say so
- *                             of the same batch), or more rows or states than 32 bits number
+ *                             of the same batch, before they make any tables), or more rows or
+ *                             states than 32 bits number
  * @return ATTN_ERR_NO_MEMORY
  */
 attn_status_t cuda_exchange_plan(const cuda_exchange_batch_t *batch, cuda_exchange_plan_t *plan);

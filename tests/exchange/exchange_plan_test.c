@@ -126,6 +126,7 @@ expect(const cuda_exchange_batch_t *batch, attn_status_t status, const char *wor
 
     assert_int_equal(cuda_exchange_plan(batch, &plan), status);
     assert_non_null(strstr(attn_last_error(), word));
+    assert_true(status != ATTN_ERR_TOO_LARGE || plan.room[0] + plan.room[1] + plan.room[2] == 0);
     cuda_exchange_plan_free(&plan);
 }
 
@@ -160,6 +161,13 @@ test_bad_batches_are_refused(void **state)
     b           = good;
     entry.state = UINT32_MAX;
     expect(&b, ATTN_ERR_TOO_LARGE, "32 bits");
+    entry.state      = 0;
+    entry.n_q        = 1u << 24; /* nobody makes tables of that to see that they are too large */
+    entry.n_nodes[0] = 1000;
+    expect(&b, ATTN_ERR_TOO_LARGE, "room for");
+    entry.n_q        = 1;
+    entry.n_nodes[0] = 1024;
+    expect(&b, ATTN_ERR_TOO_LARGE, "more than 1024");
 }
 
 int
