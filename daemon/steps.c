@@ -148,10 +148,15 @@ admit_unary(void *service, const rpc_call_t *call)
 static attn_status_t
 serve_begin(const unary_call_t *u)
 {
-    const ProtobufCMessage *reply = u->reply;
+    const ProtobufCMessage *reply                = u->reply;
+    const steps_t *steps                         = u->service;
+    const Attn__V1__WorkerBeginRequest *grouping = u->request;
     steps_begun_t begun;
-    attn_status_t status = steps_begin(u->service, u->request, &begun);
 
+    if (steps->ops->worker && grouping->group != 0) { /* nobody would hear of the client's end */
+        return attn_fail(ATTN_ERR_INVALID, "a step with a group is begun on a stream");
+    }
+    attn_status_t status = steps_begin(u->service, u->request, &begun);
     if (status == ATTN_OK) {
         memcpy(u->reply, &begun.reply, reply->descriptor->sizeof_message);
     }
@@ -192,7 +197,10 @@ unary_run(steps_t *steps, const Attn__V1__RunRequest *head, rpc_message_t *messa
     if (status != ATTN_OK) {
         return status;
     }
-    if (!run.no_q && run.sizes.answer > RPC_MESSAGE_MAX - HEAD_ROOM) {
+    if (run.sizes.grouped) {
+        status = attn_fail(ATTN_ERR_INVALID, "step %016llx has a group: it runs on its stream",
+                           (unsigned long long)head->step_id);
+    } else if (!run.no_q && run.sizes.answer > RPC_MESSAGE_MAX - HEAD_ROOM) {
         status =
             attn_fail(ATTN_ERR_TOO_LARGE,
                       "the answer has %llu bytes, more than a message of %u: run it on a stream",

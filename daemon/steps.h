@@ -19,6 +19,8 @@
 /** Bytes of one run of a step. */
 typedef struct steps_sizes {
     uint64_t q, k, v, answer;
+    bool grouped; /**< runs wait for other workers: they come on the step's stream, whose end ends
+                     them */
 } steps_sizes_t;
 
 /** What begin replies, in either of its forms. */
@@ -81,8 +83,8 @@ attn_status_t steps_create(rpc_server_t *server, const char *prefix, const steps
 /** Where the slots of steps are opened: before the server starts. */
 void steps_set_lender(steps_t *steps, lender_t *lender);
 
-/** Give memory back that was kept for runs which did not come, and interrupt steps whose streams have
- * ended. Every 100 ms or so. */
+/** Give memory back that was kept for runs which did not come, and interrupt steps whose streams
+ * have ended. Every 100 ms or so. */
 void steps_tick(steps_t *steps, uint64_t now_ns);
 
 /** From now on begin is refused, and so are new streams. */

@@ -489,6 +489,10 @@ test_unary_calls(void **state)
     set_sizes(&f->service,
               (steps_sizes_t){.q = 64, .k = 32, .v = 48, .answer = RPC_MESSAGE_MAX - 256});
     assert_int_equal(unary_run(f, id, 0, 0, data, 144), ATTN_OK);
+    set_sizes(&f->service,
+              (steps_sizes_t){.q = 64, .k = 32, .v = 48, .answer = 80, .grouped = true});
+    assert_int_equal(unary_run(f, id, 0, 0, data, 144), ATTN_ERR_INVALID);
+    assert_non_null(strstr(attn_last_error(), "on its stream"));
 
     commit.step_id    = id;
     commit.accepted   = &wrong;

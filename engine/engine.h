@@ -277,6 +277,7 @@ typedef struct engine_sizes {
     uint64_t o, lse;  /**< of the entries that answer with O; lse 0 unless wanted */
     uint64_t states;  /**< partials: e, l of 4 bytes each, A of 4 * head_dim_v */
     uint64_t answer;  /**< o + lse + states * (8 + 4 * head_dim_v): the wire's order */
+    bool grouped;     /**< runs wait for other ranks */
 } engine_sizes_t;
 
 /**

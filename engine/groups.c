@@ -440,8 +440,9 @@ set_sizes(engine_step_t *step, const engine_batch_t *batch)
     step->own_lse = step->sizes.lse;
     step->sizes.o += share.n * g->head_dim_v * attn_dtype_size(step->o_dtype);
     step->sizes.lse += batch->want_lse ? share.n * sizeof(float) : 0;
-    step->sizes.states = 0;
-    step->sizes.answer = step->sizes.o + step->sizes.lse;
+    step->sizes.states  = 0;
+    step->sizes.answer  = step->sizes.o + step->sizes.lse;
+    step->sizes.grouped = true;
 }
 
 static attn_status_t

@@ -73,7 +73,8 @@ step_sizes(void *service, uint64_t step_id, steps_sizes_t *sizes)
     attn_status_t status = engine_step_sizes(worker->engine, step_id, &all);
 
     if (status == ATTN_OK) {
-        *sizes = (steps_sizes_t){.q = all.q, .k = all.k, .v = all.v, .answer = all.answer};
+        *sizes = (steps_sizes_t){
+            .q = all.q, .k = all.k, .v = all.v, .answer = all.answer, .grouped = all.grouped};
     }
     return status;
 }
