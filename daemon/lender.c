@@ -518,7 +518,10 @@ crew_start(const lender_options_t *options, const char *network, const char *unw
            size_t room)
 {
     ucx_crew_options_t crew_options = {
-        .network = network, .spin_us = options->spin_us, .memory_max = options->memory};
+        .network    = network,
+        .threads    = options->waiting > 0 ? UCX_CREW_THREADS + options->waiting : 0,
+        .spin_us    = options->spin_us,
+        .memory_max = options->memory};
     ucx_crew_t *crew = NULL;
 
     if (unwanted != NULL) {

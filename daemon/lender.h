@@ -14,6 +14,7 @@ typedef struct lender_options {
     uint64_t memory;     /**< bytes of all slabs, of either kind; 0: none are lent */
     uint64_t slab_bytes; /**< of one, at most */
     uint32_t spin_us;    /**< look for runs so long in vain before sleeping */
+    uint32_t waiting; /**< runs at most that wait for others at a time: threads beside the usual */
     const char *network; /**< devices that messages come by; empty: none */
     int gpu;             /**< whose memory goes with slabs; -1: none */
     uint64_t gpu_memory; /**< bytes of it, in all; 0: none */

@@ -141,11 +141,13 @@ typedef struct ucx_crew ucx_crew_t;       /* the threads that look for requests 
 typedef struct ucx_session ucx_session_t; /* one client's slab */
 typedef struct ucx_slot ucx_slot_t;
 
+#define UCX_CREW_THREADS 8u /* as a rule */
+
 typedef struct ucx_crew_options {
     /** NULL: lend shared memory. Else exchange messages, over these devices of the network, as UCX
      * names them ("eth0,mlx5_0:1"); "all": as UCX_NET_DEVICES says, or all there are. */
     const char *network;
-    uint32_t threads;    /**< requests handled at once; 0: 8 */
+    uint32_t threads;    /**< requests handled at once; 0: UCX_CREW_THREADS */
     uint32_t spin_us;    /**< look so long in vain before sleeping */
     uint64_t memory_max; /**< bytes of all slabs; with messages they are the server's alone */
 } ucx_crew_options_t;

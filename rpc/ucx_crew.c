@@ -29,7 +29,6 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#define THREADS_DEFAULT 8u
 #define THREADS_MAX 64u
 #define LOOKS_A_BURST 16u              /* at all slots, before others may have the lock */
 #define FAR_LOOKS_A_BURST 2u           /* with messages, where a look is a system call */
@@ -396,7 +395,7 @@ near_create(ucx_crew_t *crew)
 attn_status_t
 ucx_crew_create(const ucx_crew_options_t *options, ucx_crew_t **crew_p)
 {
-    uint32_t threads = options->threads != 0 ? options->threads : THREADS_DEFAULT;
+    uint32_t threads = options->threads != 0 ? options->threads : UCX_CREW_THREADS;
 
     if (threads > THREADS_MAX) {
         return attn_fail(ATTN_ERR_INVALID, "%u threads for UCX: at most %u", threads, THREADS_MAX);

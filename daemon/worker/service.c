@@ -596,14 +596,16 @@ worker_serve(worker_t *worker)
                               &worker->steps);
     }
     if (status == ATTN_OK) {
-        status = lender_create(worker->server, worker->steps,
-                               &(lender_options_t){.memory     = worker->options.ucx_memory,
-                                                   .slab_bytes = worker->options.ucx_slab,
-                                                   .spin_us    = (uint32_t)worker->options.spin_us,
-                                                   .network    = worker->options.ucx_net,
-                                                   .gpu        = engine_gpu(worker->engine),
-                                                   .gpu_memory = worker->options.gpu_lend},
-                               &worker->lender);
+        status = lender_create(
+            worker->server, worker->steps,
+            &(lender_options_t){.memory     = worker->options.ucx_memory,
+                                .slab_bytes = worker->options.ucx_slab,
+                                .spin_us    = (uint32_t)worker->options.spin_us,
+                                .waiting    = worker->options.groups ? ATTN_GROUPS_MAX : 0,
+                                .network    = worker->options.ucx_net,
+                                .gpu        = engine_gpu(worker->engine),
+                                .gpu_memory = worker->options.gpu_lend},
+            &worker->lender);
     }
     if (status == ATTN_OK) {
         status = copier_create(worker->server,
