@@ -70,22 +70,12 @@ groups_create(groups_t **groups_p)
 
 /* ---- closing ---- */
 
-/*
- * All ranks stop writing to others' inboxes before any of these goes. If one does not say that it
- * has, the others keep their inboxes until they have been idle for long.
- */
+/* A rank that does not hear of it ends when it was idle for long. */
 static void
 close_ranks(const group_t *g, uint64_t deadline_ns)
 {
-    bool all = true;
-
     for (uint32_t r = 0; r < g->of.ranks; r++) {
-        link_t *link = g->of.links[r];
-        all          = link->ops->group_close(link, g->id, false, deadline_ns) == ATTN_OK && all;
-    }
-    for (uint32_t r = 0; r < g->of.ranks && all; r++) {
-        link_t *link = g->of.links[r];
-        link->ops->group_close(link, g->id, true, deadline_ns);
+        g->of.links[r]->ops->group_close(g->of.links[r], g->id, deadline_ns);
     }
 }
 

@@ -36,7 +36,7 @@ typedef struct fake {
     attn_status_t opens, connects; /* how these go */
     bool silent;                   /* it does not say that it closed */
     double few_seconds;            /* that a proof takes */
-    uint32_t opened, connected, closed, forgotten;
+    uint32_t opened, connected, closed;
 } fake_t;
 
 static fake_t fakes[WORKERS];
@@ -83,12 +83,11 @@ fake_prove(link_t *link, uint64_t group, uint64_t deadline_ns, link_proof_t *pro
 }
 
 static attn_status_t
-fake_close(link_t *link, uint64_t group, bool forget, uint64_t deadline_ns)
+fake_close(link_t *link, uint64_t group, uint64_t deadline_ns)
 {
     (void)group;
     (void)deadline_ns;
-    fake(link)->closed += !forget;
-    fake(link)->forgotten += forget;
+    fake(link)->closed++;
     return fake(link)->silent ? attn_fail(ATTN_ERR_UNAVAILABLE, "gone") : ATTN_OK;
 }
 
@@ -221,7 +220,7 @@ test_a_step_does_not_wait(void **state)
     now_ns += 11 * S; /* unused, both go */
     groups_sweep(groups);
     assert_int_equal(groups_count(groups), 0);
-    assert_true(fakes[0].closed == 2 && fakes[0].forgotten == 2 && fakes[1].forgotten == 2);
+    assert_true(fakes[0].closed == 2 && fakes[1].closed == 2);
     groups_destroy(groups, now_ns);
 }
 
@@ -246,10 +245,10 @@ test_who_insists_waits(void **state)
         assert_null(group);
         assert_int_equal(fakes[1].opened, 3 + i);
     }
-    /* What does not say that it closed keeps the others' inboxes there. */
+    /* One that does not answer is not asked again. */
     fakes[1].silent = true;
     groups_sweep(groups);
-    assert_true(fakes[0].closed == 4 && fakes[0].forgotten == 0);
+    assert_true(fakes[0].closed == 4 && fakes[1].closed == 4);
     groups_destroy(groups, now_ns);
 }
 

@@ -167,7 +167,7 @@ typedef struct link_ops {
                                    uint64_t deadline_ns);
     attn_status_t (*group_prove)(link_t *link, uint64_t group, uint64_t deadline_ns,
                                  link_proof_t *proof);
-    attn_status_t (*group_close)(link_t *link, uint64_t group, bool forget, uint64_t deadline_ns);
+    attn_status_t (*group_close)(link_t *link, uint64_t group, uint64_t deadline_ns);
 
     /** Which way runs go, and went. */
     void (*describe)(link_t *link, attn_link_info_t *info);

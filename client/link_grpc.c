@@ -485,12 +485,11 @@ grpc_link_group_prove(link_t *link, uint64_t group, uint64_t deadline_ns, link_p
 }
 
 static attn_status_t
-grpc_link_group_close(link_t *link, uint64_t group, bool forget, uint64_t deadline_ns)
+grpc_link_group_close(link_t *link, uint64_t group, uint64_t deadline_ns)
 {
     Attn__V1__CloseGroupRequest request = ATTN__V1__CLOSE_GROUP_REQUEST__INIT;
 
-    request.group  = group;
-    request.forget = forget;
+    request.group = group;
     return rpc_call_typed(channel_of(link), "/attn.v1.Worker/CloseGroup", &request, deadline_ns,
                           NULL, NULL, NULL);
 }

@@ -78,9 +78,9 @@ play_prove(link_t *link, uint64_t group, uint64_t deadline_ns, link_proof_t *pro
 }
 
 static attn_status_t
-play_close(link_t *link, uint64_t group, bool forget, uint64_t deadline_ns)
+play_close(link_t *link, uint64_t group, uint64_t deadline_ns)
 {
-    (void)link, (void)group, (void)forget, (void)deadline_ns;
+    (void)link, (void)group, (void)deadline_ns;
     return ATTN_OK;
 }
 

@@ -274,8 +274,8 @@ static const option_t worker_table[] = {
      OPTION_FIELD(worker_options_t, reserve),
      .initial = "2GiB",
      .most    = 64 * TIB,
-     .help    = "Memory of a GPU that a slab of 0 leaves: for workspaces of steps, kernels and the "
-                "driver. Not used with cpu."},
+     .help    = "Memory of a GPU that a slab of 0 leaves: for workspaces of steps, kernels, the "
+                "driver and, with groups, up to 1 GiB of inboxes. Not used with cpu."},
     {.name = "spin-us",
      .kind = OPTION_US,
      OPTION_FIELD(worker_options_t, spin_us),
@@ -342,8 +342,8 @@ static const option_t worker_table[] = {
      OPTION_FIELD(worker_options_t, groups),
      .initial = "no",
      .help    = "Let clients make groups of this worker and others of its host, whose GPUs merge "
-                "partials among themselves. For tests: not run on two GPUs yet, and clients can hold "
-                "up the worker in it."},
+                "partials among themselves. For tests: not run on two GPUs yet, where a worker that is "
+                "killed may take those of its groups along."},
     {.name = "check-store",
      .kind = OPTION_SWITCH,
      OPTION_FIELD(worker_options_t, check_store),

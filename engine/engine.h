@@ -369,8 +369,10 @@ void engine_step_interrupt(engine_t *engine, uint64_t step_id);
 
 /* ---- groups of devices that merge among themselves: groups.c ---- */
 
-#define ENGINE_HALF_MIN (1u << 20) /* bytes of half an inbox at least */
+#define ENGINE_HALF_MIN (1u << 20) /* bytes of half an inbox at least; at most ATTN_HALF_MAX */
 #define ENGINE_PROOF_FEW 32u       /* rows */
+#define ENGINE_EXCHANGE_MS 2000u   /* that a run waits for other ranks, once it has its own states \
+                                    */
 
 typedef struct engine_group_options {
     uint64_t id; /**< chosen by who makes it, the same on all ranks; not 0 */
@@ -380,12 +382,13 @@ typedef struct engine_group_options {
 } engine_group_options_t;
 
 /**
- * An inbox here, for a group. Groups that no step used for 30 s end.
+ * An inbox here, for a group. That ends when a run in it fails, or a step in it aborts, or none
+ * used it for 30 s.
  * @param handle  what other processes of this host map it by
  * @param device  which of the host's devices it is on; empty: not known
  * @return ATTN_ERR_UNSUPPORTED  the device is not of a kind that has groups
  * @return ATTN_ERR_EXISTS       there is one of this id
- * @return ATTN_ERR_EXHAUSTED    it is in ATTN_GROUPS_MAX groups, or their inboxes are too large
+ * @return ATTN_ERR_EXHAUSTED    it is in ATTN_GROUPS_MAX groups, or has no room for such an inbox
  */
 attn_status_t engine_group_open(engine_t *engine, const engine_group_options_t *options,
                                 uint8_t handle[ATTN_INBOX_HANDLE], char device[ATTN_GROUP_DEVICE]);
@@ -399,8 +402,9 @@ typedef struct engine_inboxes {
 } engine_inboxes_t;
 
 /**
- * Map them. What they stand for is the caller's to be sure of.
- * @return ATTN_ERR_STALE        no such group
+ * Map them. That a rank of the group offered them is the caller's to be sure of. If it fails the
+ * group is over.
+ * @return ATTN_ERR_STALE        no such group, or what was offered is not there any more
  * @return ATTN_ERR_INVALID      the group was opened with other numbers
  * @return ATTN_ERR_EXISTS       it is connected
  * @return ATTN_ERR_UNSUPPORTED  they cannot be mapped here
@@ -413,9 +417,14 @@ attn_status_t engine_group_connect(engine_t *engine, const engine_inboxes_t *inb
 attn_status_t engine_group_prove(engine_t *engine, uint64_t id, uint64_t until_ns,
                                  double seconds[2], uint32_t *many_p);
 
-/** It is over: this rank writes to no other one any more, once the step that may be in it ended.
- * forget: and no other one does here, so its inbox goes. Missing groups count as closed. */
-attn_status_t engine_group_close(engine_t *engine, uint64_t id, bool forget);
+/** It is over: its exchanges end, here and at the other ranks, and when no step is in it any more
+ * it goes. Missing groups count as closed. May wait for the device. */
+attn_status_t engine_group_close(engine_t *engine, uint64_t id);
+
+/** Are there groups that are over, or that nobody used for too long? Those go, which may wait for
+ * the device: not where steps are looked after. */
+bool engine_groups_due(engine_t *engine, uint64_t now_ns);
+void engine_groups_sweep(engine_t *engine, uint64_t now_ns);
 
 /** Which of the host's devices it is. @return false: of none that has groups */
 bool engine_group_device(const engine_t *engine, char device[ATTN_GROUP_DEVICE]);

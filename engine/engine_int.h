@@ -219,14 +219,15 @@ void engine_caches_wait(engine_t *engine);
 attn_status_t engine_group_take(engine_t *engine, engine_step_t *step, const engine_batch_t *batch);
 void engine_group_give(engine_t *engine, engine_step_t *step); /* of one without: nothing */
 
-/** A layer, or (run->q NULL) a part in its exchange alone. Under the step's lock. */
+/** A layer. If it fails the group is to end: the other ranks are where this one is not. Under the
+ * step's lock. */
 attn_status_t engine_group_run(engine_t *engine, engine_step_t *step, const attn_group_run_t *run);
 
-/** The step is to end: so does its group, and the exchange that it may be in. Without its lock. */
+/** The step is to end: so does its group, if it has one, and the exchange that it may be in. With
+ * its lock or without; waits for nobody. */
 void engine_group_interrupt(engine_t *engine, engine_step_t *step);
 
-/** Those that nobody uses any more go. */
-void engine_groups_tick(engine_t *engine, uint64_t now_ns);
+/** No step is open. */
 void engine_groups_free(engine_t *engine);
 
 /* ---- commit.c ---- */

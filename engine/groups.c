@@ -3,9 +3,9 @@
  * exchanges are and in which order they come, for all ranks must make the same ones: so a group has
  * one step at a time, whose runs come one at a time.
  *
- * A group that failed is over: who made it makes another. One that nobody used for a while ends by
- * itself, in two steps: first this rank writes to no other one any more, and when all others have
- * had the time for that, too, its inbox goes.
+ * A group that failed is over: who made it makes another. So is one that nobody used for a while.
+ * The lock is held for moments alone; what waits for the device, and an exchange that is under way
+ * there, is done by who opens or connects a group and by who sweeps up those that are over.
  */
 #include "engine/engine_int.h"
 
@@ -19,28 +19,22 @@
 /* Rows of a proof at most: a few hundred KiB each way. */
 #define PROOF_ROWS_MAX 1024u
 
-/* Memory of all inboxes together. */
-#define INBOXES_MAX (UINT64_C(1) << 30)
-
-/* Unused for so long a group is over, and after as long again it goes. */
+/* Unused for so long a group is over. */
 #define IDLE_NS (UINT64_C(30000) * ATTN_NS_PER_MS)
 
 typedef enum group_state {
     GROUP_OPEN,      /* its inbox is there */
     GROUP_CONNECTED, /* and those of others are mapped */
-    GROUP_OVER,      /* nothing comes of it any more */
+    GROUP_OVER,      /* it goes when nobody has it */
 } group_state_t;
 
 struct engine_group {
-    uint64_t id; /* key */
-    attn_group_t *group;
+    uint64_t id;         /* key */
+    attn_group_t *group; /* NULL: it is being opened */
     engine_group_options_t options;
-    uint64_t used_ns; /* last; of one that is over, when it became so */
+    uint64_t used_ns; /* last */
     group_state_t state;
-    bool taken;   /* by a step, or by who connects or ends it: nobody else does anything with it */
-    bool running; /* an exchange is being made, or about to be */
-    bool mapped;  /* others' inboxes are */
-    bool leaving; /* it goes when it is given back */
+    bool taken; /* by a step, or by who opens, connects or proves it */
     UT_hash_handle hh;
 };
 
@@ -60,35 +54,30 @@ no_group(const engine_t *engine, uint64_t id)
                      engine->name);
 }
 
-/* Under the lock. */
+/* Its exchanges end, also the one that may be under way. Under the lock. */
 static void
-group_end(engine_group_t *g)
+group_end(const engine_t *engine, engine_group_t *g)
 {
-    if (g->state != GROUP_OVER) {
-        g->state   = GROUP_OVER;
-        g->used_ns = attn_now_ns();
+    g->state = GROUP_OVER;
+    if (g->group != NULL) {
+        engine->backend->ops->groups->abort(g->group);
     }
+}
+
+/* Whoever took a group gives it back. */
+static void
+group_give(engine_t *engine, engine_group_t *g, attn_status_t status)
+{
+    pthread_mutex_lock(&engine->groups_lock);
+    if (status != ATTN_OK) {
+        group_end(engine, g);
+    }
+    g->taken   = false;
+    g->used_ns = attn_now_ns();
+    pthread_mutex_unlock(&engine->groups_lock);
 }
 
 /* ---- making ---- */
-
-static attn_status_t
-check_room(const engine_t *engine, const engine_group_options_t *o)
-{
-    uint64_t bytes = 2 * o->half_bytes;
-
-    for (const engine_group_t *g = engine->groups; g != NULL; g = g->hh.next) {
-        bytes += 2 * g->options.half_bytes;
-    }
-    if (HASH_COUNT(engine->groups) >= ATTN_GROUPS_MAX || bytes > INBOXES_MAX) {
-        return attn_fail(ATTN_ERR_EXHAUSTED,
-                         "%s is in %u groups, and their inboxes and this one have %llu bytes: at "
-                         "most %u groups and %llu bytes",
-                         engine->name, HASH_COUNT(engine->groups), (unsigned long long)bytes,
-                         ATTN_GROUPS_MAX, (unsigned long long)INBOXES_MAX);
-    }
-    return ATTN_OK;
-}
 
 static attn_status_t
 check_options(const engine_t *engine, const engine_group_options_t *o)
@@ -97,11 +86,11 @@ check_options(const engine_t *engine, const engine_group_options_t *o)
         return attn_fail(ATTN_ERR_UNSUPPORTED, "%s has no device that merges in groups",
                          engine->name);
     }
-    if (o->id == 0 || o->half_bytes < ENGINE_HALF_MIN || o->half_bytes > INBOXES_MAX / 2) {
+    if (o->id == 0 || o->half_bytes < ENGINE_HALF_MIN || o->half_bytes > ATTN_HALF_MAX) {
         return attn_fail(ATTN_ERR_INVALID,
                          "group %016llx with half an inbox of %llu bytes: not 0, and %u to %llu",
                          (unsigned long long)o->id, (unsigned long long)o->half_bytes,
-                         ENGINE_HALF_MIN, (unsigned long long)(INBOXES_MAX / 2));
+                         ENGINE_HALF_MIN, (unsigned long long)ATTN_HALF_MAX);
     }
     return ATTN_OK;
 }
@@ -110,12 +99,15 @@ check_options(const engine_t *engine, const engine_group_options_t *o)
 static attn_status_t
 group_add(engine_t *engine, engine_group_t *g)
 {
-    attn_status_t status;
+    attn_status_t status = ATTN_OK;
 
     pthread_mutex_lock(&engine->groups_lock);
     if (group_find(engine, g->id) != NULL) {
         status = attn_fail(ATTN_ERR_EXISTS, "group %016llx is open", (unsigned long long)g->id);
-    } else if ((status = check_room(engine, &g->options)) == ATTN_OK) {
+    } else if (HASH_COUNT(engine->groups) >= ATTN_GROUPS_MAX) {
+        status = attn_fail(ATTN_ERR_EXHAUSTED, "%s is in %u groups: at most so many", engine->name,
+                           ATTN_GROUPS_MAX);
+    } else {
         HASH_ADD(hh, engine->groups, id, sizeof(g->id), g);
         if (!table_has(hh, g)) {
             status = attn_fail(ATTN_ERR_NO_MEMORY, "no memory for a group");
@@ -123,38 +115,6 @@ group_add(engine_t *engine, engine_group_t *g)
     }
     pthread_mutex_unlock(&engine->groups_lock);
     return status;
-}
-
-/*
- * Whoever took a group gives it back. What came of it meanwhile is done now, without the lock: a
- * driver that frees memory may wait for the device, which may be in an exchange that is to be
- * interrupted.
- */
-static void
-group_give(engine_t *engine, engine_group_t *g)
-{
-    const attn_group_ops_t *ops = engine->backend->ops->groups;
-    bool goes, unmap;
-
-    pthread_mutex_lock(&engine->groups_lock);
-    goes  = g->leaving;
-    unmap = !goes && g->state == GROUP_OVER && g->mapped;
-    if (goes) {
-        HASH_DEL(engine->groups, g);
-    } else if (!unmap) {
-        g->taken = false;
-    }
-    pthread_mutex_unlock(&engine->groups_lock);
-    if (goes) {
-        ops->close(g->group);
-        free(g);
-    } else if (unmap) {
-        ops->disconnect(g->group);
-        pthread_mutex_lock(&engine->groups_lock);
-        g->mapped = false;
-        pthread_mutex_unlock(&engine->groups_lock);
-        group_give(engine, g); /* it may have been told to go */
-    }
 }
 
 attn_status_t
@@ -176,24 +136,22 @@ engine_group_open(engine_t *engine, const engine_group_options_t *o,
         free(g);
         return status;
     }
+    attn_group_t *group;
     status = ops->open(engine->backend,
-                       &(attn_group_options_t){.ranks      = o->ranks,
+                       &(attn_group_options_t){.id         = o->id,
+                                               .ranks      = o->ranks,
                                                .me         = o->me,
                                                .head_dim_v = o->head_dim_v,
                                                .half_bytes = o->half_bytes},
-                       &g->group);
-    if (status == ATTN_OK && (status = ops->handle(g->group, handle)) != ATTN_OK) {
-        ops->close(g->group);
-    }
+                       &group);
     if (status == ATTN_OK) {
         ops->device(engine->backend, device);
-        group_give(engine, g);
-        return ATTN_OK;
+        status = ops->handle(group, handle);
+        pthread_mutex_lock(&engine->groups_lock);
+        g->group = group;
+        pthread_mutex_unlock(&engine->groups_lock);
     }
-    pthread_mutex_lock(&engine->groups_lock);
-    HASH_DEL(engine->groups, g);
-    pthread_mutex_unlock(&engine->groups_lock);
-    free(g);
+    group_give(engine, g, status);
     return status;
 }
 
@@ -222,13 +180,9 @@ engine_group_connect(engine_t *engine, const engine_inboxes_t *inboxes)
     }
     status = engine->backend->ops->groups->connect(g->group, inboxes->handles);
     pthread_mutex_lock(&engine->groups_lock);
-    g->mapped  = status == ATTN_OK;
-    g->used_ns = attn_now_ns();
-    if (g->mapped && g->state == GROUP_OPEN) {
-        g->state = GROUP_CONNECTED;
-    }
+    g->state = g->state == GROUP_OPEN ? GROUP_CONNECTED : g->state;
     pthread_mutex_unlock(&engine->groups_lock);
-    group_give(engine, g);
+    group_give(engine, g, status);
     return status;
 }
 
@@ -246,7 +200,7 @@ engine_group_prove(engine_t *engine, uint64_t id, uint64_t until_ns, double seco
     } else if (g->taken) {
         status = attn_fail(ATTN_ERR_BUSY, "a step is in group %016llx", (unsigned long long)id);
     } else {
-        g->taken = g->running = true;
+        g->taken = true;
     }
     pthread_mutex_unlock(&engine->groups_lock);
     if (status != ATTN_OK) {
@@ -258,77 +212,68 @@ engine_group_prove(engine_t *engine, uint64_t id, uint64_t until_ns, double seco
 
     *many_p = rows[1];
     status  = engine->backend->ops->groups->prove(g->group, rows, 2, until_ns, seconds);
-    pthread_mutex_lock(&engine->groups_lock);
-    g->running = false;
-    g->used_ns = attn_now_ns();
-    if (status != ATTN_OK) {
-        group_end(g);
-    }
-    pthread_mutex_unlock(&engine->groups_lock);
-    group_give(engine, g);
+    group_give(engine, g, status);
     return status;
 }
 
 /* ---- the end ---- */
 
 attn_status_t
-engine_group_close(engine_t *engine, uint64_t id, bool forget)
+engine_group_close(engine_t *engine, uint64_t id)
 {
     pthread_mutex_lock(&engine->groups_lock);
     engine_group_t *g = group_find(engine, id);
-    bool mine         = g != NULL && !g->taken;
     if (g != NULL) {
-        group_end(g);
-        g->leaving = g->leaving || forget;
-        g->taken   = true;
+        group_end(engine, g);
     }
     pthread_mutex_unlock(&engine->groups_lock);
-    if (mine) {
-        group_give(engine, g);
-    }
+    engine_groups_sweep(engine, attn_now_ns());
     return ATTN_OK;
 }
 
-/* One that was not used for too long, taken; or NULL. */
+/* One that goes: nobody has it, and it is over, or was not used for too long. Under the lock. */
 static engine_group_t *
-take_idle(engine_t *engine, uint64_t now_ns)
+find_going(const engine_t *engine, uint64_t now_ns)
 {
-    engine_group_t *found = NULL;
+    engine_group_t *g = engine->groups;
 
-    pthread_mutex_lock(&engine->groups_lock);
-    for (engine_group_t *g = engine->groups; g != NULL && found == NULL; g = g->hh.next) {
-        if (!g->taken && now_ns >= g->used_ns + IDLE_NS) {
-            g->leaving = g->state == GROUP_OVER;
-            g->taken   = true;
-            group_end(g);
-            found = g;
-        }
+    while (g != NULL && (g->taken || (g->state != GROUP_OVER && now_ns < g->used_ns + IDLE_NS))) {
+        g = g->hh.next;
     }
+    return g;
+}
+
+bool
+engine_groups_due(engine_t *engine, uint64_t now_ns)
+{
+    pthread_mutex_lock(&engine->groups_lock);
+    bool due = find_going(engine, now_ns) != NULL;
     pthread_mutex_unlock(&engine->groups_lock);
-    return found;
+    return due;
 }
 
 void
-engine_groups_tick(engine_t *engine, uint64_t now_ns)
+engine_groups_sweep(engine_t *engine, uint64_t now_ns)
 {
     engine_group_t *g;
 
-    while ((g = take_idle(engine, now_ns)) != NULL) {
-        group_give(engine, g);
-    }
+    do {
+        pthread_mutex_lock(&engine->groups_lock);
+        if ((g = find_going(engine, now_ns)) != NULL) {
+            HASH_DEL(engine->groups, g);
+        }
+        pthread_mutex_unlock(&engine->groups_lock);
+        if (g != NULL && g->group != NULL) {
+            engine->backend->ops->groups->close(g->group);
+        }
+        free(g);
+    } while (g != NULL);
 }
 
 void
 engine_groups_free(engine_t *engine)
 {
-    engine_group_t *g, *next;
-
-    HASH_ITER(hh, engine->groups, g, next)
-    {
-        HASH_DEL(engine->groups, g);
-        engine->backend->ops->groups->close(g->group);
-        free(g);
-    }
+    engine_groups_sweep(engine, UINT64_MAX); /* there are no steps any more */
 }
 
 bool
@@ -502,55 +447,30 @@ engine_group_give(engine_t *engine, engine_step_t *step)
     pthread_mutex_lock(&engine->groups_lock);
     g           = step->group;
     step->group = NULL;
-    if (g != NULL) {
-        g->used_ns = attn_now_ns();
-    }
     pthread_mutex_unlock(&engine->groups_lock);
     if (g != NULL) {
-        group_give(engine, g);
+        group_give(engine, g, ATTN_OK);
     }
-}
-
-static attn_status_t
-run_begins(engine_t *engine, engine_group_t *g)
-{
-    pthread_mutex_lock(&engine->groups_lock);
-    bool over  = g->state == GROUP_OVER;
-    g->running = !over;
-    pthread_mutex_unlock(&engine->groups_lock);
-    return over ? attn_fail(ATTN_ERR_ABORTED, "the step's group on %s is over", engine->name)
-                : ATTN_OK;
 }
 
 attn_status_t
 engine_group_run(engine_t *engine, engine_step_t *step, const attn_group_run_t *run)
 {
-    engine_group_t *g    = step->group;
-    attn_status_t status = run_begins(engine, g);
+    engine_group_t *g = step->group;
 
-    if (status != ATTN_OK) {
-        return status;
-    }
-    status = engine->backend->ops->groups->run(g->group, run);
     pthread_mutex_lock(&engine->groups_lock);
-    g->running = false;
-    if (status != ATTN_OK && status != ATTN_ERR_NUMERIC && status != ATTN_ERR_INVALID) {
-        group_end(g);
-    }
+    bool over = g->state == GROUP_OVER;
     pthread_mutex_unlock(&engine->groups_lock);
-    return status;
+    return over ? attn_fail(ATTN_ERR_ABORTED, "the step's group on %s is over", engine->name)
+                : engine->backend->ops->groups->run(g->group, run);
 }
 
 void
 engine_group_interrupt(engine_t *engine, engine_step_t *step)
 {
     pthread_mutex_lock(&engine->groups_lock);
-    engine_group_t *g = step->group;
-    if (g != NULL) {
-        group_end(g);
-        if (g->running) {
-            engine->backend->ops->groups->abort(g->group);
-        }
+    if (step->group != NULL) {
+        group_end(engine, step->group);
     }
     pthread_mutex_unlock(&engine->groups_lock);
 }

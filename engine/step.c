@@ -409,14 +409,18 @@ run_store(engine_t *engine, engine_step_t *step, uint32_t layer, const attn_kv_t
     return status;
 }
 
-/* A layer of a step in a group. Without q it takes part in the exchange, for others do. */
+/* A layer of a step in a group. Whatever deadline the step has, other ranks are due soon after this
+ * one has its states: their parts are like its own. */
 static attn_status_t
 run_grouped(engine_t *engine, engine_step_t *step, uint32_t layer, const attn_kv_t *kv,
             const void *q, void *answer)
 {
-    uint32_t variant     = step->cache->variant_of[layer];
-    uint8_t *o           = answer, *lse;
-    attn_answer_t to     = {.o_dtype = step->o_dtype, .o = step->own_o > 0 ? o : NULL};
+    uint32_t variant  = step->cache->variant_of[layer];
+    uint64_t until_ns = attn_now_ns() + ENGINE_EXCHANGE_MS * ATTN_NS_PER_MS;
+    uint8_t *o = answer, *lse = o + step->sizes.o;
+    attn_answer_t to     = {.o_dtype = step->o_dtype,
+                            .o       = step->own_o > 0 ? o : NULL,
+                            .lse     = step->own_lse > 0 ? (float *)(void *)lse : NULL};
     attn_group_run_t run = {.plan      = step->plans[variant],
                             .kv        = kv,
                             .layer     = &step->cache->geometry.layer_table[layer],
@@ -425,14 +429,11 @@ run_grouped(engine_t *engine, engine_step_t *step, uint32_t layer, const attn_kv
                             .o_dtype   = step->o_dtype,
                             .q         = q,
                             .answer    = &to,
-                            .until_ns  = step->deadline_ns};
+                            .o         = o + step->own_o,
+                            .lse =
+                                step->sizes.lse > 0 ? (float *)(void *)(lse + step->own_lse) : NULL,
+                            .until_ns = attn_min(step->deadline_ns, until_ns)};
 
-    if (q != NULL) {
-        lse     = o + step->sizes.o;
-        to.lse  = step->own_lse > 0 ? (float *)(void *)lse : NULL;
-        run.o   = o + step->own_o;
-        run.lse = step->sizes.lse > 0 ? (float *)(void *)(lse + step->own_lse) : NULL;
-    }
     return engine_group_run(engine, step, &run);
 }
 
@@ -514,12 +515,6 @@ run_locked(engine_t *engine, engine_step_t *step, uint32_t layer, const void *q,
         status = attn_fail(ATTN_ERR_INCOMPLETE, "layer %u has no k, v yet: send them with this run",
                            layer);
     }
-    if (status != ATTN_OK && q != NULL && step->group != NULL) { /* other ranks wait for this one */
-        char sentence[512];
-        snprintf(sentence, sizeof(sentence), "%s", attn_last_error());
-        attn_status_t part = run_grouped(engine, step, layer, &kv, NULL, NULL);
-        return part == ATTN_OK ? attn_fail(status, "%s", sentence) : part;
-    }
     if (status != ATTN_OK || q == NULL || step->sizes.q == 0) {
         return status;
     }
@@ -571,6 +566,9 @@ engine_step_run_lists(engine_t *engine, uint64_t step_id, uint32_t layer, const 
         put_lists(step, lists, n, false);
         status = run_locked(engine, step, layer, q, k, v, answer);
         put_lists(step, lists, n, true);
+    }
+    if (status != ATTN_OK && q != NULL) { /* other ranks wait for this one */
+        engine_group_interrupt(engine, step);
     }
     engine_step_leave(engine, step);
     return status;
@@ -702,7 +700,6 @@ engine_tick(engine_t *engine, uint64_t now_ns)
         engine_step_abort(engine, id, ENGINE_BY_DEADLINE);
     }
     engine_caches_tick(engine);
-    engine_groups_tick(engine, now_ns);
     pthread_mutex_lock(&engine->lock);
     kv_leaving_tick(engine->store, now_ns);
     engine_rate_sample(&engine->rate, now_ns, atomic_load(&engine->kv_bytes));

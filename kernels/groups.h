@@ -18,7 +18,7 @@
 
 #define ATTN_RANKS_MAX 8u
 #define ATTN_GROUPS_MAX 8u    /* that a device is in at a time */
-#define ATTN_INBOX_HANDLE 64u /* bytes that stand for an inbox, for other processes of its host */
+#define ATTN_INBOX_HANDLE 80u /* bytes that stand for an inbox, for other processes of its host */
 #define ATTN_GROUP_DEVICE 32u /* bytes of a device's address on its host, the end included */
 
 struct attn_backend;
@@ -30,7 +30,12 @@ struct attn_node;
 
 typedef struct attn_group attn_group_t;
 
+/** Bytes of all inboxes of a device together, which stay for other groups; of half of one. */
+#define ATTN_INBOXES_MAX (UINT64_C(1) << 30)
+#define ATTN_HALF_MAX (ATTN_INBOXES_MAX / ATTN_GROUPS_MAX / 2)
+
 typedef struct attn_group_options {
+    uint64_t id; /**< the same on all ranks, and of no other group */
     uint32_t ranks, me;
     uint32_t head_dim_v;
     uint64_t half_bytes; /**< room for the states that come in an exchange: attn_group_lines() */
@@ -71,7 +76,7 @@ typedef struct attn_group_run {
     const attn_layer_t *layer;
     struct attn_workspace *workspace;
     attn_dtype_t q_dtype, o_dtype;
-    const void *q; /**< NULL: there is nothing to give, and the answer is undefined */
+    const void *q;
     const struct attn_answer
         *answer;       /**< O and LSE of entries without nodes; its states are NULL */
     void *o;           /**< [rows of the share][head_dim_v] of o_dtype */
@@ -81,32 +86,37 @@ typedef struct attn_group_run {
 
 /** A backend's groups. Calls for one group are made one at a time, but for abort(). */
 typedef struct attn_group_ops {
-    /** An empty inbox. @return ATTN_ERR_INVALID, ATTN_ERR_NO_MEMORY, ATTN_ERR_UNSUPPORTED */
+    /**
+     * An empty inbox: a new one, or one that was another group's, for inboxes are kept as long as
+     * the backend is there.
+     * @return ATTN_ERR_INVALID, ATTN_ERR_NO_MEMORY, ATTN_ERR_UNSUPPORTED
+     * @return ATTN_ERR_EXHAUSTED  no inbox that is free is so large, and there is room for no other
+     */
     attn_status_t (*open)(struct attn_backend *backend, const attn_group_options_t *options,
                           attn_group_t **group_p);
 
-    /** What other processes map it by. */
+    /** What other processes map it by, and know it by when they have. */
     attn_status_t (*handle)(attn_group_t *group, uint8_t handle[ATTN_INBOX_HANDLE]);
 
     /** Which device of the host it is on. */
     void (*device)(struct attn_backend *backend, char device[ATTN_GROUP_DEVICE]);
 
-    /** Map the inboxes of all ranks but this one. @return ATTN_ERR_UNSUPPORTED  the driver cannot
-     */
+    /** Map the inboxes of all ranks but this one.
+     * @return ATTN_ERR_UNSUPPORTED  the driver cannot
+     * @return ATTN_ERR_STALE        what is there is not the inbox that the handle was given for */
     attn_status_t (*connect)(attn_group_t *group, const uint8_t (*handles)[ATTN_INBOX_HANDLE]);
 
-    /** Give the maps back: this rank writes to no other one any more. Connected or not. */
-    void (*disconnect)(attn_group_t *group);
-
     /** A batch for the exchanges that follow.
-     * @return ATTN_ERR_TOO_LARGE  a rank gets more states than its inbox holds: all ranks say so */
+     * @return ATTN_ERR_TOO_LARGE  a rank gets more states than its inbox holds: all ranks say so
+     * @return ATTN_ERR_STALE      it has made so many exchanges that it is to be made anew */
     attn_status_t (*load)(attn_group_t *group, uint32_t q_heads, const attn_group_entry_t *entries,
                           uint32_t n);
 
     /**
-     * Attend, and exchange. What fails here before the exchange takes part in it all the same.
-     * @return ATTN_ERR_DEADLINE  a rank did not come in time: the group is over; likewise
-     *         ATTN_ERR_ABORTED   somebody said so, and ATTN_ERR_EXHAUSTED  made too many exchanges
+     * Attend, and exchange. When it fails the group is over: others wait for this rank in vain,
+     * until they are told.
+     * @return ATTN_ERR_DEADLINE  a rank did not come in time
+     * @return ATTN_ERR_ABORTED   somebody said so
      */
     attn_status_t (*run)(attn_group_t *group, const attn_group_run_t *run);
 
@@ -120,10 +130,12 @@ typedef struct attn_group_ops {
     attn_status_t (*prove)(attn_group_t *group, const uint32_t *rows, uint32_t sizes,
                            uint64_t until_ns, double *seconds);
 
-    /** Have the exchange end that is being made, here and at all ranks. Any thread. */
+    /** Have all exchanges of this rank end, the one that is being made and those to come, and with
+     * them those of the others. Any thread; waits for nobody. */
     void (*abort)(attn_group_t *group);
 
-    /** No other rank has the inbox mapped any more. */
+    /** Others are told that this rank comes no more, and what it has mapped of them goes. May wait
+     * for the device, which may be in an exchange of another group. */
     void (*close)(attn_group_t *group);
 } attn_group_ops_t;
 

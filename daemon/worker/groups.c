@@ -1,8 +1,12 @@
 /*
  * groups.c: the calls that make a group of workers whose GPUs are in one host (engine.h). A client
  * has each of them open an inbox, and carries what stands for it to the others. That is signed with
- * the secret that the coordinator gave its workers: so what a worker maps, and writes to, is an
- * inbox of another worker's and nothing else, whatever a client says.
+ * the secret that the coordinator gave its workers, and has the card that lies in the inbox: so
+ * what a worker maps, and writes to, is an inbox that another worker has for this group, whatever a
+ * client says.
+ *
+ * What makes and ends groups may wait for the device, and an exchange there: it has threads of its
+ * own, and neither copies of chunks nor ticks wait for it.
  */
 #include "daemon/worker/worker_int.h"
 
@@ -39,8 +43,8 @@ check_allowed(const worker_t *worker)
                            worker->name);
 }
 
-attn_status_t
-worker_serve_open_group(const unary_call_t *u)
+static attn_status_t
+serve_open_group(const unary_call_t *u)
 {
     const Attn__V1__OpenGroupRequest *r = u->request;
     worker_t *worker                    = u->service;
@@ -86,7 +90,7 @@ worker_serve_open_group(const unary_call_t *u)
     inbox->mac.len     = TICKET_MAC;
     reply->inbox       = inbox;
     if (status != ATTN_OK) {
-        engine_group_close(worker->engine, r->group, true);
+        engine_group_close(worker->engine, r->group);
     }
     return status;
 }
@@ -123,8 +127,8 @@ check_inbox(worker_t *worker, const Attn__V1__ConnectGroupRequest *r, size_t i)
     return status;
 }
 
-attn_status_t
-worker_serve_connect_group(const unary_call_t *u)
+static attn_status_t
+serve_connect_group(const unary_call_t *u)
 {
     const Attn__V1__ConnectGroupRequest *r = u->request;
     worker_t *worker                       = u->service;
@@ -153,8 +157,8 @@ worker_serve_connect_group(const unary_call_t *u)
                                                     .handles    = handles});
 }
 
-attn_status_t
-worker_serve_prove_group(const unary_call_t *u)
+static attn_status_t
+serve_prove_group(const unary_call_t *u)
 {
     const Attn__V1__ProveGroupRequest *r = u->request;
     worker_t *worker                     = u->service;
@@ -178,11 +182,73 @@ worker_serve_prove_group(const unary_call_t *u)
     return status;
 }
 
-attn_status_t
-worker_serve_close_group(const unary_call_t *u)
+static attn_status_t
+serve_close_group(const unary_call_t *u)
 {
     const Attn__V1__CloseGroupRequest *r = u->request;
     worker_t *worker                     = u->service;
 
-    return engine_group_close(worker->engine, r->group, r->forget);
+    return engine_group_close(worker->engine, r->group);
+}
+
+/* ---- the service ---- */
+
+static const unary_method_t methods[] = {
+    {.path    = "/attn.v1.Worker/OpenGroup",
+     .serve   = serve_open_group,
+     .reply   = &attn__v1__open_group_reply__descriptor,
+     .admit   = worker_admit_introduced,
+     .request = &attn__v1__open_group_request__descriptor,
+     .blocks  = true},
+    {.path    = "/attn.v1.Worker/ConnectGroup",
+     .serve   = serve_connect_group,
+     .reply   = &attn__v1__empty__descriptor,
+     .admit   = worker_admit_introduced,
+     .request = &attn__v1__connect_group_request__descriptor,
+     .blocks  = true},
+    {.path    = "/attn.v1.Worker/ProveGroup",
+     .serve   = serve_prove_group,
+     .reply   = &attn__v1__prove_group_reply__descriptor,
+     .admit   = worker_admit_introduced,
+     .request = &attn__v1__prove_group_request__descriptor,
+     .blocks  = true},
+    {.path    = "/attn.v1.Worker/CloseGroup",
+     .serve   = serve_close_group,
+     .reply   = &attn__v1__empty__descriptor,
+     .admit   = worker_admit_introduced,
+     .request = &attn__v1__close_group_request__descriptor,
+     .blocks  = true},
+};
+
+static void
+sweep(job_t *job)
+{
+    worker_t *worker = JOB_OF(worker_t, group_sweep, job);
+
+    engine_groups_sweep(worker->engine, attn_now_ns());
+    atomic_store(&worker->sweeping, false);
+}
+
+void
+worker_groups_tick(worker_t *worker)
+{
+    if (worker->group_jobs != NULL && engine_groups_due(worker->engine, attn_now_ns()) &&
+        !atomic_exchange(&worker->sweeping, true)) {
+        worker->group_sweep.run = sweep;
+        jobs_add(worker->group_jobs, &worker->group_sweep);
+    }
+}
+
+attn_status_t
+worker_serve_groups(worker_t *worker)
+{
+    attn_status_t status = ATTN_OK;
+
+    if (worker->options.groups) { /* each may be proved for long, while others are made and end */
+        status = jobs_create(ATTN_GROUPS_MAX + 4, &worker->group_jobs);
+    }
+    return status == ATTN_OK
+               ? unary_add(worker->server, worker->group_jobs, methods,
+                           sizeof(methods) / sizeof(methods[0]), worker, &worker->group_unary)
+               : status;
 }

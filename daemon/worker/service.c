@@ -33,8 +33,8 @@ admit_steps(void *service, const char *ticket)
     return gate_admit(&worker->gate, ticket, false);
 }
 
-static attn_status_t
-admit_introduced(void *service, const rpc_call_t *call)
+attn_status_t
+worker_admit_introduced(void *service, const rpc_call_t *call)
 {
     return admit_steps(service, rpc_call_metadata(call, TICKET_HEADER));
 }
@@ -534,7 +534,7 @@ static const unary_method_t methods[] = {
     {.path    = "/attn.v1.Worker/ExportChunk",
      .serve   = serve_export_chunk,
      .reply   = &attn__v1__export_chunk_reply__descriptor,
-     .admit   = admit_introduced,
+     .admit   = worker_admit_introduced,
      .request = &attn__v1__export_chunk_request__descriptor},
     {.path    = "/attn.v1.Worker/CopyChunk",
      .serve   = serve_copy_chunk,
@@ -547,36 +547,15 @@ static const unary_method_t methods[] = {
      .reply   = &attn__v1__worker_chunk__descriptor,
      .admit   = admit_coordinator,
      .request = &attn__v1__leave_chunk_request__descriptor},
-    {.path    = "/attn.v1.Worker/OpenGroup",
-     .serve   = worker_serve_open_group,
-     .reply   = &attn__v1__open_group_reply__descriptor,
-     .admit   = admit_introduced,
-     .request = &attn__v1__open_group_request__descriptor},
-    {.path    = "/attn.v1.Worker/ConnectGroup",
-     .serve   = worker_serve_connect_group,
-     .reply   = &attn__v1__empty__descriptor,
-     .admit   = admit_introduced,
-     .request = &attn__v1__connect_group_request__descriptor},
-    {.path    = "/attn.v1.Worker/ProveGroup",
-     .serve   = worker_serve_prove_group,
-     .reply   = &attn__v1__prove_group_reply__descriptor,
-     .admit   = admit_introduced,
-     .request = &attn__v1__prove_group_request__descriptor,
-     .blocks  = true},
-    {.path    = "/attn.v1.Worker/CloseGroup",
-     .serve   = worker_serve_close_group,
-     .reply   = &attn__v1__empty__descriptor,
-     .admit   = admit_introduced,
-     .request = &attn__v1__close_group_request__descriptor},
     {.path    = "/attn.v1.Worker/Status",
      .serve   = serve_status,
      .reply   = &attn__v1__worker_info__descriptor,
-     .admit   = admit_introduced,
+     .admit   = worker_admit_introduced,
      .request = &attn__v1__empty__descriptor},
     {.path    = "/attn.v1.Worker/Ping",
      .serve   = serve_ping,
      .reply   = &attn__v1__ping_reply__descriptor,
-     .admit   = admit_introduced,
+     .admit   = worker_admit_introduced,
      .request = &attn__v1__ping_request__descriptor},
 };
 
@@ -589,6 +568,9 @@ worker_serve(worker_t *worker)
     attn_status_t status = unary_add(worker->server, worker->jobs, methods,
                                      sizeof(methods) / sizeof(methods[0]), worker, &worker->unary);
 
+    if (status == ATTN_OK) {
+        status = worker_serve_groups(worker);
+    }
     if (status == ATTN_OK) {
         steps_limits_t limits = {.part_ms      = 3 * (uint32_t)worker->options.stall_ms,
                                  .buffer_bytes = worker->options.run_memory};

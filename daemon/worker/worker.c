@@ -149,6 +149,7 @@ tick(worker_t *worker)
     monitor_tick(worker->monitor);
     engine_tick(worker->engine, attn_now_ns());
     steps_tick(worker->steps, attn_now_ns());
+    worker_groups_tick(worker);
     copier_tick(worker->copier, attn_now_ns());
     check_store(worker);
     if (++ticks % TRIM_TICKS == 0) {
@@ -181,6 +182,7 @@ drain(worker_t *worker)
     while (open_steps(worker) > 0 && attn_now_ns() < end) {
         leave_broken_device(worker);
         engine_tick(worker->engine, attn_now_ns());
+        steps_tick(worker->steps, attn_now_ns());
         nanosleep(&(struct timespec){.tv_nsec = DRAIN_LOOK_MS * 1000000}, NULL);
     }
     uint64_t left = open_steps(worker);
@@ -204,8 +206,10 @@ destroy(worker_t *worker)
         rpc_server_stop(worker->server, 0);
     }
     jobs_destroy(worker->jobs);
+    jobs_destroy(worker->group_jobs);
     rpc_server_destroy(worker->server);
     unary_destroy(worker->unary);
+    unary_destroy(worker->group_unary);
     lender_destroy(worker->lender);
     copier_destroy(worker->copier);
     steps_destroy(worker->steps);

@@ -27,11 +27,15 @@ typedef struct worker {
     cost_worker_t speed;               /* the engine's: what is told points there */
     engine_t *engine;
     rpc_server_t *server;
-    unary_t *unary;
+    unary_t *unary, *group_unary;
     steps_t *steps;
     lender_t *lender;
     copier_t *copier;
     jobs_t *jobs; /* for what waits for other workers; NULL: it is done by the server's threads */
+    jobs_t
+        *group_jobs; /* for what makes and ends groups, which may wait for the device; NULL: none */
+    job_t group_sweep;
+    atomic_bool sweeping; /* that job is queued, or under way */
     registrar_t *registrar;
     gate_t gate;
     atomic_uint id; /* as the coordinator knows us; 0: not joined yet */
@@ -50,12 +54,16 @@ attn_status_t worker_serve(worker_t *worker);
 #define WORKER_WAYS_ROOM 36u /* bytes of WorkerInfo.ucx_ways, which lie where the caller says */
 void worker_describe(worker_t *worker, Attn__V1__WorkerInfo *info, char ways[WORKER_WAYS_ROOM]);
 
-/* ---- groups.c: as unary_method_t.serve ---- */
+/** As unary_method_t.admit: whom the coordinator introduced. */
+attn_status_t worker_admit_introduced(void *service, const rpc_call_t *call);
 
-attn_status_t worker_serve_open_group(const unary_call_t *u);
-attn_status_t worker_serve_connect_group(const unary_call_t *u);
-attn_status_t worker_serve_prove_group(const unary_call_t *u);
-attn_status_t worker_serve_close_group(const unary_call_t *u);
+/* ---- groups.c ---- */
+
+/** Add the calls that make groups to the server. */
+attn_status_t worker_serve_groups(worker_t *worker);
+
+/** Have groups go that are over, not in this thread. */
+void worker_groups_tick(worker_t *worker);
 
 /* ---- figures.c ---- */
 

@@ -5,10 +5,9 @@
  *     driver.c    libcuda at run time; module.c  the embedded kernels
  *     image.c     a plan as tables for the device; image_blocks.c  what lists leave of it
  *     attend.c    one layer of a step: upload, launches, answer
- *     attend.cu   for requests of few rows, and of any on devices without wgmma; prefill.cu for others
- *     store.c     append, compare, read, move, copy
- *     track.c     the same without the host, on streams of callers, for graphs
- *     group.c     partials between the GPUs of a host (exchange.h)
+ *     attend.cu   for requests of few rows, and of any on devices without wgmma; prefill.cu for
+ * others store.c     append, compare, read, move, copy track.c     the same without the host, on
+ * streams of callers, for graphs group.c     partials between the GPUs of a host (exchange.h)
  *     groups.c    the same as workers use it
  *     *.cu        the kernels; image.h, store.h, exchange.h, device.cuh: what they share
  *
@@ -30,8 +29,8 @@
 
 #define PAGE_MAX 256u
 
-/* Blocks for workspaces are kept for the next ones, up to so many bytes, since the driver takes 25 ms
- * for one with pinned memory; the least is so large. */
+/* Blocks for workspaces are kept for the next ones, up to so many bytes, since the driver takes 25
+ * ms for one with pinned memory; the least is so large. */
 #define KEPT_BYTES (UINT64_C(1) << 30)
 #define BLOCK_MIN (UINT64_C(1) << 20)
 
@@ -440,6 +439,7 @@ close_device(cuda_backend_t *backend)
 
     if (visit.status == ATTN_OK) {
         cuda_tracks_free(backend);
+        cuda_groups_free(backend);
         free_kept(backend);
         cuda_modules_unload(backend);
     }

@@ -55,6 +55,8 @@ typedef struct cuda_backend {
     cuda_block_t *free_blocks;
     cuda_image_t images[CUDA_IMAGES_KEPT];
     uint32_t n_images;
+    attn_group_t *groups_left; /**< whose groups are gone, in their order */
+    uint64_t inbox_bytes;      /**< of all */
     struct attn_track *tracks;
     uint64_t n_tracks, last_track, last_serial; /* how many there are; ids given out */
 } cuda_backend_t;
@@ -198,6 +200,9 @@ attn_status_t cuda_attend_before(attn_workspace_t *workspace, const attn_kv_t *k
 /* ---- groups.c ---- */
 
 extern const attn_group_ops_t cuda_group_ops;
+
+/** What is kept of groups: none is open. During a visit. */
+void cuda_groups_free(cuda_backend_t *backend);
 
 /* ---- track.c ---- */
 

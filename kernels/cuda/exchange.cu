@@ -215,7 +215,7 @@ template <int D> struct exchange {
     {
         if (atomicCAS(&x.control->failed, 0u, kind | rank << 8) == 0) {
             for (uint32_t r = 0; r < x.ranks; r++) {
-                store_word(&inbox(r)->abort, kind | x.me << 8);
+                store_word(&inbox(r)->abort, x.first);
             }
         }
     }
@@ -227,7 +227,7 @@ template <int D> struct exchange {
         bool over = false;
 
         if (lane == 0) {
-            if (load_word(&inbox(x.me)->abort) != 0) {
+            if (load_word(&inbox(x.me)->abort) == x.first || load_word(x.stop) != 0) {
                 fail(CUDA_EXCHANGE_ABORTED, rank);
                 over = true;
             } else if (now_ns() >= end) {
@@ -242,13 +242,14 @@ template <int D> struct exchange {
 
     /* The rank has begun the epoch before, so that this epoch's half of its inbox is free. What was
      * read there two epochs ago was used by a kernel that ended before the beat was written:
-     * nothing that is written from here on can come before these reads. */
+     * nothing that is written from here on can come before these reads. It may have begun this one,
+     * and two more: it ended those that we have begun. Any other number is of another group. */
     __device__ __forceinline__ bool
     wait_for_beat(uint32_t rank)
     {
         for (uint32_t polls = 1; !(fresh >> rank & 1); polls++) {
             uint32_t beat = load_word(&inbox(x.me)->beats[rank].epoch);
-            if (__all_sync(~0u, beat + 1 >= epoch)) {
+            if (__all_sync(~0u, beat - (epoch - 1) <= 3)) {
                 fresh |= 1u << rank;
             } else if (polls % LOOK_EVERY == 0 && give_up(rank)) {
                 return false;
@@ -414,6 +415,11 @@ template <int D> struct exchange {
         }
         if (send_all(warp, warps, send)) {
             finish_all(warp, warps, row);
+        }
+        for (uint32_t r = 0; warp == 0 && r < x.ranks; r++) {
+            if (r != x.me && !wait_for_beat(r)) { /* nobody is left behind */
+                break;
+            }
         }
     }
 };

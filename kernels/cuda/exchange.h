@@ -19,19 +19,26 @@
  * A half is written again two epochs later. So that nobody overtakes who still reads, each rank
  * begins an epoch by telling all others its number (a beat), and writes to a rank that has begun
  * the epoch before: that one has finished the one before that. Where ranks keep step this was long
- * said.
+ * said. It also ends an epoch only when all others have begun the one before, so nobody goes on for
+ * long without the others: between two that are exchanging there are two epochs at most.
+ *
+ * Inboxes are used again, by other groups, while ranks of an earlier one may have them mapped
+ * still, and one that was held up may write there yet. So a group's epochs begin behind a number
+ * that is its own, `first`, and what it says to all is that number: packets, beats and abort words
+ * of another group are none. They may take the place of what was on its way, and a launch end late
+ * for that, but nothing is taken for what it is not.
  *
  * What must hold:
  *   - All ranks launch the same exchanges in the same order, with tables made from the same batch,
  *     also ranks that own nothing; and one launch begins when the one before has ended.
  *   - All CTAs of a launch are resident at once (at most one a multiprocessor is asked for).
- *   - Inboxes and controls are zero before the first epoch, 1. A group that is made anew, after a
- *     failure or after epoch CUDA_EPOCHS, long before numbers return, has other inboxes: who was
- *     late may still write to the old ones.
+ *   - Before the first epoch, first + 1, an inbox is zero but for its card and its beats, which are
+ *     `first`, and so is a control but for its epoch, `first`. Epochs do not come to 2^32: a group
+ *     is over after CUDA_EPOCHS and some.
  *
- * No wait is without end: the rank's abort word, which its host or another rank writes, or limit_ns
- * of the device's clock end all of a launch's waits, and the launch. It says why in its control,
- * and tells all ranks; later launches end at once, and answers of a launch that failed are
+ * No wait is without end: the rank's abort word, which other ranks write, the word of its host, or
+ * limit_ns of the device's clock end all of a launch's waits, and the launch. It says why in its
+ * control, and tells all ranks; later launches end at once, and answers of a launch that failed are
  * undefined.
  */
 #ifndef ATTN_KERNELS_CUDA_EXCHANGE_H
@@ -40,7 +47,13 @@
 #include <stdint.h>
 
 #define CUDA_RANKS 8u
-#define CUDA_EPOCHS 0xffffff00u
+
+/** The epoch before a group's first is of 1 to FIRST_MAX. After so many no step begins in it, and
+ * 2^30 are left for the one that is open. */
+#define CUDA_FIRST_MAX 0x3fffffffu
+#define CUDA_EPOCHS 0x80000000u
+
+#define CUDA_CARD 16u
 
 /** Warps of a CTA: each takes sends, then rows, in turn. */
 #ifndef CUDA_EXCHANGE_WARPS
@@ -57,8 +70,10 @@ typedef struct cuda_inbox {
     struct {
         uint32_t epoch, pad[7]; /**< the latest that a rank began: a sector each */
     } beats[CUDA_RANKS];
-    uint32_t abort; /**< not 0: everybody ends */
-    uint32_t pad[63];
+    uint32_t abort; /**< the group's `first`: everybody ends */
+    uint32_t pad[7];
+    uint8_t card[CUDA_CARD]; /**< by which who maps it knows it */
+    uint32_t more[52];
 } cuda_inbox_t;
 
 /** Why a launch failed: kind, and the rank that was waited for << 8. */
@@ -105,6 +120,8 @@ typedef struct cuda_exchange {
     const int32_t *e;
     uint8_t *inboxes[CUDA_RANKS]; /**< as this GPU has them mapped; its own, too */
     uint64_t half;                /**< bytes of a half of each */
+    const uint32_t *stop;         /**< of the host, in its memory: not 0: the launch ends */
+    uint32_t first;               /**< what the group's epochs begin behind */
     cuda_exchange_control_t *control;
     uint64_t limit_ns; /**< from the launch's begin */
     uint32_t depth;    /**< states that a row's stack holds */

@@ -2,6 +2,11 @@
  * groups.c: the row of the table for groups: inboxes mapped by CUDA IPC, an exchange behind an
  * attend on its stream, and the share of the answer down.
  *
+ * What a group had stays for the next: others may have its inbox mapped still, and CUDA leaves open
+ * what comes of that when memory goes back to the driver; and a driver that frees memory may wait
+ * for the device. The inbox that was left first is used first, and none before there are enough of
+ * them, so that who was held up seldom writes into another group's.
+ *
  * While an exchange waits for other ranks its CTAs stay on their multiprocessors. Those of all
  * groups that a device may be in find room side by side, and leave half of it to others: otherwise
  * one group's could keep away what another's waits for, here and on another device in turn, and
@@ -14,7 +19,6 @@
 #include "kernels/cuda/cuda_int.h"
 
 #include <stddef.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -22,6 +26,7 @@
 #define PINNED_MAX (UINT64_C(4) << 20)    /* of an answer that goes through pinned memory */
 #define ROOM_MIN (UINT64_C(64) << 10)     /* of the answer, so that it seldom grows */
 #define LIMIT_MIN_NS (1 * ATTN_NS_PER_MS) /* of the waits of an exchange that is late already */
+#define LEFT_MIN (2 * ATTN_GROUPS_MAX)    /* that are not used again as long as there is room */
 
 /* In front of the share's O and LSE, on the device and on the host. */
 typedef struct answer_head {
@@ -41,9 +46,89 @@ struct attn_group {
     bool clean;    /* the head's error is all ones */
     uint8_t *host; /* pinned, the first of it */
     uint64_t host_room;
+    attn_group_t *next; /* among those left */
 };
 
 /* ---- making ---- */
+
+/* The one with room for such halves that was left first, if so many are left; or NULL. */
+static attn_group_t *
+take_left(cuda_backend_t *backend, uint64_t half, uint32_t least)
+{
+    attn_group_t **found = NULL, *g = NULL;
+    uint32_t left = 0;
+
+    pthread_mutex_lock(&backend->lock);
+    for (attn_group_t **at = &backend->groups_left; *at != NULL; at = &(*at)->next) {
+        left++;
+        if (found == NULL && cuda_group_half_max((*at)->group) >= half) {
+            found = at;
+        }
+    }
+    if (found != NULL && left >= least) {
+        g      = *found;
+        *found = g->next;
+    }
+    pthread_mutex_unlock(&backend->lock);
+    return g;
+}
+
+/* Behind all others. */
+static void
+leave(cuda_backend_t *backend, attn_group_t *g)
+{
+    attn_group_t **at = &backend->groups_left;
+
+    pthread_mutex_lock(&backend->lock);
+    while (*at != NULL) {
+        at = &(*at)->next;
+    }
+    g->next = NULL;
+    *at     = g;
+    pthread_mutex_unlock(&backend->lock);
+}
+
+/* May there be so many bytes of inboxes more? */
+static attn_status_t
+add_inbox(cuda_backend_t *backend, uint64_t bytes)
+{
+    pthread_mutex_lock(&backend->lock);
+    bool fits = bytes <= ATTN_INBOXES_MAX - backend->inbox_bytes;
+    backend->inbox_bytes += fits ? bytes : 0;
+    pthread_mutex_unlock(&backend->lock);
+    return fits ? ATTN_OK
+                : attn_fail(
+                      ATTN_ERR_EXHAUSTED,
+                      "no inbox of cuda:%d that is free has %llu bytes, and with one more they "
+                      "would have more than %llu",
+                      backend->ordinal, (unsigned long long)bytes,
+                      (unsigned long long)ATTN_INBOXES_MAX);
+}
+
+static attn_status_t
+group_new(cuda_backend_t *backend, const cuda_group_options_t *options, attn_group_t **group_p)
+{
+    uint64_t bytes       = cuda_inbox_bytes(options->half);
+    attn_status_t status = add_inbox(backend, bytes);
+    attn_group_t *g;
+
+    if (status != ATTN_OK) {
+        return status;
+    }
+    g      = calloc(1, sizeof(*g));
+    status = g != NULL ? cuda_group_open(&backend->base, options, &g->group)
+                       : attn_fail(ATTN_ERR_NO_MEMORY, "no memory for a group of GPUs");
+    if (status != ATTN_OK) {
+        free(g);
+        pthread_mutex_lock(&backend->lock);
+        backend->inbox_bytes -= bytes;
+        pthread_mutex_unlock(&backend->lock);
+        return status;
+    }
+    g->backend = backend;
+    *group_p   = g;
+    return ATTN_OK;
+}
 
 static attn_status_t
 groups_open(attn_backend_t *base, const attn_group_options_t *o, attn_group_t **group_p)
@@ -51,26 +136,29 @@ groups_open(attn_backend_t *base, const attn_group_options_t *o, attn_group_t **
     cuda_backend_t *backend      = (cuda_backend_t *)base;
     uint32_t places              = HALVES * ATTN_GROUPS_MAX;
     cuda_group_options_t options = {
+        .id         = o->id,
         .ranks      = o->ranks,
         .me         = o->me,
         .head_dim_v = o->head_dim_v,
         .half       = o->half_bytes,
         .ctas_max   = (uint32_t)attn_max((uint32_t)backend->processors / places, 1),
     };
-    attn_group_t *g = calloc(1, sizeof(*g));
+    attn_status_t status = ATTN_OK;
+    attn_group_t *g      = take_left(backend, o->half_bytes, LEFT_MIN);
+    bool again           = g != NULL;
 
-    if (g == NULL) {
-        return attn_fail(ATTN_ERR_NO_MEMORY, "no memory for a group of GPUs");
+    if (!again && (status = group_new(backend, &options, &g)) != ATTN_OK) {
+        g     = take_left(backend, o->half_bytes, 0);
+        again = g != NULL;
     }
-    g->backend           = backend;
-    g->options           = *o;
-    attn_status_t status = cuda_group_open(base, &options, &g->group);
-    if (status != ATTN_OK) {
-        free(g);
-        return status;
+    if (again && (status = cuda_group_again(g->group, &options)) != ATTN_OK) {
+        leave(backend, g);
     }
-    *group_p = g;
-    return ATTN_OK;
+    if (status == ATTN_OK) {
+        g->options = *o;
+        *group_p   = g;
+    }
+    return status;
 }
 
 static attn_status_t
@@ -79,13 +167,14 @@ groups_handle(attn_group_t *g, uint8_t handle[ATTN_INBOX_HANDLE])
     CUipcMemHandle ipc;
     CUDA_VISIT(g->backend);
 
-    _Static_assert(sizeof(ipc) == ATTN_INBOX_HANDLE, "a handle of the driver");
+    _Static_assert(sizeof(ipc) + CUDA_CARD == ATTN_INBOX_HANDLE, "the driver's, and a card");
     attn_status_t status = visit.status;
     if (status == ATTN_OK) {
         status = CUDA_CALL(cuIpcGetMemHandle(&ipc, cuda_group_inbox(g->group)));
     }
     if (status == ATTN_OK) {
         memcpy(handle, &ipc, sizeof(ipc));
+        memcpy(handle + sizeof(ipc), cuda_group_card(g->group), CUDA_CARD);
     }
     return status;
 }
@@ -101,10 +190,11 @@ groups_device(attn_backend_t *base, char device[ATTN_GROUP_DEVICE])
 }
 
 static void
-groups_disconnect(attn_group_t *g)
+disconnect(attn_group_t *g)
 {
     CUDA_VISIT(g->backend);
 
+    cuda_group_leave(g->group);
     for (uint32_t r = 0; r < g->options.ranks; r++) {
         if (g->mapped[r] != 0 && visit.status == ATTN_OK) {
             g->backend->cu->cuIpcCloseMemHandle(g->mapped[r]);
@@ -128,40 +218,62 @@ groups_connect(attn_group_t *g, const uint8_t (*handles)[ATTN_INBOX_HANDLE])
         memcpy(&ipc, handles[r], sizeof(ipc));
         status = CUDA_CALL(cuIpcOpenMemHandle(&at, ipc, CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS));
         if (status != ATTN_OK) {
-            status = attn_fail_in(ATTN_ERR_UNSUPPORTED, "rank %u's inbox is not mapped: ", r);
-        } else {
-            g->mapped[r] = at;
+            return attn_fail_in(ATTN_ERR_UNSUPPORTED, "rank %u's inbox is not mapped: ", r);
+        }
+        g->mapped[r] = at;
+        status       = cuda_group_check_card(g->group, at, handles[r] + sizeof(ipc));
+        if (status != ATTN_OK) {
+            return attn_fail_in(status, "rank %u: ", r);
         }
     }
-    if (status != ATTN_OK) {
-        groups_disconnect(g);
-        return status;
+    if (status == ATTN_OK) {
+        cuda_group_connect(g->group, g->mapped);
     }
-    cuda_group_connect(g->group, g->mapped);
-    return ATTN_OK;
+    return status;
 }
 
 static void
+drop_room(attn_group_t *g)
+{
+    if (g->answer != 0) {
+        g->backend->cu->cuMemFree(g->answer);
+        g->backend->cu->cuMemFreeHost(g->host);
+    }
+    g->answer = 0;
+    g->host   = NULL;
+    g->room = g->host_room = 0;
+    g->clean               = false;
+}
+
+/* What its steps needed is kept if it is not much. */
+static void
 groups_close(attn_group_t *g)
 {
-    groups_disconnect(g);
-    {
-        CUDA_VISIT(g->backend);
-        if (visit.status == ATTN_OK && g->answer != 0) {
-            g->backend->cu->cuMemFree(g->answer);
-        }
-        if (visit.status == ATTN_OK && g->host != NULL) {
-            g->backend->cu->cuMemFreeHost(g->host);
-        }
+    CUDA_VISIT(g->backend);
+
+    disconnect(g);
+    if (visit.status == ATTN_OK && g->room > PINNED_MAX) {
+        drop_room(g);
     }
     cuda_exchange_plan_free(&g->plan);
-    cuda_group_close(g->group);
-    free(g);
+    leave(g->backend, g);
+}
+
+void
+cuda_groups_free(cuda_backend_t *backend)
+{
+    for (attn_group_t *g = backend->groups_left, *next; g != NULL; g = next) {
+        next = g->next;
+        drop_room(g);
+        cuda_group_close(g->group);
+        free(g);
+    }
 }
 
 /* ---- a step ---- */
 
-/* Room for an answer of so many bytes: it grows by doubling, for freeing waits for the device. */
+/* Room for an answer of so many bytes: it grows by doubling, for freeing may wait for the device.
+ */
 static attn_status_t
 take_room(attn_group_t *g, uint64_t bytes)
 {
@@ -175,14 +287,7 @@ take_room(attn_group_t *g, uint64_t bytes)
     if (status != ATTN_OK || room == g->room) {
         return status;
     }
-    if (g->answer != 0) {
-        g->backend->cu->cuMemFree(g->answer);
-        g->backend->cu->cuMemFreeHost(g->host);
-        g->answer = 0;
-        g->host   = NULL;
-        g->room = g->host_room = 0;
-        g->clean               = false;
-    }
+    drop_room(g);
     uint64_t pinned = attn_min(room, PINNED_MAX);
     if ((status = CUDA_CALL(cuMemHostAlloc((void **)&g->host, pinned, 0))) == ATTN_OK &&
         (status = CUDA_CALL(cuMemAlloc(&g->answer, room))) == ATTN_OK) {
@@ -220,7 +325,6 @@ typedef struct exchange {
     attn_group_t *group;
     const attn_group_run_t *run;
     uint64_t o_bytes, lse_at, end; /* in the answer */
-    bool queued;
 } exchange_t;
 
 static attn_status_t
@@ -251,41 +355,12 @@ queue_exchange(cuda_behind_t *behind, const cuda_args_t *x, CUstream stream)
     if (status != ATTN_OK || (status = cuda_group_enqueue(g->group, &call, stream)) != ATTN_OK) {
         return status;
     }
-    g->clean  = false; /* until it is known */
-    e->queued = true;
-    status    = CUDA_CALL(cuMemcpyDtoDAsync(answer + offsetof(answer_head_t, control),
-                                            cuda_group_control(g->group),
-                                            sizeof(cuda_exchange_control_t), stream));
+    g->clean = false; /* until it is known */
+    status   = CUDA_CALL(cuMemcpyDtoDAsync(answer + offsetof(answer_head_t, control),
+                                           cuda_group_control(g->group),
+                                           sizeof(cuda_exchange_control_t), stream));
     return status == ATTN_OK ? CUDA_CALL(cuMemcpyDtoHAsync(g->host, answer, bytes, stream))
                              : status;
-}
-
-/* Take part with states of nothing, and wait. */
-static attn_status_t
-exchange_nothing(exchange_t *e)
-{
-    attn_workspace_t *w = e->run->workspace;
-    uint64_t states     = w->plan->states;
-    cuda_args_t x       = {0};
-    CUDA_VISIT(e->group->backend);
-    attn_status_t status = visit.status;
-
-    if (status == ATTN_OK && (w->block == NULL || states == 0)) {
-        status = attn_fail(ATTN_ERR_INTERNAL, "a rank of a group whose plan has no states");
-    }
-    if (status != ATTN_OK) {
-        return status;
-    }
-    x.a = (float *)(uintptr_t)(w->block->device + w->a);
-    x.l = (float *)(uintptr_t)(w->block->device + w->l);
-    x.e = (int32_t *)(uintptr_t)(w->block->device + w->e);
-    status =
-        CUDA_CALL(cuMemsetD8Async((CUdeviceptr)(uintptr_t)x.l, 0, states * 4, w->block->stream));
-    if (status == ATTN_OK) {
-        status = queue_exchange(&e->behind, &x, w->block->stream);
-    }
-    attn_status_t ended = CUDA_CALL(cuStreamSynchronize(w->block->stream));
-    return status == ATTN_OK ? ended : status;
 }
 
 /* What the exchange came to, and its answer to where it is wanted. */
@@ -306,7 +381,7 @@ take_answer(exchange_t *e)
                            (unsigned long long)(head->error >> 12 & 0xfffffff),
                            (unsigned long long)(head->error & 0xfff));
     }
-    if (status != ATTN_OK || e->run->q == NULL) {
+    if (status != ATTN_OK) {
         return status;
     }
     if (e->end <= g->host_room) {
@@ -344,31 +419,14 @@ exchange_of(attn_group_t *g, const attn_group_run_t *run)
 static attn_status_t
 groups_run(attn_group_t *g, const attn_group_run_t *run)
 {
-    exchange_t e         = exchange_of(g, run);
-    attn_status_t status = ATTN_OK;
-    char sentence[512]   = "";
+    exchange_t e = exchange_of(g, run);
+    attn_status_t status =
+        run->plan->n_works > 0
+            ? cuda_attend_before(run->workspace, run->kv, run->layer, run->q, run->answer,
+                                 &e.behind)
+            : attn_fail(ATTN_ERR_INTERNAL, "a rank of a group whose plan has no works");
 
-    if (run->q != NULL && run->plan->n_works > 0) {
-        status =
-            cuda_attend_before(run->workspace, run->kv, run->layer, run->q, run->answer, &e.behind);
-    }
-    if (!e.queued) { /* the others wait for it */
-        snprintf(sentence, sizeof(sentence), "%s", attn_last_error());
-        attn_status_t part = exchange_nothing(&e);
-        part               = part == ATTN_OK ? take_answer(&e) : part;
-        if (part != ATTN_OK && part != ATTN_ERR_NUMERIC) {
-            return part; /* worse: the group is over */
-        }
-        return status == ATTN_OK ? ATTN_OK : attn_fail(status, "%s", sentence);
-    }
-    if (status != ATTN_OK && status != ATTN_ERR_NUMERIC) {
-        return status;
-    }
-    snprintf(sentence, sizeof(sentence), "%s", status == ATTN_OK ? "" : attn_last_error());
-    attn_status_t merged = take_answer(&e);
-    return merged != ATTN_OK && merged != ATTN_ERR_NUMERIC ? merged
-           : status != ATTN_OK                             ? attn_fail(status, "%s", sentence)
-                                                           : merged;
+    return status == ATTN_OK ? take_answer(&e) : status;
 }
 
 /* ---- a proof ---- */
@@ -510,6 +568,22 @@ proof_run(exchange_t *e, const proof_t *p, double *seconds)
 }
 
 static attn_status_t
+proof_of(attn_group_t *g, const proof_t *p, uint64_t until_ns, double *seconds)
+{
+    attn_group_run_t run = {.o_dtype = ATTN_F32, .until_ns = until_ns};
+
+    run.o                = malloc(g->plan.n_rows * g->options.head_dim_v * sizeof(float) + 1);
+    run.lse              = malloc(g->plan.n_rows * sizeof(float) + 1);
+    exchange_t e         = exchange_of(g, &run);
+    attn_status_t status = run.o != NULL && run.lse != NULL
+                               ? proof_run(&e, p, seconds)
+                               : attn_fail(ATTN_ERR_NO_MEMORY, "no memory for a proof");
+    free(run.o);
+    free(run.lse);
+    return status;
+}
+
+static attn_status_t
 groups_prove(attn_group_t *g, const uint32_t *rows, uint32_t sizes, uint64_t until_ns,
              double *seconds)
 {
@@ -517,23 +591,15 @@ groups_prove(attn_group_t *g, const uint32_t *rows, uint32_t sizes, uint64_t unt
     CUDA_VISIT(g->backend);
 
     for (uint32_t i = 0; i < sizes && status == ATTN_OK; i++) {
-        attn_group_run_t run = {.o_dtype = ATTN_F32, .until_ns = until_ns, .q = g};
-        proof_t p;
-        status = visit.status == ATTN_OK ? proof_load(g, rows[i], &p) : visit.status;
-        if (status != ATTN_OK) {
-            break;
+        proof_t p = {0};
+        status    = visit.status == ATTN_OK ? proof_load(g, rows[i], &p) : visit.status;
+        if (status == ATTN_OK) {
+            status = proof_of(g, &p, until_ns, &seconds[i]);
         }
-        uint64_t o_bytes = g->plan.n_rows * g->options.head_dim_v * sizeof(float);
-        run.o            = malloc(o_bytes + 1);
-        run.lse          = malloc(g->plan.n_rows * sizeof(float) + 1);
-        exchange_t e     = exchange_of(g, &run);
-        status           = run.o != NULL && run.lse != NULL
-                               ? proof_run(&e, &p, &seconds[i])
-                               : attn_fail(ATTN_ERR_NO_MEMORY, "no memory for a proof");
-        free(run.o);
-        free(run.lse);
-        g->backend->cu->cuStreamSynchronize(p.block->stream);
-        cuda_block_give(g->backend, p.block);
+        if (p.block != NULL) {
+            g->backend->cu->cuStreamSynchronize(p.block->stream);
+            cuda_block_give(g->backend, p.block);
+        }
     }
     return status;
 }
@@ -545,14 +611,13 @@ groups_abort(attn_group_t *g)
 }
 
 const attn_group_ops_t cuda_group_ops = {
-    .open       = groups_open,
-    .handle     = groups_handle,
-    .device     = groups_device,
-    .connect    = groups_connect,
-    .disconnect = groups_disconnect,
-    .load       = groups_load,
-    .run        = groups_run,
-    .prove      = groups_prove,
-    .abort      = groups_abort,
-    .close      = groups_close,
+    .open    = groups_open,
+    .handle  = groups_handle,
+    .device  = groups_device,
+    .connect = groups_connect,
+    .load    = groups_load,
+    .run     = groups_run,
+    .prove   = groups_prove,
+    .abort   = groups_abort,
+    .close   = groups_close,
 };

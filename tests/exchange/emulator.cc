@@ -272,8 +272,8 @@ emulate_exchange(emulation_t *e)
         if (busy.empty()) {
             break;
         }
-        if (turns == e->abort_at) {
-            ((cuda_inbox_t *)e->of[e->abort_rank].launches[0].inboxes[e->abort_rank])->abort = 99;
+        if (e->meanwhile != nullptr) {
+            e->meanwhile(e->arg, turns);
         }
         if (turns % 512 == 0 || awake.empty()) {
             asleep = chance() % 2 ? chance() : 0;

@@ -15,8 +15,8 @@ typedef struct emulation {
     uint64_t seed;
     uint32_t ranks, d;
     emulated_rank_t of[CUDA_RANKS];
-    uint64_t abort_at; /**< so many turns of warps from the beginning; 0: never */
-    uint32_t abort_rank;
+    void (*meanwhile)(void *arg, uint64_t turn); /**< NULL, or called before each turn of a warp */
+    void *arg;
 } emulation_t;
 
 #ifdef __cplusplus

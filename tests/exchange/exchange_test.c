@@ -37,11 +37,18 @@ typedef struct world {
     cuda_exchange_t args[CUDA_RANKS][LAUNCHES];
     uint8_t *inboxes[CUDA_RANKS];
     cuda_exchange_control_t controls[CUDA_RANKS];
+    uint32_t first, stops[CUDA_RANKS];
     float sinks[HEADS_MAX], sink_l[HEADS_MAX];
     int32_t sink_e[HEADS_MAX];
     bool has_sinks, has_lse;
     unsigned long long error;
 } world_t;
+
+static cuda_inbox_t *
+inbox_of(const world_t *w, uint32_t rank)
+{
+    return (cuda_inbox_t *)(void *)w->inboxes[rank];
+}
 
 static float
 chance_float(void)
@@ -86,6 +93,8 @@ fill_args(world_t *w, uint32_t r, uint32_t i, uint64_t limit_ns)
                                       .l        = rank->l,
                                       .e        = rank->e,
                                       .half     = HALF,
+                                      .first    = w->first,
+                                      .stop     = &w->stops[r],
                                       .control  = &w->controls[r],
                                       .limit_ns = limit_ns,
                                       .depth    = rank->plan.depth,
@@ -112,12 +121,17 @@ make_world(uint32_t ranks, uint32_t d, uint32_t launches, uint64_t limit_ns)
     w->has_sinks = chance_in(0, 2) == 0;
     w->has_lse   = chance_in(0, 3) > 0;
     w->error     = UINT64_MAX;
+    w->first     = chance_in(1, CUDA_FIRST_MAX);
     for (uint32_t h = 0; h < heads; h++) {
         w->sinks[h] = (float)((int)chance_in(0, 400) - 200);
         attn_state_of_sink(w->sinks[h], &w->sink_l[h], &w->sink_e[h]);
     }
     for (uint32_t r = 0; r < ranks; r++) {
-        w->inboxes[r] = calloc(1, sizeof(cuda_inbox_t) + 2 * HALF);
+        w->inboxes[r]        = calloc(1, sizeof(cuda_inbox_t) + 2 * HALF);
+        w->controls[r].epoch = w->first;
+        for (uint32_t from = 0; from < CUDA_RANKS; from++) {
+            inbox_of(w, r)->beats[from].epoch = w->first;
+        }
     }
     for (uint32_t i = 0; i < launches; i++) {
         make_batch(&w->batches[i], ranks, heads, d);
@@ -240,7 +254,7 @@ run_rounds(uint32_t d, int rounds)
         emulate_exchange(&e);
         for (uint32_t r = 0; r < w->ranks; r++) {
             assert_int_equal(w->controls[r].failed, 0);
-            assert_int_equal(w->controls[r].epoch, LAUNCHES);
+            assert_int_equal(w->controls[r].epoch, w->first + LAUNCHES);
             assert_int_equal(w->controls[r].done, 0);
             for (uint32_t i = 0; i < LAUNCHES; i++) {
                 check_launch(w, r, i);
@@ -318,7 +332,24 @@ test_a_rank_that_does_not_come(void **state)
     assert_true(late > 6);
 }
 
-/* The abort word of a rank ends its launches, whatever they wait for, and those of others. */
+/* What somebody writes at a turn. */
+typedef struct word {
+    uint64_t turn;
+    uint32_t *at, is;
+} word_t;
+
+static void
+write_word(void *arg, uint64_t turn)
+{
+    const word_t *word = arg;
+
+    if (turn == word->turn) {
+        *word->at = word->is;
+    }
+}
+
+/* The abort word of a rank, or its host's, ends its launches, whatever they wait for, and those of
+ * others. */
 static void
 test_an_abort_ends_all_waits(void **state)
 {
@@ -328,10 +359,16 @@ test_an_abort_ends_all_waits(void **state)
     for (int round = 0; round < 15; round++) {
         world_t *w    = make_world(chance_in(2, CUDA_RANKS), 64, LAUNCHES, FOREVER);
         emulation_t e = emulation_of(w);
-        e.abort_rank  = chance_in(0, w->ranks - 1);
-        e.abort_at    = chance_in(1, 20000);
+        uint32_t by   = chance_in(0, w->ranks - 1);
+        word_t word   = {.turn = chance_in(1, 20000), .at = &w->stops[by], .is = 1};
+        if (round % 2 > 0) {
+            word.at = &inbox_of(w, by)->abort;
+            word.is = w->first;
+        }
+        e.meanwhile = write_word;
+        e.arg       = &word;
         if (chance_in(0, 1)) {
-            e.of[(e.abort_rank + 1) % w->ranks].n = 1; /* somebody waits in any case */
+            e.of[(by + 1) % w->ranks].n = 1; /* somebody waits in any case */
         }
         emulate_exchange(&e);
         for (uint32_t r = 0; r < w->ranks; r++) {
@@ -351,6 +388,81 @@ test_an_abort_ends_all_waits(void **state)
     assert_true(aborted > 10 && whole > 0);
 }
 
+/* Who was held up in another group writes to inboxes that are this one's now. */
+static void
+write_strays(void *arg, uint64_t turn)
+{
+    const world_t *w = arg;
+    uint32_t by = chance_in(0, w->ranks - 1), to = chance_in(0, w->ranks - 1);
+    uint32_t other     = w->first + (chance_in(0, 1) ? 1000 + chance_in(0, 99) : -1000u);
+    const uint32_t p[] = {1, 2, 3, other};
+
+    switch (turn % 4096 == 0 ? chance_in(0, 1) : turn % 64 == 0 ? 2 : 3) {
+    case 0: /* its packets; where those of this group lie, as its ranks never come late */
+        memcpy(w->inboxes[to] + sizeof(cuda_inbox_t) + chance_in(0, 1) * HALF +
+                   chance_in(0, 200) * sizeof(p),
+               p, sizeof(p));
+        break;
+    case 1:
+        inbox_of(w, to)->beats[by].epoch = other;
+        break;
+    case 2:
+        inbox_of(w, to)->abort = other;
+        break;
+    default:
+        break;
+    }
+}
+
+/* It may cost a launch its time, and nobody has a wrong row and thinks it right. An abort of
+ * another group is none. */
+static void
+test_strays_of_another_group(void **state)
+{
+    uint32_t whole = 0, late_ranks = 0;
+    (void)state;
+
+    for (int round = 0; round < 20; round++) {
+        world_t *w    = make_world(chance_in(2, 4), 64, LAUNCHES, 300000);
+        emulation_t e = emulation_of(w);
+        e.meanwhile   = write_strays;
+        e.arg         = w;
+        emulate_exchange(&e);
+        for (uint32_t r = 0; r < w->ranks; r++) {
+            for (uint32_t i = 0; i < LAUNCHES && w->controls[r].failed == 0; i++) {
+                check_launch(w, r, i);
+                whole++;
+            }
+            late_ranks += (w->controls[r].failed & 255) == CUDA_EXCHANGE_LATE;
+        }
+        free_world(w);
+    }
+    assert_true(whole > 0 && late_ranks > 0);
+}
+
+/* Nobody goes on without the others, though nothing of theirs is missing. */
+static void
+test_nobody_is_left_behind(void **state)
+{
+    (void)state;
+
+    for (int round = 0; round < 5; round++) {
+        world_t *w    = make_world(3, 64, LAUNCHES, 100000);
+        emulation_t e = emulation_of(w);
+        for (uint32_t r = 0; r < 3; r++) {
+            for (uint32_t i = 0; i < LAUNCHES; i++) {
+                w->args[r][i].n_sends = w->args[r][i].n_rows = 0;
+            }
+        }
+        e.of[1].n = 1;
+        emulate_exchange(&e);
+        assert_int_equal(w->controls[1].failed, 0);
+        assert_true(w->controls[0].failed != 0 && w->controls[2].failed != 0);
+        assert_true(inbox_of(w, 1)->beats[0].epoch <= w->first + 3);
+        free_world(w);
+    }
+}
+
 int
 main(void)
 {
@@ -359,6 +471,8 @@ main(void)
         cmocka_unit_test(test_bad_sums_are_reported),
         cmocka_unit_test(test_a_rank_that_does_not_come),
         cmocka_unit_test(test_an_abort_ends_all_waits),
+        cmocka_unit_test(test_strays_of_another_group),
+        cmocka_unit_test(test_nobody_is_left_behind),
     };
     return cmocka_run_group_tests_name("exchange", tests, NULL, NULL);
 }

@@ -310,15 +310,15 @@ cuIpcGetMemHandle(CUipcMemHandle *handle, CUdeviceptr at)
     ipc_key_t key    = {.magic = "fakeipc", .pid = getpid(), .bytes = bytes};
 
     pthread_mutex_lock(&fake_lock);
-    CUresult result    = fake_unsafe("cuIpcGetMemHandle");
-    struct lent *entry = lent_at(lent, 0);
+    CUresult result     = fake_unsafe("cuIpcGetMemHandle");
+    struct lent *before = lent_at(lent, at), *entry = before != NULL ? before : lent_at(lent, 0);
     if (result == CUDA_SUCCESS && said != NULL && strcmp(said, "none") == 0) {
         result = CUDA_ERROR_NOT_SUPPORTED;
     }
     if (result == CUDA_SUCCESS && bytes % (2 * MIB) != 0) { /* a driver would lend what is beside */
         result = CUDA_ERROR_INVALID_VALUE;
     }
-    if (result == CUDA_SUCCESS) {
+    if (result == CUDA_SUCCESS && before == NULL) {
         result = entry != NULL ? lend(at, bytes, entry) : CUDA_ERROR_OUT_OF_MEMORY;
     }
     if (result == CUDA_SUCCESS) {

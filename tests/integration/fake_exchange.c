@@ -84,8 +84,17 @@ fail(const cuda_exchange_t *x, uint32_t kind, uint32_t rank)
 {
     x->control->failed = kind | rank << 8;
     for (uint32_t r = 0; r < x->ranks; r++) {
-        __atomic_store_n(&inbox_of(x, r)->abort, kind | x->me << 8, __ATOMIC_RELEASE);
+        __atomic_store_n(&inbox_of(x, r)->abort, x->first, __ATOMIC_RELEASE);
     }
+}
+
+/* Has the rank begun the epoch before? */
+static bool
+is_fresh(const cuda_exchange_t *x, uint32_t rank)
+{
+    uint32_t beat = __atomic_load_n(&inbox_of(x, x->me)->beats[rank].epoch, __ATOMIC_ACQUIRE);
+
+    return beat - x->control->epoch <= 3;
 }
 
 /* Sends what may be sent. Returns the rank that is waited for, or the number of ranks. */
@@ -102,8 +111,7 @@ missing(const cuda_exchange_t *x)
     }
     for (uint32_t i = 0; i < x->n_sends; i++) {
         const cuda_send_t *s = &x->sends[i];
-        if (__atomic_load_n(&inbox_of(x, x->me)->beats[s->rank].epoch, __ATOMIC_ACQUIRE) + 1 <
-            epoch) {
+        if (!is_fresh(x, s->rank)) {
             return s->rank;
         }
         load_own(x, s->state, &state);
@@ -115,6 +123,11 @@ missing(const cuda_exchange_t *x)
             if ((part->from & 255) != x->me && !receive(place(x, x->me, part->at), epoch, &state)) {
                 return part->from & 255;
             }
+        }
+    }
+    for (uint32_t r = 0; r < x->ranks; r++) {
+        if (r != x->me && !is_fresh(x, r)) {
+            return r;
         }
     }
     return x->ranks;
@@ -129,7 +142,8 @@ fake_exchange_ready(uint64_t begun_ns, void *const *args)
     if (x->control->failed != 0 || (rank = missing(x)) == x->ranks) {
         return true;
     }
-    if (__atomic_load_n(&inbox_of(x, x->me)->abort, __ATOMIC_ACQUIRE) != 0) {
+    if (__atomic_load_n(&inbox_of(x, x->me)->abort, __ATOMIC_ACQUIRE) == x->first ||
+        __atomic_load_n(x->stop, __ATOMIC_ACQUIRE) != 0) {
         fail(x, CUDA_EXCHANGE_ABORTED, rank);
     } else if (attn_now_ns() >= begun_ns + x->limit_ns) {
         fail(x, CUDA_EXCHANGE_LATE, rank);
