@@ -521,18 +521,54 @@ await_outcome(const int *outcome, uint64_t start_ms, uint64_t most_ms)
     return now_ms() - start_ms;
 }
 
+#define OLD 9u /* sequences on a worker each */
+#define OLD_TOKENS 90u
+
+/* Sequences that were there before somebody was killed: those of who lives answer as ever. */
+static void
+ask_the_old(side_t *side, const attn_seq_t *seqs, const answer_t *before)
+{
+    static answer_t now;
+    uint64_t base = OLD_TOKENS;
+    uint32_t kept = 0;
+
+    for (uint32_t i = 0; i < OLD; i++) {
+        question_t q         = {&seqs[i], &base, 1, 2, 0, 80 + i, 0, true};
+        attn_status_t status = ask(side, &q, &now);
+        if (status == ATTN_OK) {
+            assert_same(&q, &now, &before[i]);
+            kept++;
+        } else {
+            assert_int_equal(status, ATTN_ERR_LOST);
+        }
+    }
+    assert_in_range(kept, OLD / 3, OLD - 1);
+}
+
+static void
+assert_runs(process_t *process)
+{
+    assert_int_equal(process_wait(process, 0), -1);
+}
+
 static void
 test_a_rank_is_killed(void **state)
 {
+    static answer_t before[OLD];
+    attn_seq_t old[OLD];
     world_t w;
     int outcome;
 
     (void)state;
     world_up(&w, 3, false, ATTN_MERGING_GROUP);
     attn_seq_t seq = make_sequence(&w.group, 6 * CHUNK, 6);
-    uint64_t base  = 6 * CHUNK;
-    question_t q   = {&seq, &base, 1, 4, 0, 71, 0, true};
+    uint64_t base = 6 * CHUNK, old_base = OLD_TOKENS;
+    question_t q = {&seq, &base, 1, 4, 0, 71, 0, true};
     assert_agreed(&w, &q);
+    for (uint32_t i = 0; i < OLD; i++) {
+        old[i] = make_sequence(&w.alone, OLD_TOKENS, 30 + i);
+        OK(ask(&w.alone, &(question_t){&old[i], &old_base, 1, 2, 0, 80 + i, 0, true}, &before[i]));
+    }
 
     attn_step_t *step = submit(&w.group, &q, &w.cluster.workers[1], &outcome);
     uint64_t start    = now_ms();
@@ -543,12 +579,18 @@ test_a_rank_is_killed(void **state)
     assert_int_not_equal(outcome, ATTN_OK);
     attn_step_abort(step);
 
-    /* The survivors are a group, of a sequence that is on them. */
+    /* The survivors, who were in an exchange with it, are the processes that they were, with all
+     * that they had. */
+    sleep_ms(CLUSTER_LOST_MS + 300);
+    assert_runs(&w.cluster.workers[0]);
+    assert_runs(&w.cluster.workers[2]);
+    ask_the_old(&w.alone, old, before);
+
+    /* They are a group, of a sequence that is on them. */
     uint64_t end = now_ms() + 10000;
     static answer_t a, b;
     attn_seq_t after = {0};
     attn_status_t status;
-    sleep_ms(CLUSTER_LOST_MS + 300);
     after        = make_sequence(&w.group, 4 * CHUNK, 7);
     uint64_t len = 4 * CHUNK;
     question_t r = {&after, &len, 1, 4, 0, 72, 0, true};
@@ -585,6 +627,21 @@ test_a_rank_is_stopped(void **state)
     uint64_t took     = await_outcome(&outcome, start, 1200 + 250 + 300);
     print_message("a stopped rank: over after %llu ms, status %d\n", (unsigned long long)took,
                   outcome);
+    assert_int_not_equal(outcome, ATTN_OK);
+    process_signal(&w.cluster.workers[0], SIGCONT);
+    attn_step_abort(step);
+
+    /* Nor do those that wait wait for as long as a step may take. */
+    sleep_ms(CLUSTER_LOST_MS + 500);
+    attn_seq_t other = make_sequence(&w.group, 6 * CHUNK, 12);
+    question_t slow  = {&other, &base, 1, 4, 0, 71, 30000, true};
+    static answer_t first;
+    OK(ask(&w.group, &slow, &first));
+    start = now_ms();
+    step  = submit(&w.group, &slow, &w.cluster.workers[0], &outcome);
+    took  = await_outcome(&outcome, start, 8000);
+    print_message("with a longer deadline: over after %llu ms, status %d\n",
+                  (unsigned long long)took, outcome);
     assert_int_not_equal(outcome, ATTN_OK);
     process_signal(&w.cluster.workers[0], SIGCONT);
     attn_step_abort(step);

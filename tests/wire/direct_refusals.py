@@ -58,6 +58,7 @@ class DirectRefusals(Clustered):
             ("nodes overlap", INVALID, "node", dict(entry_nodes=[node(31, 0), node(5, 3)])),
             ("chunk below no node", INVALID, "node", dict(entry_nodes=[node(31, 1)])),
             ("timeout", INVALID, "timeout_ms", dict(timeout_ms=600_001)),
+            ("group of a unary call", INVALID, "group", dict(group=7)),
         ]
         for name, status, words, fields in table:
             with self.subTest(name):
