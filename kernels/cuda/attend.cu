@@ -2,8 +2,8 @@
  * attend.cu: paged attention of requests of up to 64 packed rows a work, on matrix units.
  *
  * A team is four consumer warps and two producer warps with a ring of stages in shared memory; a
- * CTA has one team, or two that hide each other's latency. A team walks the pieces that the plan
- * gives it; none ever waits for another.
+ * CTA has one team, or two or three that hide each other's latency. A team walks the pieces that
+ * the plan gives it; none ever waits for another.
  *
  *     S^T = K Q^T     tokens are M, rows (queries x heads of a group) are N
  *     O^T = V^T P^T   P is turned in registers

@@ -26,8 +26,11 @@
 /** Tokens of a block: what one warp has of a leaf, and a matrix instruction takes. */
 #define CUDA_BLOCK (CUDA_LEAF / CUDA_WARPS)
 
-/** Teams of a CTA of attend.cu, for so many rows: two where registers suffice. */
-#define CUDA_TEAMS(rows, d_k, d_v) ((rows) == 8 || ((rows) <= 32 && (d_k) + (d_v) <= 256) ? 2 : 1)
+/** Teams of a CTA of attend.cu, for so many rows: as many as registers suffice for. */
+#define CUDA_TEAMS(rows, d_k, d_v)                                                                 \
+    ((rows) == 8 && (d_k) + (d_v) <= 128                     ? 3                                   \
+     : (rows) == 8 || ((rows) <= 32 && (d_k) + (d_v) <= 256) ? 2                                   \
+                                                             : 1)
 #define CUDA_THREADS(rows, d_k, d_v) (CUDA_TEAMS(rows, d_k, d_v) * (CUDA_WARPS + 2) * 32)
 
 /** The rings that leaves come through: bytes of a stage, K or V of a leaf, and stages at most of
