@@ -411,6 +411,7 @@ launch_class(const attn_workspace_t *w, uint32_t c, bool general, cuda_args_t *x
     uint64_t least = 2ull * CUDA_STAGE(d_k, d_v) * class->teams + STATIC_SHARED;
 
     x->pieces      = (const cuda_piece_t *)(const void *)(base + class->pieces);
+    x->queue       = (cuda_queue_t *)(void *)(base + w->image.queues) + c;
     x->deep        = base + w->deep + deep_before(&w->image, c, d_v);
     x->deep_levels = w->image.depth;
     x->teams       = class->teams;

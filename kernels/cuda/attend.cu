@@ -3,7 +3,7 @@
  *
  * A team is four consumer warps and two producer warps with a ring of stages in shared memory; a
  * CTA has one team, or two or three that hide each other's latency. A team walks the pieces that
- * the plan gives it; none ever waits for another.
+ * the plan gives it, and then those of a queue that are left; none ever waits for another.
  *
  *     S^T = K Q^T     tokens are M, rows (queries x heads of a group) are N
  *     O^T = V^T P^T   P is turned in registers
@@ -72,6 +72,7 @@ template <class T, int DK, int DV, int NB, bool LISTED, bool GENERAL> struct con
 
     const cuda_args_t &x;
     ring<STAGE> r;
+    errands follow;
     int lane, warp;
     uint32_t team;
     uint32_t k_at, v_at; /* in a stage: what this lane fetches first of either product */
@@ -85,8 +86,9 @@ template <class T, int DK, int DV, int NB, bool LISTED, bool GENERAL> struct con
     uint32_t left, written; /* level of what is before it; states that are in memory */
 
     __device__ __forceinline__
-    consumer(const cuda_args_t &args, const ring<STAGE> &on, uint32_t t, int w, int l)
-        : x(args), r(on), lane(l), warp(w), team(t)
+    consumer(const cuda_args_t &args, const ring<STAGE> &on, const errands &pieces, uint32_t t,
+             int w, int l)
+        : x(args), r(on), follow(pieces), lane(l), warp(w), team(t)
     {
         const int mi = lane / 8, row = lane % 8, first = warp * (COLUMNS / 8) + (mi & 1);
 
@@ -707,16 +709,8 @@ template <class T, int DK, int DV, int NB, bool LISTED, bool GENERAL> struct con
     __device__ void
     walk(const cuda_piece_t &first)
     {
-        cuda_piece_t at = first;
-
-        for (;;) {
-            const cuda_piece_t *next = x.pieces + (at.next != CUDA_NONE ? at.next : 0);
-            fetch_ahead(next);
+        for (cuda_piece_t at = first; at.kv_head != CUDA_NONE; at = follow.take(lane)) {
             run(at);
-            if (at.next == CUDA_NONE) {
-                return;
-            }
-            at = *next;
         }
     }
 };
@@ -733,6 +727,8 @@ attend(const cuda_args_t &x)
 
     extern __shared__ __align__(1024) uint8_t shared[];
     __shared__ __align__(8) uint64_t full[CUDA_STAGES_MAX], empty[CUDA_STAGES_MAX];
+    __shared__ __align__(8) uint64_t told[TEAMS][ERRANDS], heard[TEAMS][ERRANDS];
+    __shared__ cuda_piece_t pieces[TEAMS][ERRANDS];
 
     const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const bool consumes = warp < CONSUMERS;
@@ -743,6 +739,10 @@ attend(const cuda_args_t &x)
         barrier_init(shared_of(&full[threadIdx.x]), x.bulk ? 1 : 32);
         barrier_init(shared_of(&empty[threadIdx.x]), CUDA_WARPS);
         barriers_for_copies();
+    }
+    if (threadIdx.x < TEAMS * ERRANDS) {
+        barrier_init(shared_of(&told[0][threadIdx.x]), 1);
+        barrier_init(shared_of(&heard[0][threadIdx.x]), ERRAND_TAKERS);
     }
     if (!x.beside) {
         wait_for_kernel_before(); /* which wrote q, K and V */
@@ -756,13 +756,16 @@ attend(const cuda_args_t &x)
                 x.stages,
                 0,
                 0};
+
+    const errands follow = {shared_of(pieces[team]), shared_of(told[team]), shared_of(heard[team]),
+                            0};
     if (piece.kv_head == CUDA_NONE) {
         /* no work for this team */
     } else if (consumes) {
         const uint32_t state_bytes = CUDA_STATE_BYTES(consumer_t::COLUMNS, NB, x.pairs);
         const uint32_t stack_bytes = x.levels * state_bytes;
         const uint32_t stacks      = data + TEAMS * ring_bytes;
-        consumer_t c(x, r, team, warp % CUDA_WARPS, lane);
+        consumer_t c(x, r, follow, team, warp % CUDA_WARPS, lane);
         c.near.at = kept(stacks + CONSUMERS * stack_bytes + team * CUDA_NEAR_BYTES(8 * NB, DK));
         c.states.levels  = x.levels;
         c.states.near_at = kept(stacks + warp * stack_bytes);
@@ -777,11 +780,9 @@ attend(const cuda_args_t &x)
             r.next();
         }
         if (DK == DV || !of_v) { /* the same code for both, where it can be */
-            producer<DK, consumer_t::STAGE, LISTED>(x, r, of_v ? x.v : x.k,
-                                                    of_v ? x.v_page_stride : x.k_page_stride, lane)
-                .walk(piece);
+            producer<DK, consumer_t::STAGE, LISTED>(x, r, follow, of_v, lane).walk(piece);
         } else {
-            producer<DV, consumer_t::STAGE, LISTED>(x, r, x.v, x.v_page_stride, lane).walk(piece);
+            producer<DV, consumer_t::STAGE, LISTED>(x, r, follow, of_v, lane).walk(piece);
         }
     }
     if (x.beside) {

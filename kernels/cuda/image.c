@@ -343,6 +343,7 @@ lay_out(const builder_t *b, cuda_image_t *image)
     image->refs    = TAKE(refs);
     image->present = TAKE(present);
     image->masks   = TAKE(masks);
+    image->queues  = take(image, CUDA_CLASSES, sizeof(cuda_queue_t));
     for (uint32_t c = 0; c < CUDA_CLASSES; c++) {
         image->classes[c].pieces = take(image, image->room.pieces[c], sizeof(cuda_piece_t));
     }
@@ -611,6 +612,7 @@ cuda_image_write_tables(const cuda_image_t *image, uint8_t *to)
                    image->room.pieces[c] * sizeof(cuda_piece_t));
         }
         image_write_pieces(b, c, (cuda_piece_t *)(void *)(to + image->classes[c].pieces));
+        ((cuda_queue_t *)(void *)(to + image->queues))[c] = image_queue(&b->cuts[c]);
     }
 }
 

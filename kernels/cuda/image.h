@@ -9,6 +9,7 @@
  *     piece   a contiguous range of leaves or bundles of a work, for one KV head: what one team
  *             computes
  *     tile    the same of a request of many rows, for the prefill kernel: up to 128 rows
+ *     queue   of a class: pieces that no team has from the beginning
  *     item    a row tile of one reduction and KV head whose states are folded by the merge kernel
  */
 #ifndef ATTN_KERNELS_CUDA_IMAGE_H
@@ -124,7 +125,7 @@ typedef struct cuda_query {
 
 /**
  * 64 bytes, so that whoever gets a piece needs one round trip to memory to begin. The first piece
- * of team t of the grid is number t; `next` leads on.
+ * of team t of the grid is number t; `next` leads on, and behind the last one the queue.
  */
 typedef struct cuda_piece {
     uint32_t next;                 /**< the team's next piece, or CUDA_NONE */
@@ -141,6 +142,16 @@ typedef struct cuda_piece {
     uint32_t n_heads;
     uint32_t listed; /**< its work has lists: bundles */
 } __attribute__((aligned(16))) cuda_piece_t;
+
+/**
+ * Pieces that teams take one after the other when they are done with their own. Each team that has
+ * any draws until it gets nothing, and whoever draws the last number puts it back to 0.
+ */
+typedef struct cuda_queue {
+    uint32_t drawn;    /**< the next number: 0 before a launch, and after it */
+    uint32_t first, n; /**< pieces */
+    uint32_t teams;    /**< those that draw */
+} __attribute__((aligned(16))) cuda_queue_t;
 
 /** A piece for the prefill kernel. The first tile of CTA b is number b; one for KV head CUDA_NONE
  * has nothing to do, and is the only one. */
@@ -236,6 +247,7 @@ typedef struct cuda_args {
     uint32_t segment_depth;    /**< of those of its segments */
     uint32_t segments;         /**< that it folds side by side */
     unsigned long long *error; /**< the first row that failed, or all ones */
+    cuda_queue_t *queue;       /**< of the class */
 } cuda_args_t;
 
 #endif

@@ -4,6 +4,10 @@
  * are. What a stretch holds of a work is a piece. Cuts are rounded to small aligned subtrees, which
  * keeps the number of states between the kernels low.
  *
+ * But where they wait for memory, teams are not equally fast, by a sixth and more. So where it pays
+ * the line is cut into subtrees that become smaller towards its end: each team has one of them from
+ * the beginning, and takes others from a queue.
+ *
  * The line has one head after the other, and where the number of teams allows it each head gets as
  * many teams as the next: then all are cut in the same places, and one is cut in place of all. In
  * general heads and teams fall into as many blocks as divide both.
@@ -18,6 +22,14 @@
 #define LEAF_COST 4u
 #define STATE_COST 1u
 
+/* Leaves of a team from which on a queue pays, where works are of different lengths and where they
+ * are not; and leaves of a queued piece at least, below and above so many of a team. */
+#define QUEUE_UNEVEN 6u
+#define QUEUE_EVEN 96u
+#define QUEUE_LONG 48u
+#define QUEUE_LEAST_SHORT 2u
+#define QUEUE_LEAST_LONG 8u
+
 /* The line of a block on its way to its teams. */
 typedef struct line {
     cut_t *cut;
@@ -25,6 +37,7 @@ typedef struct line {
     uint64_t total, done; /* leaves */
     uint64_t end;         /* of the team's stretch */
     uint64_t grain;       /* of cuts */
+    uint64_t least;       /* leaves of a queued piece */
     uint32_t last;        /* the team's last piece, or CUDA_NONE */
 } line_t;
 
@@ -225,6 +238,62 @@ cut_unit(builder_t *b, line_t *line, uint32_t w, uint32_t head)
     }
 }
 
+/*
+ * It pays where there is much to read, and earlier where works differ. Not where producers have
+ * their hands full with rows of small pages, nor for many rows: those are works of a shared prefix,
+ * which read the same K and V from the L2 when all go the same way.
+ */
+static bool
+is_queued(const builder_t *b, uint32_t class, const line_t *line)
+{
+    uint64_t leaves = 0, share = QUEUE_EVEN;
+
+    for (uint32_t w = 0; w < b->plan->n_works; w++) {
+        if (b->works.at[w].class == class) {
+            uint64_t n = image_extent(b, &b->works.at[w], 0)->n_leaves;
+            share      = leaves != 0 && n != leaves ? QUEUE_UNEVEN : share;
+            leaves     = n;
+        }
+    }
+    return class == 0 && b->plan->problem.page_size % 8 == 0 &&
+           line->total >= share * line->cut->teams;
+}
+
+/* Leaves of the next piece: a team's part of what is left, down to a power of two. */
+static uint64_t
+queued_leaves(const line_t *line)
+{
+    uint64_t share = (line->total - line->done) * 19 / (20 * line->cut->teams);
+
+    return UINT64_C(1) << (63 - __builtin_clzll(attn_max(share, line->least)));
+}
+
+/* The same of a line whose pieces are taken by whoever comes, in their order: aligned subtrees, and
+ * what is left of a head behind them. */
+static void
+queue_unit(builder_t *b, line_t *line, uint32_t w, uint32_t head)
+{
+    const work_t *work = &b->works.at[w];
+    const uint32_t n   = image_extent(b, work, head)->n_leaves;
+    cut_t *cut         = line->cut;
+    place_t place      = image_begin(b, work);
+
+    b->units.at[work->unit_first + head] = (unit_t){.left_first = (uint32_t)b->left.n};
+    do {
+        uint64_t size = queued_leaves(line), end = (place.at / size + 1) * size;
+        end                = n < end + size / 2 ? n : end;
+        cuda_piece_t piece = image_make_piece(b, cut, w, head, &place, (uint32_t)end);
+        if (line->team < cut->teams) {
+            b->pieces.at[cut->first + line->team++] = piece;
+        } else {
+            PUSH(b, b->pieces, piece);
+            cut->n_more++;
+        }
+        line->done += attn_max(end - place.at, 1);
+        image_move(&place, (uint32_t)end, n);
+    } while (place.at < n && !b->no_memory);
+}
+
 static uint32_t
 common_divisor(uint32_t a, uint32_t b)
 {
@@ -322,8 +391,10 @@ image_cut_class(builder_t *b, uint32_t class, uint32_t ctas)
     cut->heads     = heads / cut->blocks;
     cut->teams     = teams / cut->blocks;
     line.total /= cut->blocks;
-    line.last  = CUDA_NONE;
-    line.grain = listed ? 1 : best_grain(b, class, &line); /* bundles are no subtrees */
+    line.last   = CUDA_NONE;
+    line.least  = line.total < QUEUE_LONG * cut->teams ? QUEUE_LEAST_SHORT : QUEUE_LEAST_LONG;
+    cut->queued = !listed && is_queued(b, class, &line);
+    line.grain  = listed ? 1 : best_grain(b, class, &line); /* bundles are no subtrees */
     set_end(&line);
     if (!RESERVE(b, b->pieces, cut->teams) ||
         !RESERVE(b, b->units, (uint64_t)b->plan->n_works * cut->heads)) {
@@ -341,7 +412,7 @@ image_cut_class(builder_t *b, uint32_t class, uint32_t ctas)
     for (uint32_t head = 0; head < cut->heads; head++) {
         for (uint32_t w = 0; w < b->plan->n_works && !b->no_memory; w++) {
             if (b->works.at[w].class == class) {
-                cut_unit(b, &line, w, head);
+                (cut->queued ? queue_unit : cut_unit)(b, &line, w, head);
             }
         }
     }
@@ -355,8 +426,10 @@ image_write_pieces(const builder_t *b, uint32_t class, cuda_piece_t *to)
     const cuda_piece_t *first = b->pieces.at + cut->first;
 
     for (uint32_t block = 0; block < cut->blocks; block++) {
+        const uint64_t step  = cut->queued ? cut->blocks : 1;
         cuda_piece_t *firsts = to + block * cut->teams;
-        cuda_piece_t *others = to + cut->blocks * cut->teams + block * cut->n_more;
+        cuda_piece_t *others =
+            to + cut->blocks * cut->teams + block * (cut->queued ? 1 : cut->n_more);
         /* A piece's number in the block becomes that among all. */
         uint32_t next = (uint32_t)((cut->blocks - 1) * cut->teams + block * cut->n_more);
         for (uint64_t i = 0; i < cut->teams + cut->n_more; i++) {
@@ -364,7 +437,7 @@ image_write_pieces(const builder_t *b, uint32_t class, cuda_piece_t *to)
             piece.kv_head += piece.kv_head != CUDA_NONE ? block * cut->heads : 0;
             piece.next += piece.next != CUDA_NONE ? next : 0;
             piece.slot += piece.slot != CUDA_NONE ? (uint32_t)(block * cut->slots) : 0;
-            *(i < cut->teams ? firsts + i : others + (i - cut->teams)) = piece;
+            *(i < cut->teams ? firsts + i : others + (i - cut->teams) * step) = piece;
         }
     }
 }

@@ -32,7 +32,7 @@ typedef struct cuda_room {
 typedef struct cuda_image {
     struct cuda_image_memory *memory; /**< what it is made in */
     uint64_t bytes;
-    uint64_t leaves, blocks, queries, items, refs, pages, present, masks;
+    uint64_t leaves, blocks, queries, items, refs, pages, present, masks, queues;
     cuda_class_t classes[CUDA_CLASSES];
     uint32_t many_grid;          /**< CTAs of the prefill kernel; 0: nothing for it */
     uint64_t many_tiles;         /**< offset in the block */

@@ -81,13 +81,15 @@ typedef struct unit {
 
 /**
  * The pieces of a class. Its heads fall into blocks of equal numbers, and so do its teams: all
- * blocks are cut alike, so that the pieces of the first one stand for those of all.
+ * blocks are cut alike, so that the pieces of the first one stand for those of all. Those behind
+ * the teams' first ones follow these, or are queued: then those of all blocks take turns.
  */
 typedef struct cut {
     uint32_t blocks, heads; /**< heads of a block */
     uint64_t teams;         /**< of a block; 0: no work is of this class */
     uint64_t first;         /**< the first block's pieces: one a team, in image pieces ... */
-    uint64_t more, n_more;  /**< ... and those that these lead on to */
+    uint64_t n_more;        /**< ... and others */
+    bool queued;            /**< they are for whoever comes */
     uint64_t slots;         /**< of a block */
 } cut_t;
 
@@ -208,6 +210,18 @@ static inline uint64_t
 image_pieces(const cut_t *cut)
 {
     return cut->blocks * (cut->teams + cut->n_more);
+}
+
+/** The queue of a class, as it is before a launch. */
+static inline cuda_queue_t
+image_queue(const cut_t *cut)
+{
+    uint32_t teams = (uint32_t)(cut->blocks * cut->teams);
+
+    /* Where one has something all teams have a piece before, and draw. */
+    return (cuda_queue_t){.first = teams,
+                          .n     = cut->queued ? (uint32_t)(cut->blocks * cut->n_more) : 0,
+                          .teams = teams};
 }
 
 #endif

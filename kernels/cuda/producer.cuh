@@ -3,7 +3,10 @@
  * that fill it, one with K and one with V in turns. Whole pages come by bulk copies where their
  * rows keep the order that a stage wants (pages of a multiple of 8 tokens, on devices that have
  * bulk copies), others in pieces of 16 bytes. The page numbers of the next two stages are on their
- * way while this one's copies are queued, and so is the next piece.
+ * way while this one's copies are queued.
+ *
+ * The producer of K finds the team's next piece, while the last stages of this one are queued, and
+ * tells all warps of the team (errands).
  *
  * A stage is a leaf, or, where there are lists, a bundle of blocks of one leaf or of several: of
  * these only what is listed is read.
@@ -42,6 +45,113 @@ template <int STAGE> struct ring {
     await_full() const
     {
         barrier_wait(full + 8 * at, phase);
+    }
+};
+
+/* ---- the ring of pieces ---- */
+
+#define ERRANDS 2
+#define ERRAND_TAKERS (CUDA_WARPS + 2) /* all warps of a team */
+
+/* The pieces of a team behind its first one, as its warps get to know them: one behind the last is
+ * for KV head CUDA_NONE. */
+struct errands {
+    uint32_t pieces, full, empty; /* shared addresses: [ERRANDS] each */
+    uint32_t n;                   /* taken by this warp */
+
+    /* By the producer of K: lanes 0 to 3 have the piece's quarters. What it did not take itself,
+     * nobody did. */
+    __device__ __forceinline__ void
+    give(const uint4 &quarter, int lane) const
+    {
+        const uint32_t at = n % ERRANDS;
+
+        barrier_wait(empty + 8 * at, n / ERRANDS % 2 ^ 1);
+        if (lane < 4) {
+            store_near(pieces + at * sizeof(cuda_piece_t) + 16 * lane, quarter);
+        }
+        __syncwarp();
+        if (lane == 0) {
+            barrier_arrive(full + 8 * at);
+        }
+    }
+
+    __device__ __forceinline__ cuda_piece_t
+    take(int lane)
+    {
+        const uint32_t at = n % ERRANDS, from = pieces + at * sizeof(cuda_piece_t);
+
+        barrier_wait(full + 8 * at, n / ERRANDS % 2);
+        uint4 a = load_near<uint4>(from), b = load_near<uint4>(from + 16),
+              c = load_near<uint4>(from + 32), d = load_near<uint4>(from + 48);
+        __syncwarp();
+        if (lane == 0) {
+            barrier_arrive(empty + 8 * at);
+        }
+        n++;
+        return {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w, c.x, c.y, c.z, c.w, d.x, d.y, d.z};
+    }
+};
+
+/* What is behind a piece: asked for, fetched and given, one after the other, for each is an answer
+ * of memory. */
+struct finder {
+    const cuda_args_t &x;
+    cuda_queue_t queue;
+    uint32_t index, step;
+    uint4 quarter;
+
+    __device__ __forceinline__
+    finder(const cuda_args_t &args)
+        : x(args), queue(*args.queue), index(CUDA_NONE), step(0), quarter{}
+    {
+    }
+
+    __device__ __forceinline__ void
+    ask(uint32_t next, int lane)
+    {
+        index = next;
+        if (next == CUDA_NONE && queue.n > 0 && lane == 0) {
+            index = atomicAdd(&x.queue->drawn, 1);
+        }
+    }
+
+    __device__ __forceinline__ void
+    fetch(uint32_t next, int lane)
+    {
+        if (next == CUDA_NONE && queue.n > 0) {
+            if (lane == 0 && index == queue.n + queue.teams - 1) {
+                x.queue->drawn = 0; /* nobody draws any more */
+            }
+            index = __shfl_sync(~0u, index, 0);
+            index = index < queue.n ? queue.first + index : CUDA_NONE;
+        }
+        quarter = make_uint4(CUDA_NONE, CUDA_NONE, 0, 0);
+        if (index != CUDA_NONE && lane < 4) {
+            quarter = ((const uint4 *)&x.pieces[index])[lane];
+        }
+    }
+
+    /* `rest` stages of a piece are still to be queued, this one included. */
+    __device__ __forceinline__ void
+    on(uint32_t next, uint32_t rest, const errands &to, int lane)
+    {
+        if (step == 0 && rest <= 5) {
+            ask(next, lane);
+            step = 1;
+        }
+        if (step == 1 && rest <= 4) {
+            fetch(next, lane);
+            step = 2;
+        }
+        if (step == 2 && rest <= 3) {
+            uint32_t query = __shfl_sync(~0u, quarter.z, 2);
+            if (index != CUDA_NONE) {
+                fetch_ahead(x.queries + query);
+            }
+            to.give(quarter, lane);
+            step = 3;
+        }
     }
 };
 
@@ -299,15 +409,27 @@ template <int D, int STAGE, bool LISTED> struct producer {
 
     const cuda_args_t &x;
     ring<STAGE> r;
+    errands follow;
+    finder finds;
+    bool leads; /* it finds what is next */
     const uint8_t *pool;
     uint64_t stride; /* of its pages */
     stages_t stages;
 
     __device__
-    producer(const cuda_args_t &args, const ring<STAGE> &on, const uint8_t *of, uint64_t pages_by,
+    producer(const cuda_args_t &args, const ring<STAGE> &on, const errands &pieces, bool of_v,
              int lane)
-        : x(args), r(on), pool(of), stride(pages_by), stages{args, lane}
+        : x(args), r(on), follow(pieces), finds(args), leads(!of_v), pool(of_v ? x.v : x.k),
+          stride(of_v ? x.v_page_stride : x.k_page_stride), stages{args, lane}
     {
+    }
+
+    __device__ __forceinline__ void
+    find(uint32_t next, uint32_t rest)
+    {
+        if (leads) {
+            finds.on(next, rest, follow, stages.lane);
+        }
     }
 
     __device__ __forceinline__ place
@@ -316,26 +438,26 @@ template <int D, int STAGE, bool LISTED> struct producer {
         return piece.n_leaves > 0 ? stages.first_of(piece) : place{};
     }
 
-    /* All stages of a piece; where the first one lies is known. Returns the next piece's. */
+    /* All stages of a piece; where the first one lies is known. The piece becomes the next one,
+     * and where that one's lies is returned. */
     __device__ __forceinline__ place
-    run(const cuda_piece_t &piece, place now, const cuda_piece_t &follows)
+    run(cuda_piece_t &piece, place now)
     {
         const uint32_t n    = piece.n_leaves;
         const uint8_t *head = pool + (uint64_t)piece.kv_head * x.page_size * (D * 2);
+        cuda_piece_t follows;
 
+        finds.step = 0;
         if (n == 0) {
-            return begin_of(follows);
+            find(piece.next, 0);
+            piece = follow.take(stages.lane);
+            return begin_of(piece);
         }
-        typename stages_t::record second = stages.at(piece, min(2u, n - 1)),
+        typename stages_t::record first  = stages.at(piece, min(1u, n - 1)),
+                                  second = stages.at(piece, min(2u, n - 1)),
                                   third  = stages.at(piece, min(3u, n - 1));
-        place next = stages.place_of(stages.at(piece, min(1u, n - 1))), begins = {};
+        place next, begins = {};
         for (uint32_t i = 0; i < n; i++) {
-            place after = stages.place_of(second);
-            second      = third;
-            third       = stages.at(piece, min(i + 4, n - 1));
-            if (i + 2 == n || n == 1) {
-                begins = begin_of(follows);
-            }
             barrier_wait(r.empty + 8 * r.at, r.phase ^ 1);
             if (x.bulk) {
                 stages.bulk(r, head, stride, now);
@@ -344,9 +466,20 @@ template <int D, int STAGE, bool LISTED> struct producer {
             }
             r.next(); /* the other's */
             r.next();
-            now  = next;
-            next = after;
+            if (i == 0) { /* nothing is waited for before the first copies */
+                next = stages.place_of(first);
+            }
+            now    = next;
+            next   = stages.place_of(second);
+            second = third;
+            third  = stages.at(piece, min(i + 4, n - 1));
+            find(piece.next, n - i);
+            if (i + 2 == n || n == 1) {
+                follows = follow.take(stages.lane);
+                begins  = begin_of(follows);
+            }
         }
+        piece = follows;
         return begins;
     }
 
@@ -356,15 +489,8 @@ template <int D, int STAGE, bool LISTED> struct producer {
         cuda_piece_t at = first;
         place begins    = begin_of(at);
 
-        for (;;) {
-            bool last         = at.next == CUDA_NONE;
-            cuda_piece_t next = x.pieces[last ? 0 : at.next];
-            next.n_leaves     = last ? 0 : next.n_leaves;
-            begins            = run(at, begins, next);
-            if (last) {
-                break;
-            }
-            at = next;
+        while (at.kv_head != CUDA_NONE) {
+            begins = run(at, begins);
         }
         if (!x.bulk) {
             asm volatile("cp.async.wait_all;" ::: "memory");

@@ -469,29 +469,63 @@ play_row(const stage_t *s, const cuda_piece_t *piece, uint32_t row, const cuda_t
     }
 }
 
+/* A piece and those that follow it. Returns their leaves. */
+static uint64_t
+play_pieces(const stage_t *s, const cuda_class_t *c, uint32_t first)
+{
+    const cuda_piece_t *pieces = TABLE(s, cuda_piece_t, c->pieces);
+    uint64_t leaves            = 0;
+
+    for (uint32_t at = first; at != CUDA_NONE; at = pieces[at].next) {
+        if (pieces[at].kv_head == CUDA_NONE) {
+            break;
+        }
+        assert_in_range(pieces[at].rows, 1, c->rows);
+        for (uint32_t row = 0; row < pieces[at].rows; row++) {
+            play_row(s, &pieces[at], row, NULL, s->image.depth);
+        }
+        leaves += pieces[at].n_leaves > 0 ? pieces[at].n_leaves : 1;
+    }
+    return leaves;
+}
+
+/* The team that is done first takes what is next in the queue. */
+static void
+play_next(const stage_t *s, const cuda_class_t *c, uint32_t piece, uint64_t *done)
+{
+    uint32_t first = 0;
+
+    for (uint32_t team = 1; team < c->grid * c->teams; team++) {
+        first = done[team] < done[first] ? team : first;
+    }
+    done[first] += play_pieces(s, c, piece);
+}
+
 /* All pieces of a class, team by team. Returns the leaves of the busiest one. */
 static uint64_t
 play_class(const stage_t *s, uint32_t class, uint64_t *total)
 {
-    const cuda_class_t *c      = &s->image.classes[class];
-    const cuda_piece_t *pieces = TABLE(s, cuda_piece_t, c->pieces);
-    uint64_t most              = 0;
+    const cuda_class_t *c     = &s->image.classes[class];
+    const cuda_queue_t *queue = TABLE(s, cuda_queue_t, s->image.queues) + class;
+    const uint32_t teams      = c->grid * c->teams;
+    uint64_t most             = 0, *done;
 
-    for (uint32_t team = 0; team < c->grid * c->teams; team++) {
-        uint64_t leaves = 0;
-        for (uint32_t at = team; at != CUDA_NONE; at = pieces[at].next) {
-            if (pieces[at].kv_head == CUDA_NONE) {
-                break;
-            }
-            assert_in_range(pieces[at].rows, 1, c->rows);
-            for (uint32_t row = 0; row < pieces[at].rows; row++) {
-                play_row(s, &pieces[at], row, NULL, s->image.depth);
-            }
-            leaves += pieces[at].n_leaves > 0 ? pieces[at].n_leaves : 1;
-        }
-        most = leaves > most ? leaves : most;
-        *total += leaves;
+    done = calloc(teams + 1, sizeof(*done));
+    assert_non_null(done);
+    for (uint32_t team = 0; team < teams; team++) {
+        done[team] = play_pieces(s, c, team);
+        assert_true(queue->n == 0 || done[team] > 0); /* all teams draw */
     }
+    assert_int_equal(queue->drawn, 0);
+    assert_true(queue->n == 0 || (queue->first == teams && queue->teams == teams));
+    for (uint32_t i = 0; i < queue->n; i++) {
+        play_next(s, c, queue->first + i, done);
+    }
+    for (uint32_t team = 0; team < teams; team++) {
+        most = done[team] > most ? done[team] : most;
+        *total += done[team];
+    }
+    free(done);
     return most;
 }
 
