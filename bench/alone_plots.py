@@ -88,7 +88,7 @@ def draw_parts(axis, best):
     for colour, label in ((KERNEL, "computed"), (OURS, "way and merging"),
                           (STEP, "begin and commit")):
         axis.barh(0, 0, color=colour, label=label)
-    axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=3)
+    axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3)
 
 
 def draw_hops(axis, run):
@@ -101,9 +101,9 @@ def draw_hops(axis, run):
                   [max(0.1, scaling_report.beside(row)) for row in mine], "o", ms=5, mfc="none",
                   color=colour, label=label)
     hops = [row for row in run.get("exchange", []) if "us" in row]
-    for count in sorted({row["rows"] for row in hops}):
+    for count, style in zip(sorted({row["rows"] for row in hops}), ("D-", "s--", "^:")):
         mine = [row for row in hops if row["rows"] == count]
-        axis.plot([row["workers"] for row in mine], [row["us"] for row in mine], "D-", ms=4,
+        axis.plot([row["workers"] for row in mine], [row["us"] for row in mine], style, ms=4,
                   color=KERNEL, label=f"exchange alone, {count} rows")
     axis.set_yscale("log")
     axis.set_xlabel("workers")
@@ -140,9 +140,12 @@ def draw_latency(run, out):
     if not shapes:
         return []
     longest = max(len(mine) for mine in rows.values())
-    figure, axes = plt.subplots(1, len(shapes), figsize=(6.4 * len(shapes), 1.6 + 0.36 * longest),
+    lines = -(-len(shapes) // 2)
+    figure, axes = plt.subplots(lines, 2, figsize=(13, 0.6 + lines * (1.2 + 0.3 * longest)),
                                 squeeze=False)
-    for axis, shape in zip(axes[0], shapes):
+    for axis in axes.flat[len(shapes):]:
+        axis.set_axis_off()
+    for axis, shape in zip(axes.flat, shapes):
         for y, row in enumerate(rows[shape]):
             low, p50 = 0.05, max(0.05, row["value"])
             axis.barh(y, p50 - low, left=low, height=0.62, color=OURS)
@@ -150,10 +153,9 @@ def draw_latency(run, out):
                 axis.plot([max(low, value)] * 2, [y - 0.3, y + 0.3], color=MISSED, lw=width)
             if row["computed"]:
                 axis.plot(row["computed"], y, "D", ms=5, color=KERNEL, mec="black", mew=0.5)
-            axis.annotate(f"{row['value']:.1f}", (p50, y), xytext=(3, 0), fontsize=8,
-                          textcoords="offset points", va="center")
         axis.set_xscale("log")
-        axis.set_yticks(range(len(rows[shape])), [row["rung"] for row in rows[shape]], fontsize=8)
+        axis.set_yticks(range(len(rows[shape])),
+                        [f"{row['rung']}  {row['value']:.1f}" for row in rows[shape]], fontsize=8)
         axis.set_ylim(len(rows[shape]) - 0.4, -0.6)
         axis.set_xlabel("microseconds without what was computed")
         axis.set_title(f"{shape} of q")
