@@ -320,7 +320,12 @@ link_ucx_open(rpc_client_t *rpc, ucx_asks_t *asks, const char *address, bool str
         free(link);
         return status;
     }
-    status = slabs_create(rpc, asks, link->grpc.control, address, &link->grpc.slabs);
+    slabs_options_t options = {.rpc     = rpc,
+                               .asks    = asks,
+                               .channel = link->grpc.control,
+                               .address = address,
+                               .bytes   = UCX_SLAB_MAX}; /* as much as the worker says */
+    status                  = slabs_create(&options, &link->grpc.slabs);
     if (status != ATTN_OK) {
         link_grpc_fini(&link->grpc);
         free(link);

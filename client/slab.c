@@ -9,16 +9,17 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define SLAB_BYTES UCX_SLAB_MAX /* asked for: how much it is the worker says (--ucx-slab) */
-#define OPEN_MS_MAX 2000u       /* for a worker to answer, before runs go over gRPC */
-#define RETRY_MS 10000u         /* after a refusal */
-#define RETRY_SOON_MS 500u      /* after silence, which the step will meet, too */
+#define OPEN_MS_MAX 2000u  /* for a worker to answer, before runs go over gRPC */
+#define RETRY_MS 10000u    /* after a refusal */
+#define RETRY_SOON_MS 500u /* after silence, which the step will meet, too */
 
 struct slabs {
     rpc_client_t *rpc;
     ucx_asks_t *asks;
     rpc_channel_t *channel;
     char address[128];
+    uint64_t bytes;
+    const char *network;
 
     pthread_mutex_t lock;
     pthread_cond_t opened;
@@ -220,7 +221,7 @@ ask(slab_t *slab, bool maps, uint64_t deadline_ns)
     if (maps) {
         ucx_host(host);
     }
-    request.bytes = SLAB_BYTES;
+    request.bytes = slab->slabs->bytes;
     request.host  = host;
     rpc_stream_send(slab->stream, &(rpc_outgoing_t){.head = &request.base});
     if (!rpc_client_wait(slab->slabs->rpc, is_answered, slab, deadline_ns)) {
@@ -252,6 +253,12 @@ greet(slab_t *slab, uint64_t deadline_ns)
     return ucx_peer_greet(slab->peer, deadline_ns);
 }
 
+static bool
+is_without_messages(const slabs_t *slabs)
+{
+    return slabs->network != NULL && slabs->network[0] == '\0';
+}
+
 static attn_status_t
 map(slab_t *slab)
 {
@@ -265,8 +272,12 @@ map(slab_t *slab)
                                     .session      = r->session,
                                     .secret       = r->secret,
                                     .messages     = r->messages,
-                                    .reach        = slab->slabs->address};
+                                    .reach        = slab->slabs->address,
+                                    .devices      = slab->slabs->network};
 
+    if (r->messages && is_without_messages(slab->slabs)) {
+        return attn_fail(ATTN_ERR_UNSUPPORTED, "messages of UCX's are not taken here");
+    }
     snprintf(offer.host, sizeof(offer.host), "%s", r->host);
     snprintf(offer.version, sizeof(offer.version), "%s", r->ucx_version);
     slab->session = r->session;
@@ -321,7 +332,7 @@ slab_open_either(slabs_t *slabs, uint64_t deadline_ns, slab_t **slab_p)
     char reason[sizeof(slabs->reason)];
 
     attn_status_t status = slab_open(slabs, true, deadline_ns, slab_p);
-    if (status != ATTN_ERR_UNSUPPORTED) {
+    if (status != ATTN_ERR_UNSUPPORTED || is_without_messages(slabs)) {
         return status;
     }
     snprintf(reason, sizeof(reason), "%s", attn_last_error());
@@ -553,8 +564,7 @@ slabs_describe(slabs_t *slabs, attn_link_info_t *info)
 }
 
 attn_status_t
-slabs_create(rpc_client_t *rpc, ucx_asks_t *asks, rpc_channel_t *channel, const char *address,
-             slabs_t **slabs_p)
+slabs_create(const slabs_options_t *options, slabs_t **slabs_p)
 {
     slabs_t *slabs = calloc(1, sizeof(*slabs));
     pthread_condattr_t clock;
@@ -562,11 +572,13 @@ slabs_create(rpc_client_t *rpc, ucx_asks_t *asks, rpc_channel_t *channel, const 
     if (slabs == NULL) {
         return attn_fail(ATTN_ERR_NO_MEMORY, "no memory for a link");
     }
-    slabs->rpc        = rpc;
-    slabs->asks       = asks;
-    slabs->channel    = channel;
+    slabs->rpc        = options->rpc;
+    slabs->asks       = options->asks;
+    slabs->channel    = options->channel;
+    slabs->bytes      = options->bytes;
+    slabs->network    = options->network;
     slabs->references = 1;
-    snprintf(slabs->address, sizeof(slabs->address), "%s", address);
+    snprintf(slabs->address, sizeof(slabs->address), "%s", options->address);
     pthread_mutex_init(&slabs->lock, NULL);
     pthread_condattr_init(&clock);
     pthread_condattr_setclock(&clock, CLOCK_MONOTONIC);
@@ -577,11 +589,8 @@ slabs_create(rpc_client_t *rpc, ucx_asks_t *asks, rpc_channel_t *channel, const 
 }
 
 void
-slabs_destroy(slabs_t *slabs)
+slabs_rest(slabs_t *slabs)
 {
-    if (slabs == NULL) {
-        return;
-    }
     pthread_mutex_lock(&slabs->lock);
     slab_t *slab   = slabs->current;
     slabs->current = NULL;
@@ -589,5 +598,13 @@ slabs_destroy(slabs_t *slabs)
     if (slab != NULL) {
         slab_release(slab);
     }
-    slabs_unref(slabs);
+}
+
+void
+slabs_destroy(slabs_t *slabs)
+{
+    if (slabs != NULL) {
+        slabs_rest(slabs);
+        slabs_unref(slabs);
+    }
 }

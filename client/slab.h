@@ -11,10 +11,22 @@
 #include "client/link_grpc_int.h"
 #include "client/slab_gpu.h"
 
-/** @param channel  stays the caller's, outlives slabs */
-attn_status_t slabs_create(rpc_client_t *rpc, ucx_asks_t *asks, rpc_channel_t *channel,
-                           const char *address, slabs_t **slabs_p);
+typedef struct slabs_options {
+    rpc_client_t *rpc;
+    ucx_asks_t *asks;
+    rpc_channel_t *channel; /**< to the worker; stays the caller's, outlives slabs */
+    const char *address;    /**< of it, as gRPC has it; copied */
+    uint64_t bytes;         /**< of a slab, at most; the worker may lend less */
+    /** Messages go by these devices, as UCX names them; "": none go; NULL: by those that lead to
+     * the worker. Not copied. */
+    const char *network;
+} slabs_options_t;
+
+attn_status_t slabs_create(const slabs_options_t *options, slabs_t **slabs_p);
 void slabs_destroy(slabs_t *slabs); /* no step has one any more; NULL is allowed */
+
+/** Nobody needs a slab for now: the one that is goes with its last user. */
+void slabs_rest(slabs_t *slabs);
 
 /**
  * The slab that now is, with a reference; opened if there is none, which blocks. After a failure

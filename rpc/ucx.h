@@ -85,6 +85,7 @@ typedef struct ucx_offer {
     bool messages;        /**< no memory to map, but an address that messages are sent to */
     char version[16];     /**< of UCX, of which messages have to be */
     const char *reach;    /**< the server's address, as gRPC has it: which way messages go to it */
+    const char *devices;  /**< by which they go; NULL: as `reach` and UCX_NET_DEVICES say */
     uint64_t session;     /**< its number, and the proof of who was told it */
     uint64_t secret;
 } ucx_offer_t;

@@ -466,7 +466,12 @@ ucx_asks_far_open(ucx_peer_t *peer, const ucx_offer_t *offer)
     ucx_asks_t *asks = peer->asks;
     char devices[512];
 
-    attn_status_t status = ucx_devices_to(offer->reach, devices, sizeof(devices));
+    attn_status_t status = ATTN_OK;
+    if (offer->devices != NULL) {
+        snprintf(devices, sizeof(devices), "%s", offer->devices);
+    } else {
+        status = ucx_devices_to(offer->reach, devices, sizeof(devices));
+    }
     if (status != ATTN_OK) {
         return status;
     }
