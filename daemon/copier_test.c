@@ -1,12 +1,13 @@
 /*
- * copier_test.c: chunks between two workers over gRPC, in one process: the same tokens, or an error
- * that says why and nothing left behind. A proxy stands between them where bytes are to change, or
- * to stop, on their way.
+ * copier_test.c: chunks between two workers in one process, over gRPC and through UCX's shared
+ * memory: the same tokens, or an error that says why and nothing left behind. A proxy stands
+ * between them where bytes are to change, or to stop, on their way over gRPC.
  */
 #include "daemon/worker/copier.h"
 #include "engine/test_engine.h"
 
 #include <arpa/inet.h>
+#include <inttypes.h>
 #include <netinet/in.h>
 #include <poll.h>
 #include <pthread.h>
@@ -16,6 +17,7 @@
 #include <unistd.h>
 
 #define N 4000u /* tokens */
+#define SHORT 250u
 #define CHUNK 3u
 #define COPY 9u
 #define AMID 300000u /* bytes: less than two parts */
@@ -24,14 +26,40 @@ static const uint8_t secret[TICKET_SECRET] = {1, 2, 3};
 
 /* ---- two workers ---- */
 
+/* Of workers that are opened from now on. */
+static bool takes_ucx; /* have chunks come through UCX, from where it can be */
+static uint64_t lends; /* bytes of a slab; 0: they have no lender */
+
 typedef struct worker {
     world_t w;
     gate_t gate;
     rpc_server_t *server;
+    steps_t *steps;
+    lender_t *lender;
     copier_t *copier;
     jobs_t *jobs;
     char address[64];
 } worker_t;
+
+static void
+lender_open(worker_t *worker)
+{
+    static const steps_ops_t nothing = {.worker = true};
+    steps_limits_t limits            = {.part_ms = 3000, .buffer_bytes = UINT64_C(1) << 30};
+
+    worker->steps  = NULL;
+    worker->lender = NULL;
+    if (lends > 0) {
+        OK(steps_create(worker->server, "/attn.v1.Worker", &nothing, NULL, NULL, &limits,
+                        &worker->steps));
+        OK(lender_create(worker->server, worker->steps,
+                         &(lender_options_t){.memory = 4 * lends, .slab_bytes = lends},
+                         &worker->lender));
+        if (!lender_lends(worker->lender)) { /* no UCX here */
+            skip();
+        }
+    }
+}
 
 static void
 worker_open_with(worker_t *worker, const uint8_t *its_secret, uint64_t out_max)
@@ -47,11 +75,15 @@ worker_open_with(worker_t *worker, const uint8_t *its_secret, uint64_t out_max)
     gate_joined(&worker->gate, its_secret, 5);
     OK(jobs_create(2, &worker->jobs));
     OK(rpc_server_create(&(rpc_server_options_t){.address = "127.0.0.1:0"}, &worker->server));
+    lender_open(worker);
     OK(copier_create(worker->server,
                      &(copier_options_t){.engine  = worker->w.engine,
                                          .gate    = &worker->gate,
                                          .jobs    = worker->jobs,
-                                         .out_max = out_max},
+                                         .out_max = out_max,
+                                         .lender  = worker->lender,
+                                         .ucx     = takes_ucx,
+                                         .network = ""},
                      &worker->copier));
     OK(rpc_server_start(worker->server));
     snprintf(worker->address, sizeof(worker->address), "127.0.0.1:%u",
@@ -70,7 +102,9 @@ worker_close(worker_t *worker)
     rpc_server_stop(worker->server, 0);
     jobs_destroy(worker->jobs);
     rpc_server_destroy(worker->server);
+    lender_destroy(worker->lender);
     copier_destroy(worker->copier);
+    steps_destroy(worker->steps);
     gate_destroy(&worker->gate);
     world_close(&worker->w);
 }
@@ -259,6 +293,7 @@ test_a_chunk_comes_as_it_is(void **state)
     assert_int_equal(in.bytes_in, N * engine_kv_row_bytes(&a.w.g) * a.w.g.layers);
     assert_int_equal(out.bytes_out, in.bytes_in);
     assert_int_equal(in.failed + in.corrupt, 0);
+    assert_int_equal(in.bytes_in_ucx, takes_ucx ? in.bytes_in : 0);
     worker_close(&a);
     worker_close(&b);
 }
@@ -529,6 +564,299 @@ test_addresses_do_not_add_up(void **state)
     worker_close(&b);
 }
 
+/* ---- through UCX ---- */
+
+static int
+with_ucx(void **state)
+{
+    (void)state;
+    takes_ucx = true;
+    lends     = UINT64_C(32) << 20;
+    return 0;
+}
+
+static int
+without_ucx(void **state)
+{
+    (void)state;
+    takes_ucx = false;
+    lends     = 0;
+    return 0;
+}
+
+static uint64_t
+came_through_ucx(worker_t *worker)
+{
+    copier_figures_t figures;
+
+    copier_describe(worker->copier, &figures);
+    return figures.bytes_in_ucx;
+}
+
+/* Whoever lacks it, and where a part has no room: parts come over the stream. */
+static void
+test_without_ucx_on_one_side_chunks_come_over_grpc(void **state)
+{
+    static worker_t a, b;
+
+    (void)state;
+    for (uint32_t i = 0; i < 3; i++) {
+        lends     = i == 0 ? 0 : i == 1 ? UCX_SLAB_MIN : UINT64_C(32) << 20;
+        takes_ucx = true;
+        worker_open(&a, secret);
+        takes_ucx = i != 2;
+        worker_open(&b, secret);
+        OK(grow(&a.w, CHUNK, 0, 0, N));
+        OK(copy(&b, a.address, 0, N, 20000));
+        assert_same(&a, &b, N);
+        assert_int_equal(came_through_ucx(&b), 0);
+        worker_close(&a);
+        worker_close(&b);
+    }
+}
+
+typedef struct amid {
+    worker_t *source;
+    void (*act)(worker_t *);
+    worker_t *whom;
+} amid_t;
+
+/* It is asked about for each part. */
+static bool
+act_amid(const void *arg)
+{
+    amid_t *amid = (amid_t *)(uintptr_t)arg;
+    copier_figures_t figures;
+
+    copier_describe(amid->source->copier, &figures);
+    if (figures.parts_out > 4 && amid->act != NULL) {
+        amid->act(amid->whom);
+        amid->act = NULL;
+    }
+    return false;
+}
+
+/* Either side gives up amid, and nothing is left; and whoever stays copies again. */
+static void
+test_copies_in_slots_end_with_either_side(void **state)
+{
+    static worker_t a, b;
+
+    (void)state;
+    for (uint32_t i = 0; i < 2; i++) {
+        worker_open(&a, secret);
+        worker_open(&b, secret);
+        OK(grow(&a.w, CHUNK, 0, 0, N));
+        amid_t amid = {.source = &a, .act = i == 0 ? end_streams : drain, .whom = i == 0 ? &a : &b};
+        copier_asker_t asker = {
+            .deadline_ns = attn_now_ns() + 20000 * ATTN_NS_PER_MS, .gone = act_amid, .arg = &amid};
+        uint64_t start = attn_now_ns();
+        assert_int_equal(copy_for(&b, a.address, 0, N, &asker),
+                         i == 0 ? ATTN_ERR_CANCELLED : ATTN_ERR_UNAVAILABLE);
+        assert_non_null(strstr(attn_last_error(), "draining"));
+        assert_true(attn_now_ns() - start < COPIER_STALL_MS * ATTN_NS_PER_MS);
+        assert_empty(&b);
+        worker_t *gone = i == 0 ? &a : &b;
+        worker_close(gone);
+        worker_open(gone, secret);
+        if (i == 0) {
+            OK(grow(&a.w, CHUNK, 0, 0, N));
+        }
+        OK(copy(&b, a.address, 0, N, 20000));
+        assert_same(&a, &b, N);
+        assert_true(came_through_ucx(&b) > 0);
+        worker_close(&a);
+        worker_close(&b);
+    }
+}
+
+typedef struct patience {
+    worker_t *source;
+    uint64_t parts;
+} patience_t;
+
+static bool
+is_enough(const void *arg)
+{
+    const patience_t *patience = arg;
+    copier_figures_t figures;
+
+    copier_describe(patience->source->copier, &figures);
+    return figures.parts_out >= patience->parts;
+}
+
+/* A copy that is given up may be answered still: its memory is nobody's after it. */
+static void
+test_a_copy_given_up_amid_spoils_no_other(void **state)
+{
+    static worker_t a, b;
+    copier_figures_t out;
+
+    (void)state;
+#ifdef __SANITIZE_THREAD__
+    skip(); /* it knows nothing of shmdt(), and so takes one slab for another at its address */
+#endif
+    worker_open(&a, secret);
+    OK(grow(&a.w, CHUNK, 0, 0, N));
+    for (uint32_t i = 0; i < 8; i++) {
+        worker_open(&b, secret);
+        copier_describe(a.copier, &out);
+        patience_t patience  = {.source = &a, .parts = out.parts_out + 1 + i};
+        copier_asker_t asker = {.deadline_ns = UINT64_MAX, .gone = is_enough, .arg = &patience};
+        assert_int_equal(copy_for(&b, a.address, 0, N, &asker), ATTN_ERR_CANCELLED);
+        assert_empty(&b);
+        OK(copy(&b, a.address, 0, N, 20000));
+        assert_same(&a, &b, N);
+        assert_int_equal(came_through_ucx(&b), N * engine_kv_row_bytes(&a.w.g) * a.w.g.layers);
+        worker_close(&b);
+    }
+    worker_close(&a);
+}
+
+/* The slab as somebody here has it mapped. */
+static uint8_t *
+find_slab(void)
+{
+    FILE *maps      = fopen("/proc/self/maps", "re");
+    uint8_t *found  = NULL;
+    uintptr_t start = 0;
+    char line[512], name[8];
+
+    assert_non_null(maps);
+    while (found == NULL && fgets(line, sizeof(line), maps) != NULL) {
+        if (sscanf(line, "%" SCNxPTR "-%*x rw%*s %*s %*s %*s %5s", &start, name) == 2 &&
+            strcmp(name, "/SYSV") == 0 && memcmp((const void *)start, "attxsl01", 8) == 0) {
+            found = (uint8_t *)start;
+        }
+    }
+    fclose(maps);
+    return found;
+}
+
+/* Called when the first part is there, and is not looked at yet: it changes a byte of it. */
+static bool
+flip(const void *arg)
+{
+    uint32_t *calls   = (uint32_t *)(uintptr_t)arg;
+    ucx_place_t place = {.offset = UCX_SLOTS_FROM, .in = 16};
+
+    if (++*calls == 3) { /* before the copy, and when the slots were open */
+        uint8_t *slab = find_slab();
+        assert_non_null(slab);
+        slab[ucx_place_out(&place) + UCX_LINE + 1000] ^= 0x10;
+    }
+    return false;
+}
+
+static void
+test_a_byte_that_changes_in_a_slot_is_found(void **state)
+{
+    static worker_t a, b;
+    uint32_t calls       = 0;
+    copier_asker_t asker = {.deadline_ns = UINT64_MAX, .gone = flip, .arg = &calls};
+
+    (void)state;
+    worker_open(&a, secret);
+    worker_open(&b, secret);
+    OK(grow(&a.w, CHUNK, 0, 0, N));
+    assert_int_equal(copy_for(&b, a.address, 0, N, &asker), ATTN_ERR_CORRUPT);
+    assert_non_null(strstr(attn_last_error(), "chunk 3, layer 0, "));
+    assert_empty(&b);
+    OK(copy(&b, a.address, 0, N, 20000));
+    assert_same(&a, &b, N);
+    worker_close(&a);
+    worker_close(&b);
+}
+
+/* ---- several, and none ---- */
+
+typedef struct copying {
+    pthread_t thread;
+    worker_t *from, *to;
+    uint64_t copy;
+    attn_status_t status;
+} copying_t;
+
+static void *
+copy_one(void *arg)
+{
+    copying_t *one       = arg;
+    engine_copy_t what   = {.cache      = one->to->w.cache,
+                            .chunk      = CHUNK,
+                            .generation = 1,
+                            .copy       = one->copy,
+                            .length     = SHORT};
+    copier_asker_t asker = {.deadline_ns = attn_now_ns() + 20000 * ATTN_NS_PER_MS};
+    uint64_t bytes;
+
+    one->status = copier_copy(one->to->copier, 2, one->from->address, &what, &asker, &bytes);
+    return NULL;
+}
+
+/* They share a slab, and each has places of its own in it. */
+static void
+test_copies_at_once_have_slots_each(void **state)
+{
+    static worker_t a, b;
+    copying_t all[COPIER_COPIES_MAX];
+
+    (void)state;
+    worker_open(&a, secret);
+    worker_open(&b, secret);
+    OK(grow(&a.w, CHUNK, 0, 0, N));
+    for (uint32_t round = 0; round < 4; round++) {
+        for (uint32_t i = 0; i < COPIER_COPIES_MAX; i++) {
+            bool last = round == 3 && i == 0;
+            all[i]    = (copying_t){
+                   .from = &a, .to = &b, .copy = last ? COPY : 100 + COPIER_COPIES_MAX * round + i};
+            assert_int_equal(pthread_create(&all[i].thread, NULL, copy_one, &all[i]), 0);
+        }
+        for (uint32_t i = 0; i < COPIER_COPIES_MAX; i++) {
+            pthread_join(all[i].thread, NULL);
+            OK(all[i].status);
+        }
+    }
+    assert_same(&a, &b, SHORT);
+    assert_int_equal(came_through_ucx(&b), 16 * SHORT * engine_kv_row_bytes(&a.w.g) * a.w.g.layers);
+    worker_close(&a);
+    worker_close(&b);
+}
+
+/* What a source lends, and nobody needs for a while, is its own again. */
+static void
+test_idle_copiers_hold_no_slab(void **state)
+{
+    static worker_t a, b;
+    ucx_figures_t near, far;
+
+    (void)state;
+    worker_open(&a, secret);
+    worker_open(&b, secret);
+    OK(grow(&a.w, CHUNK, 0, 0, N));
+    OK(copy(&b, a.address, 0, N - 100, 20000));
+    copier_tick(b.copier, attn_now_ns());
+    lender_describe(a.lender, &near, &far);
+    assert_int_equal(near.sessions, 1);
+    assert_int_equal(near.slots, 0);
+    copier_tick(b.copier, attn_now_ns() + 60000 * ATTN_NS_PER_MS);
+    for (uint32_t i = 0; i < 2000 && near.sessions > 0; i++) {
+        usleep(5000);
+        lender_describe(a.lender, &near, &far);
+    }
+    assert_int_equal(near.sessions, 0);
+    assert_int_equal(near.slab_bytes, 0);
+    OK(copy(&b, a.address, N - 100, N, 20000));
+    assert_same(&a, &b, N);
+    assert_int_equal(came_through_ucx(&b), N * engine_kv_row_bytes(&a.w.g) * a.w.g.layers);
+    worker_close(&a);
+    worker_close(&b);
+}
+
+#define UCX(test)                                                                                  \
+    {                                                                                              \
+        "ucx " #test, test, with_ucx, without_ucx, NULL                                            \
+    }
+
 int
 main(void)
 {
@@ -544,6 +872,16 @@ main(void)
         cmocka_unit_test(test_a_copy_that_nobody_wants_any_more_ends),
         cmocka_unit_test(test_parts_wait_for_room),
         cmocka_unit_test(test_addresses_do_not_add_up),
+        UCX(test_a_chunk_comes_as_it_is),
+        UCX(test_what_the_source_refuses_is_told),
+        UCX(test_strangers_are_let_in_nowhere),
+        UCX(test_a_copy_that_nobody_wants_any_more_ends),
+        UCX(test_without_ucx_on_one_side_chunks_come_over_grpc),
+        UCX(test_copies_in_slots_end_with_either_side),
+        UCX(test_a_copy_given_up_amid_spoils_no_other),
+        UCX(test_a_byte_that_changes_in_a_slot_is_found),
+        UCX(test_copies_at_once_have_slots_each),
+        UCX(test_idle_copiers_hold_no_slab),
     };
     rpc_init();
     int failed = cmocka_run_group_tests_name("copier", tests, NULL, NULL);

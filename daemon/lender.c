@@ -481,6 +481,24 @@ lender_slot_open(lender_t *lender, uint64_t step_id, const Attn__V1__Slot *asked
     return status;
 }
 
+attn_status_t
+lender_part_slot_open(lender_t *lender, const Attn__V1__Slot *asked, uint64_t tag,
+                      ucx_handle_fn handle, void (*gone)(void *arg), void *arg, ucx_slot_t **slot_p)
+{
+    ucx_place_t place = {.offset = asked->offset, .in = asked->in, .out = asked->out};
+    ucx_session_t *session;
+
+    if (lender == NULL || !lender_lends(lender)) {
+        return attn_fail(ATTN_ERR_UNSUPPORTED, "there is no UCX here");
+    }
+    attn_status_t status = session_find(lender, asked->session, asked->secret, &session);
+    if (status == ATTN_OK) {
+        status = ucx_slot_open(session, &place, tag, handle, gone, arg, slot_p);
+        ucx_session_release(session);
+    }
+    return status;
+}
+
 /* ---- life ---- */
 
 bool

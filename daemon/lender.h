@@ -51,4 +51,13 @@ void lender_describe_gpu(lender_t *lender, lender_gpu_figures_t *figures);
 attn_status_t lender_slot_open(lender_t *lender, uint64_t step_id, const Attn__V1__Slot *slot,
                                ucx_slot_t **slot_p, bool *gpu_p);
 
+/* ---- for worker/copier.c ---- */
+
+/** Open a slot for parts of a chunk, as ucx_slot_open() has it. On failure `gone` is not called.
+ * @param lender  NULL: as one that lends nothing
+ * @return as there; ATTN_ERR_NOT_FOUND session, ATTN_ERR_UNSUPPORTED no slabs here */
+attn_status_t lender_part_slot_open(lender_t *lender, const Attn__V1__Slot *slot, uint64_t tag,
+                                    ucx_handle_fn handle, void (*gone)(void *arg), void *arg,
+                                    ucx_slot_t **slot_p);
+
 #endif

@@ -130,6 +130,14 @@ next_part(const engine_arrival_t *a, uint32_t *layer, uint32_t *first, engine_ex
     return true;
 }
 
+uint64_t
+engine_arrival_part_bytes(const engine_arrival_t *a)
+{
+    uint64_t rows = attn_min(engine_part_rows(&a->g), a->copy.length - a->copy.first);
+
+    return rows * engine_kv_row_bytes(&a->g);
+}
+
 bool
 engine_arrival_ask(engine_arrival_t *a, engine_export_t *part)
 {

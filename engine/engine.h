@@ -209,6 +209,9 @@ typedef struct engine_arrival engine_arrival_t;
 attn_status_t engine_arrival_begin(engine_t *engine, const engine_copy_t *copy,
                                    engine_arrival_t **arrival_p);
 
+/** Bytes of the largest part. */
+uint64_t engine_arrival_part_bytes(const engine_arrival_t *arrival);
+
 /** The part to ask for next, of the chunk there: layer after layer. False: all were asked for. */
 bool engine_arrival_ask(engine_arrival_t *arrival, engine_export_t *part);
 

@@ -1,7 +1,8 @@
 /*
  * copier.h: chunks of KV between workers, both ends. The worker that a chunk goes to asks the one
- * that has it for parts, several at a time on one stream (Worker.ExportChunks), checks each
- * (engine.h) and stores it; the coordinator asks for all that by Worker.CopyChunk.
+ * that has it for parts, several at a time on one stream (Worker.ExportChunks), or in slots of
+ * UCX's that the source opens over it, checks each (engine.h) and stores it; the coordinator asks
+ * for all that by Worker.CopyChunk.
  *
  * Workers let each other in by tickets of their own: the coordinator gave both what those are made
  * with when they joined.
@@ -11,6 +12,7 @@
 
 #include "attn/v1/attn.pb-c.h"
 #include "daemon/jobs.h"
+#include "daemon/lender.h"
 #include "daemon/worker/gate.h"
 #include "engine/engine.h"
 #include "rpc/rpc.h"
@@ -32,6 +34,10 @@ typedef struct copier_options {
     rpc_tls_t *tls;   /**< NULL: plaintext */
     jobs_t *jobs;     /**< for parts that wait for room */
     uint64_t out_max; /**< 0: COPIER_OUT_MAX */
+    lender_t *lender; /**< whose slots parts may be asked for in; NULL: none. Destroyed before */
+    bool ucx;         /**< have chunks come through UCX, from where it can be */
+    const char
+        *network; /**< with ucx: devices that messages may come by; empty: none. Not copied */
 } copier_options_t;
 
 /** Who asks for a copy. */
@@ -44,6 +50,7 @@ typedef struct copier_asker {
 /** Since the start. */
 typedef struct copier_figures {
     uint64_t chunks_in, bytes_in; /**< that came, and were found right */
+    uint64_t bytes_in_ucx;        /**< of copies that came through UCX */
     uint64_t failed;              /**< copies to here that came to nothing */
     uint64_t corrupt;             /**< of them: what came was not what was sent */
     uint64_t parts_out, bytes_out;

@@ -73,6 +73,7 @@ expose_copies(worker_t *worker, expose_t *e)
     expose_counter(e, "attnd_copied_chunks_total", "Chunks that came from other workers.",
                    copies.chunks_in);
     expose_counter(e, "attnd_copied_bytes_total", "k and v of them.", copies.bytes_in);
+    expose_counter(e, "attnd_copied_ucx_bytes_total", "Of them, through UCX.", copies.bytes_in_ucx);
     expose_counter(e, "attnd_copies_failed_total", "Chunks that did not come.", copies.failed);
     expose_counter(e, "attnd_copies_corrupt_total",
                    "Chunks of which a part was not what had been sent.", copies.corrupt);

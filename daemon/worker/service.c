@@ -591,10 +591,13 @@ worker_serve(worker_t *worker)
     }
     if (status == ATTN_OK) {
         status = copier_create(worker->server,
-                               &(copier_options_t){.engine = worker->engine,
-                                                   .gate   = &worker->gate,
-                                                   .tls    = worker->certs.tls,
-                                                   .jobs   = worker->jobs},
+                               &(copier_options_t){.engine  = worker->engine,
+                                                   .gate    = &worker->gate,
+                                                   .tls     = worker->certs.tls,
+                                                   .jobs    = worker->jobs,
+                                                   .lender  = worker->lender,
+                                                   .ucx     = worker->options.ucx_memory > 0,
+                                                   .network = worker->options.ucx_net},
                                &worker->copier);
     }
     return status;

@@ -294,6 +294,10 @@ worker_launch(test_cluster_t *cluster, uint32_t i)
         argv[n++] = "--gpu-lend";
         argv[n++] = o->gpu_lend;
     }
+    if (getenv("ATTN_TEST_NO_UCX") != NULL) {
+        argv[n++] = "--ucx-memory";
+        argv[n++] = "0";
+    }
     if (o->ucx_net) {
         argv[n++] = "--ucx-net";
         argv[n++] = "lo";

@@ -78,7 +78,8 @@ typedef struct cluster {
     process_t workers[CLUSTER_WORKERS_MAX];
 } test_cluster_t;
 
-/** A coordinator and its workers, all joined. */
+/** A coordinator and its workers, all joined. With ATTN_TEST_NO_UCX in the environment workers have
+ * no UCX. */
 void cluster_up(test_cluster_t *cluster, const cluster_options_t *options);
 
 /** SIGTERM to all that run: each must end well. Prints the logs if one does not. */

@@ -153,6 +153,23 @@ drop_all(fixture_t *f)
 
 /* ---- all is well ---- */
 
+/* Chunks went the way that this run of the test is about. */
+static void
+expect_way(fixture_t *f)
+{
+    const char *way = getenv("ATTN_TEST_COPIES");
+    char words[64];
+    bool any = false, went = false;
+
+    snprintf(words, sizeof(words), "transport=ucx-%s", way != NULL ? way : "");
+    for (uint32_t i = 0; i < f->cluster.options.workers; i++) {
+        went = went || process_logged(&f->cluster.workers[i], words);
+        any  = any || process_logged(&f->cluster.workers[i], "transport=ucx");
+    }
+    assert_true(way == NULL || went);
+    assert_false(any && getenv("ATTN_TEST_NO_UCX") != NULL);
+}
+
 /* The same story with nobody moving anything, and with workers emptied in turn all the while. */
 static void
 test_answers_are_the_same(void **state)
@@ -172,6 +189,7 @@ test_answers_are_the_same(void **state)
         if (moves) {
             mover_stop(&m);
             assert_true(atomic_load(&m.moved) > 10);
+            expect_way(&f);
         }
         digests[moves] = f.model.digest;
         drop_all(&f);
