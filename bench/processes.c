@@ -166,6 +166,9 @@ launch_worker(cluster_t *cluster, uint32_t i, uint32_t n, const cluster_options_
         say_that(&command, "--ucx-memory", "%" PRIu64, options->ucx_slab * options->clients);
         say_that(&command, "--gpu-lend", "%" PRIu64, options->ucx_slab * options->clients);
     }
+    if (options->grpc) {
+        say_that(&command, "--ucx-memory", "0");
+    }
     if (options->groups) {
         say(&command, "--groups");
     }

@@ -37,6 +37,7 @@ typedef struct cluster_options {
     bool groups;       /**< they may be made */
     bool own_cores;    /**< worker i stays on core i, modulo those that there are */
     bool apart;        /**< cluster_start_apart() */
+    bool grpc;         /**< they have no UCX */
 } cluster_options_t;
 
 /** The same. @return false: one did not come up, and has said why; all are stopped */
