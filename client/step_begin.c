@@ -10,6 +10,7 @@
 #include <sys/random.h>
 
 #define BEGIN_ATTEMPTS 6
+#define BEGIN_ATTEMPTS_MOVED 32 /* where chunks are moved faster than a layout comes */
 
 /* The workers check the pages; where the lists begin and end is used here already. */
 static attn_status_t
@@ -471,8 +472,9 @@ attn_step_begin(attn_cache_t *cache, const attn_batch_t *batch, attn_step_t **st
         batch->timeout_ms != 0 ? batch->timeout_ms : cache->client->options.step_timeout_ms;
     uint64_t deadline = attn_now_ns() + timeout * ATTN_NS_PER_MS;
     beginning_t b     = {.cache = cache, .batch = batch, .deadline_ns = deadline};
+    uint32_t attempts = BEGIN_ATTEMPTS;
     status            = begin_somehow(&b, false, step_p);
-    for (uint32_t attempt = 1; is_about_age(status) && attempt < BEGIN_ATTEMPTS; attempt++) {
+    for (uint32_t attempt = 1; is_about_age(status) && attempt < attempts; attempt++) {
         if (status == ATTN_ERR_DENIED) { /* what the next attempt meets tells more than this */
             client_renew(cache->client, deadline);
         }
@@ -480,6 +482,7 @@ attn_step_begin(attn_cache_t *cache, const attn_batch_t *batch, attn_step_t **st
         bool same           = again == status;
         bool moved          = b.asked && (again == ATTN_ERR_STALE || again == ATTN_ERR_NOT_FOUND);
         status              = again;
+        attempts            = moved ? BEGIN_ATTEMPTS_MOVED : BEGIN_ATTEMPTS;
         if (same && !moved) { /* chunks may be moved time and again */
             break;
         }
