@@ -313,9 +313,6 @@ attn_shared_map(int gpu, const uint8_t key[ATTN_SHARED_KEY], uint64_t bytes, con
     if ((status = memory_can_share()) != ATTN_OK) {
         return status;
     }
-    if ((status = memory_can_share()) != ATTN_OK) {
-        return status;
-    }
     free_left();
     attn_shared_t *shared = shared_new(gpu);
     if (shared == NULL) {
