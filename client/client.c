@@ -21,6 +21,7 @@
 #define RENEW_TIMEOUT_MS 2000u
 #define GROUPS_LOOK_MS 500u  /* how often the keeper looks for groups to be closed */
 #define GROUPS_CLOSE_MS 500u /* for closing what is left of them */
+#define ERRANDS_MS 1000u     /* for a GPU to have the memory of others unmapped */
 
 #define STR2(x) #x
 #define STR(x) STR2(x)
@@ -329,6 +330,7 @@ client_free(attn_client_t *client)
         rpc_tls_close(client->tls);
     }
     client_stages_free(client);
+    attn_errands_settle(attn_now_ns() + ERRANDS_MS * ATTN_NS_PER_MS);
     pthread_cond_destroy(&client->wake);
     pthread_mutex_destroy(&client->lock);
     free(client);

@@ -16,8 +16,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define GPUS_MAX 64
-
 /* How long a wait looks without a pause, and how long its pauses are. */
 #define SPIN_NS (100 * ATTN_NS_PER_US)
 #define PAUSE_NS 20000
@@ -30,7 +28,7 @@ static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER; /* guards what is found
 static atomic_bool found;
 static atomic_ullong looked; /* libraries that had been loaded when it was not found */
 memory_calls_t memory_calls;
-static void *contexts[GPUS_MAX]; /* primary ones, which live as long as the process */
+static void *contexts[MEMORY_GPUS]; /* primary ones, which live as long as the process */
 
 static bool
 look_up(void *library)
@@ -148,7 +146,7 @@ memory_enter(int gpu, int *mode)
     attn_status_t status = ATTN_OK;
     int device           = 0;
 
-    if (!attn_memory_has_cuda() || gpu < 0 || gpu >= GPUS_MAX) {
+    if (!attn_memory_has_cuda() || gpu < 0 || gpu >= MEMORY_GPUS) {
         return attn_fail(ATTN_ERR_UNSUPPORTED,
                          "a tensor is in the memory of GPU %d, and this process has opened no CUDA "
                          "driver for it",

@@ -60,6 +60,23 @@ attn_status_t attn_copies_wait(attn_copies_t *copies, uint64_t until_ns);
 void *attn_memory_pin(int gpu, uint64_t bytes);
 void attn_memory_unpin(int gpu, void *pinned);
 
+/* ---- calls of the driver that may wait for a GPU ---- */
+
+/** Something that a thread of the GPU's does, in the order in which it was added: nobody else waits
+ * where a device stands still. A member of what it works on, so that adding needs no memory. */
+typedef struct attn_errand attn_errand_t;
+struct attn_errand {
+    void (*run)(attn_errand_t *errand); /**< may free what it is a member of */
+    attn_errand_t *next;
+};
+
+/** Any thread. Where no thread can be had the caller does it, right here. */
+void attn_errand_add(int gpu, attn_errand_t *errand);
+
+/** Wait until there are none to do in this process, for any GPU. Not from an errand.
+ * @return false: not by until_ns */
+bool attn_errands_settle(uint64_t until_ns);
+
 /* ---- memory of a GPU that two processes of a host have ---- */
 
 #define ATTN_SHARED_KEY 64u /* bytes of what a process is told to map it by */
@@ -73,21 +90,24 @@ void attn_memory_unpin(int gpu, void *pinned);
  */
 typedef struct attn_shared attn_shared_t;
 
-/** @return ATTN_ERR_NO_MEMORY
- *  @return ATTN_ERR_UNSUPPORTED  the driver does not lend memory of this GPU */
+/** Waits for the GPU, however long: for errands.
+ * @return ATTN_ERR_NO_MEMORY
+ * @return ATTN_ERR_UNSUPPORTED  the driver does not lend memory of this GPU */
 attn_status_t attn_shared_create(int gpu, uint64_t bytes, const void *card, uint64_t card_bytes,
                                  attn_shared_t **shared_p);
 
-/** Another process' memory, for this GPU: its own, or one that can reach it. It is nothing to work
- * with before attn_shared_check() was ATTN_OK.
+/** Another process' memory, for this GPU: its own, or one that can reach it. That is an errand: it
+ * is nothing to work with before attn_shared_check() was ATTN_OK.
  * @param key  as that process told: it may be anything
- * @return ATTN_ERR_UNSUPPORTED  it cannot be mapped, or is shorter than `bytes` */
+ * @return ATTN_ERR_NO_MEMORY; ATTN_ERR_UNSUPPORTED  the driver cannot */
 attn_status_t attn_shared_map(int gpu, const uint8_t key[ATTN_SHARED_KEY], uint64_t bytes,
                               const void *card, uint64_t card_bytes, attn_shared_t **shared_p);
 
-/** Is it what was meant? One thread at a time.
- * @return ATTN_ERR_UNSUPPORTED  its card differs
- * @return ATTN_ERR_DEADLINE     the GPU has not read it by until_ns: ask again */
+/** Is it mapped, and what was meant? Waits until until_ns; 0 looks. Any thread.
+ * @return ATTN_ERR_UNSUPPORTED  it is not, and would not be another time: GPUs that cannot reach
+ * each other, another card, fewer bytes
+ * @return ATTN_ERR_DEADLINE     not yet: ask again
+ * @return ATTN_ERR_UNAVAILABLE and others: it is not, this time */
 attn_status_t attn_shared_check(attn_shared_t *shared, uint64_t until_ns);
 
 /** What so many bytes take of the GPU. */
@@ -96,7 +116,8 @@ uint64_t attn_shared_takes(uint64_t bytes);
 const uint8_t *attn_shared_key(const attn_shared_t *shared);
 uint8_t *attn_shared_at(const attn_shared_t *shared);
 
-/** Any thread; the last one gives it back: what works with it has ended by then. */
+/** Any thread, and nothing waits; with the last one it is given back, which is an errand: what
+ * works with it has ended by then. */
 void attn_shared_ref(attn_shared_t *shared);
 void attn_shared_unref(attn_shared_t *shared); /* NULL is allowed */
 

@@ -1,10 +1,13 @@
-/* memory_int.h: between memory.c, which finds the driver and copies, and memory_shared.c. */
+/* memory_int.h: between memory.c, which finds the driver and copies, memory_shared.c and
+ * memory_errand.c. */
 #ifndef ATTN_KERNELS_MEMORY_INT_H
 #define ATTN_KERNELS_MEMORY_INT_H
 
 #include "kernels/memory.h"
 
 #include <stddef.h>
+
+#define MEMORY_GPUS 64 /* of a process, at most */
 
 /* CUDA_MEMCPY2D of the driver: rows of `width` bytes, `pitch` bytes apart on either side. */
 typedef struct memory_copy {

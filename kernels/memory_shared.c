@@ -5,34 +5,49 @@
 #include "base/clock.h"
 #include "base/status.h"
 
-#include <pthread.h>
+#include <sched.h>
 #include <stdatomic.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 #define PIECE (UINT64_C(2) << 20) /* that the driver lends whole */
 #define CARD_MAX 256u
-#define FILL_WAIT_NS (5000 * ATTN_NS_PER_MS)
+
+/* How long a look at what is mapped goes without a pause, and how long its pauses are. */
+#define SPIN_NS (100 * ATTN_NS_PER_US)
+#define PAUSE_NS 20000
 
 enum { LAZY_ENABLE_PEER_ACCESS = 1, OUT_OF_MEMORY = 2 };
 
 /* What the driver says where memory cannot be mapped for a reason that is worth a word. */
-enum { INVALID_CONTEXT = 201, PEER_ACCESS_UNSUPPORTED = 217, INVALID_HANDLE = 400 };
+enum {
+    INVALID_CONTEXT         = 201,
+    PEER_ACCESS_UNSUPPORTED = 217,
+    INVALID_HANDLE          = 400,
+    NOT_PERMITTED           = 800,
+    NOT_SUPPORTED           = 801
+};
 
 struct attn_shared {
     atomic_uint references;
     int gpu;
     bool mapped; /* another process' */
-    uint64_t at; /* 0: none yet */
+    uint64_t at; /* 0: none */
     memory_key_t key;
+    attn_errand_t errand; /* to map it, and when it is nobody's */
 
-    /* Until it is known what was mapped. */
-    attn_copies_t *reading; /* NULL: nothing is read */
-    uint8_t *found;         /* pinned: the card */
-    uint8_t card[CARD_MAX]; /* as it is to be */
+    /* Of one that is to be mapped: what it is to be, and what it was. */
+    uint64_t bytes;
+    uint8_t card[CARD_MAX];
     uint64_t card_bytes;
-    attn_shared_t *next; /* among those left */
+    atomic_bool settled; /* then there is: */
+    attn_status_t status;
+    char sentence[256];
 };
+
+#define SHARED_OF(e) ((attn_shared_t *)(void *)((char *)(e)-offsetof(attn_shared_t, errand)))
 
 static attn_shared_t *
 shared_new(int gpu)
@@ -79,45 +94,18 @@ attn_shared_ref(attn_shared_t *shared)
     atomic_fetch_add(&shared->references, 1);
 }
 
-/* Nothing works with it any more. */
+/* Nothing works with it any more. The driver may wait until nothing else works, either. */
 static void
-shared_free(attn_shared_t *shared)
+give_back(attn_errand_t *errand)
 {
+    attn_shared_t *shared = SHARED_OF(errand);
     int mode;
 
-    attn_copies_close(shared->reading);
-    attn_memory_unpin(shared->gpu, shared->found);
-    if (shared->at != 0 && memory_enter(shared->gpu, &mode) == ATTN_OK) {
+    if (memory_enter(shared->gpu, &mode) == ATTN_OK) {
         (shared->mapped ? memory_calls.unmap : memory_calls.give)(shared->at);
         memory_leave(&mode);
     }
     free(shared);
-}
-
-static bool
-is_read(const attn_shared_t *shared)
-{
-    return shared->reading == NULL || attn_copies_wait(shared->reading, 0) == ATTN_OK;
-}
-
-/* Those whose card a GPU reads still: whoever maps something after it has answered frees them. */
-static pthread_mutex_t left_lock = PTHREAD_MUTEX_INITIALIZER;
-static attn_shared_t *left;
-
-static void
-free_left(void)
-{
-    pthread_mutex_lock(&left_lock);
-    for (attn_shared_t **at = &left; *at != NULL;) {
-        attn_shared_t *shared = *at;
-        if (is_read(shared)) {
-            *at = shared->next;
-            shared_free(shared);
-        } else {
-            at = &shared->next;
-        }
-    }
-    pthread_mutex_unlock(&left_lock);
 }
 
 void
@@ -126,14 +114,12 @@ attn_shared_unref(attn_shared_t *shared)
     if (shared == NULL || atomic_fetch_sub(&shared->references, 1) > 1) {
         return;
     }
-    if (is_read(shared)) {
-        shared_free(shared);
+    if (shared->at == 0) {
+        free(shared);
         return;
     }
-    pthread_mutex_lock(&left_lock);
-    shared->next = left;
-    left         = shared;
-    pthread_mutex_unlock(&left_lock);
+    shared->errand.run = give_back;
+    attn_errand_add(shared->gpu, &shared->errand);
 }
 
 /* ---- taking ---- */
@@ -184,19 +170,6 @@ fill(attn_shared_t *shared, attn_copies_t *copies, uint64_t bytes, uint8_t *card
     return status;
 }
 
-/* What was queued has to end before what it works with goes. Where it does not the device does not
- * answer: then it stays. */
-static attn_status_t
-end(attn_copies_t *copies, uint64_t until_ns, attn_status_t status)
-{
-    attn_status_t ended = attn_copies_wait(copies, until_ns);
-
-    if (ended == ATTN_OK) {
-        attn_copies_close(copies);
-    }
-    return status != ATTN_OK ? status : ended;
-}
-
 uint64_t
 attn_shared_takes(uint64_t bytes)
 {
@@ -210,7 +183,7 @@ attn_shared_create(int gpu, uint64_t bytes, const void *card, uint64_t card_byte
     uint64_t whole = attn_shared_takes(bytes);
     uint8_t words[CARD_MAX];
     attn_copies_t *copies;
-    attn_status_t status;
+    attn_status_t status, ended;
 
     if (bytes == 0 || whole < bytes || card_bytes > CARD_MAX || card_bytes > bytes) {
         return attn_fail(ATTN_ERR_INVALID, "%llu bytes of a GPU to share, with a card of %llu",
@@ -224,7 +197,9 @@ attn_shared_create(int gpu, uint64_t bytes, const void *card, uint64_t card_byte
     status = take(shared, whole);
     if (status == ATTN_OK && (status = attn_copies_open(gpu, &copies)) == ATTN_OK) {
         status = fill(shared, copies, whole, words, card_bytes);
-        status = end(copies, attn_now_ns() + FILL_WAIT_NS, status);
+        ended  = attn_copies_wait(copies, UINT64_MAX);
+        status = status == ATTN_OK ? ended : status;
+        attn_copies_close(copies);
     }
     if (status != ATTN_OK) {
         attn_shared_unref(shared);
@@ -235,6 +210,14 @@ attn_shared_create(int gpu, uint64_t bytes, const void *card, uint64_t card_byte
 }
 
 /* ---- mapping ---- */
+
+/* Processes and GPUs are what they are; memory comes and goes. */
+static bool
+may_be_later(int result)
+{
+    return result != PEER_ACCESS_UNSUPPORTED && result != INVALID_CONTEXT &&
+           result != NOT_PERMITTED && result != NOT_SUPPORTED;
+}
 
 static const char *
 why_not(int result)
@@ -253,7 +236,7 @@ why_not(int result)
 
 /* And is it as large as was told? */
 static attn_status_t
-map(attn_shared_t *shared, uint64_t bytes)
+map(attn_shared_t *shared)
 {
     uint64_t base = 0;
     size_t size   = 0;
@@ -266,38 +249,74 @@ map(attn_shared_t *shared, uint64_t bytes)
     int result = memory_calls.map(&shared->at, shared->key, LAZY_ENABLE_PEER_ACCESS);
     if (result != 0) {
         shared->at = 0;
-        status     = attn_fail(ATTN_ERR_UNSUPPORTED,
-                               "GPU %d cannot map the memory of the worker's GPU: %s "
-                                   "(cuIpcOpenMemHandle: CUDA error %d)",
-                               shared->gpu, why_not(result), result);
+        status     = attn_fail(may_be_later(result) ? ATTN_ERR_UNAVAILABLE : ATTN_ERR_UNSUPPORTED,
+                           "GPU %d cannot map the memory of the worker's GPU: %s "
+                           "(cuIpcOpenMemHandle: CUDA error %d)",
+                           shared->gpu, why_not(result), result);
     } else {
         status = memory_check(memory_calls.range(&base, &size, shared->at), "cuMemGetAddressRange");
-        if (status == ATTN_OK && (base != shared->at || size < bytes)) {
+        if (status == ATTN_OK && (base != shared->at || size < shared->bytes)) {
             status = attn_fail(ATTN_ERR_UNSUPPORTED,
                                "what was mapped of the worker's GPU has %llu bytes, not %llu",
                                (unsigned long long)(base == shared->at ? size : 0),
-                               (unsigned long long)bytes);
+                               (unsigned long long)shared->bytes);
         }
     }
     memory_leave(&mode);
     return status;
 }
 
-/* Have the card brought, to pinned memory: a copy to any other is waited for by the call that
- * queues it. */
+/* Its card, brought to pinned memory: a copy to any other is waited for by the call that queues it.
+ */
 static attn_status_t
-read_card(attn_shared_t *shared)
+read_card(attn_shared_t *shared, uint8_t *found)
 {
     attn_strided_t there = card_of(shared, shared->card_bytes);
+    attn_copies_t *copies;
+    attn_status_t status, ended;
 
-    shared->found = attn_memory_pin(shared->gpu, CARD_MAX);
-    if (shared->found == NULL) {
-        return attn_fail(ATTN_ERR_NO_MEMORY, "no pinned memory for what is lent of a GPU");
+    if ((status = attn_copies_open(shared->gpu, &copies)) != ATTN_OK) {
+        return status;
     }
-    attn_status_t status = attn_copies_open(shared->gpu, &shared->reading);
-    return status == ATTN_OK
-               ? attn_copies_fetch(shared->reading, &there, &(attn_packed_t){.at = shared->found})
-               : status;
+    status = attn_copies_fetch(copies, &there, &(attn_packed_t){.at = found});
+    ended  = attn_copies_wait(copies, UINT64_MAX);
+    attn_copies_close(copies);
+    return status == ATTN_OK ? ended : status;
+}
+
+static attn_status_t
+look_at_card(attn_shared_t *shared)
+{
+    uint8_t *found = attn_memory_pin(shared->gpu, CARD_MAX);
+    attn_status_t status =
+        found != NULL
+            ? read_card(shared, found)
+            : attn_fail(ATTN_ERR_NO_MEMORY, "no pinned memory to look at what is lent of a GPU");
+
+    if (status == ATTN_OK && memcmp(found, shared->card, shared->card_bytes) != 0) {
+        status = attn_fail(ATTN_ERR_UNSUPPORTED,
+                           "what was mapped of the worker's GPU is not the memory that it lent");
+    }
+    attn_memory_unpin(shared->gpu, found);
+    return status;
+}
+
+/* Nobody else looks at it before it is settled, and then nothing changes. */
+static void
+settle(attn_errand_t *errand)
+{
+    attn_shared_t *shared = SHARED_OF(errand);
+    bool wanted           = atomic_load(&shared->references) > 1;
+
+    shared->status = wanted ? map(shared) : ATTN_ERR_CANCELLED;
+    if (shared->status == ATTN_OK) {
+        shared->status = look_at_card(shared);
+    }
+    if (shared->status != ATTN_OK && wanted) {
+        snprintf(shared->sentence, sizeof(shared->sentence), "%s", attn_last_error());
+    }
+    atomic_store(&shared->settled, true);
+    attn_shared_unref(shared);
 }
 
 attn_status_t
@@ -306,30 +325,26 @@ attn_shared_map(int gpu, const uint8_t key[ATTN_SHARED_KEY], uint64_t bytes, con
 {
     attn_status_t status;
 
-    if (card_bytes > CARD_MAX || card_bytes > bytes) {
-        return attn_fail(ATTN_ERR_INVALID, "%llu bytes of a GPU to map, with a card of %llu",
-                         (unsigned long long)bytes, (unsigned long long)card_bytes);
+    if (gpu < 0 || gpu >= MEMORY_GPUS || card_bytes > CARD_MAX || card_bytes > bytes) {
+        return attn_fail(ATTN_ERR_INVALID,
+                         "%llu bytes of a GPU to map for GPU %d, with a card of %llu",
+                         (unsigned long long)bytes, gpu, (unsigned long long)card_bytes);
     }
     if ((status = memory_can_share()) != ATTN_OK) {
         return status;
     }
-    free_left();
     attn_shared_t *shared = shared_new(gpu);
     if (shared == NULL) {
         return ATTN_ERR_NO_MEMORY;
     }
     shared->mapped     = true;
+    shared->bytes      = bytes;
     shared->card_bytes = card_bytes;
+    shared->errand.run = settle;
     memcpy(shared->card, card, card_bytes);
     memcpy(shared->key.bytes, key, sizeof(shared->key.bytes));
-    status = map(shared, bytes);
-    if (status == ATTN_OK) {
-        status = read_card(shared);
-    }
-    if (status != ATTN_OK) {
-        attn_shared_unref(shared);
-        return status;
-    }
+    attn_shared_ref(shared); /* the errand's */
+    attn_errand_add(gpu, &shared->errand);
     *shared_p = shared;
     return ATTN_OK;
 }
@@ -337,18 +352,20 @@ attn_shared_map(int gpu, const uint8_t key[ATTN_SHARED_KEY], uint64_t bytes, con
 attn_status_t
 attn_shared_check(attn_shared_t *shared, uint64_t until_ns)
 {
-    attn_status_t status =
-        shared->reading != NULL ? attn_copies_wait(shared->reading, until_ns) : ATTN_OK;
+    uint64_t start = attn_now_ns(), now = start;
 
-    if (status != ATTN_OK || shared->found == NULL) {
-        return status;
+    while (!atomic_load(&shared->settled) && now < until_ns) {
+        if (now - start < SPIN_NS) {
+            sched_yield();
+        } else {
+            nanosleep(&(struct timespec){.tv_nsec = PAUSE_NS}, NULL);
+        }
+        now = attn_now_ns();
     }
-    bool same = memcmp(shared->found, shared->card, shared->card_bytes) == 0;
-    attn_copies_close(shared->reading);
-    attn_memory_unpin(shared->gpu, shared->found);
-    shared->reading = NULL;
-    shared->found   = NULL;
-    return same ? ATTN_OK
-                : attn_fail(ATTN_ERR_UNSUPPORTED,
-                            "what was mapped of the worker's GPU is not the memory that it lent");
+    if (!atomic_load(&shared->settled)) {
+        return attn_fail(ATTN_ERR_DEADLINE,
+                         "the memory of the worker's GPU is not mapped for GPU %d yet",
+                         shared->gpu);
+    }
+    return shared->status == ATTN_OK ? ATTN_OK : attn_fail(shared->status, "%s", shared->sentence);
 }
