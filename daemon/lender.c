@@ -10,6 +10,7 @@
 #include "kernels/memory.h"
 
 #include <pthread.h>
+#include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -31,9 +32,18 @@ typedef struct lending {
     lender_t *lender;
     rpc_call_t *call;
     ucx_session_t *session;
-    gpu_slab_t *gpu; /* NULL: none; under the lender's lock */
+    gpu_slab_t *gpu;     /* NULL: none; under the lender's lock, as what follows */
+    struct gpu_ask *ask; /* for it, under way */
     struct lending *next, **link;
 } lending_t;
+
+/* Memory of the GPU is being taken for a stream. */
+typedef struct gpu_ask {
+    attn_errand_t errand;
+    lender_t *lender;
+    lending_t *lending; /* NULL: the stream has ended */
+    ucx_offer_t offer;  /* of its slab */
+} gpu_ask_t;
 
 /* ---- the streams ---- */
 
@@ -193,35 +203,84 @@ broken(void *arg, const char *why)
     rpc_call_end(lending->call, ATTN_ERR_UNAVAILABLE, sentence);
 }
 
-/* Memory of our GPU beside the slab. Where there is none the client is told why, and goes on. */
-static attn_status_t
-lend_gpu(lending_t *lending)
+/* What came of an ask: the stream is told, if it is there still. Under the lock, so that it stays.
+ * @return whether the memory is the stream's now */
+static bool
+answer_ask(lending_t *lending, gpu_slab_t *slab, const Attn__V1__GpuSlab *words)
 {
-    lender_t *lender          = lending->lender;
     Attn__V1__SlabReply reply = ATTN__V1__SLAB_REPLY__INIT;
-    Attn__V1__GpuSlab words   = ATTN__V1__GPU_SLAB__INIT;
-    gpu_slab_t *slab          = NULL;
 
-    if (lending->gpu != NULL || !offers_gpu(lending)) {
-        return attn_fail(ATTN_ERR_INVALID, lending->gpu != NULL
-                                               ? "memory of the GPU is asked for once a stream"
-                                               : "no memory of a GPU was offered");
+    if (lending == NULL) {
+        return false;
     }
-    attn_status_t status = gpu_slab_open(lender->gpu, lending->session, &slab);
+    reply.gpu_slab       = (Attn__V1__GpuSlab *)words;
+    lending->ask         = NULL;
+    lending->gpu         = slab;
+    attn_status_t status = rpc_call_send(lending->call, &(rpc_outgoing_t){.head = &reply.base});
+    if (status != ATTN_OK) {
+        rpc_call_end(lending->call, status, attn_last_error());
+    }
+    return true;
+}
+
+/* Memory of our GPU beside the slab. Where there is none the client is told why, and goes on. */
+static void
+take_gpu(attn_errand_t *errand)
+{
+    gpu_ask_t *ask          = (gpu_ask_t *)(void *)((char *)errand - offsetof(gpu_ask_t, errand));
+    lender_t *lender        = ask->lender;
+    Attn__V1__GpuSlab words = ATTN__V1__GPU_SLAB__INIT;
+    gpu_slab_t *slab        = NULL;
+    attn_status_t status    = gpu_slab_open(lender->gpu, &ask->offer, &slab);
+
     if (status == ATTN_OK) {
         words.key.data = (uint8_t *)gpu_slab_key(slab);
         words.key.len  = ATTN_SHARED_KEY;
         words.gpu.data = (uint8_t *)gpu_slab_uuid(slab);
         words.gpu.len  = ATTN_UUID;
-        pthread_mutex_lock(&lender->lock);
-        lending->gpu = slab;
-        pthread_mutex_unlock(&lender->lock);
     } else {
         words.refused = (char *)attn_last_error();
+        words.again   = status != ATTN_ERR_UNSUPPORTED;
         attn_log(ATTN_LOG_INFO, "worker.no_gpu_slab", "reason=\"%s\"", attn_last_error());
     }
-    reply.gpu_slab = &words;
-    return rpc_call_send(lending->call, &(rpc_outgoing_t){.head = &reply.base});
+    pthread_mutex_lock(&lender->lock);
+    bool taken = answer_ask(ask->lending, slab, &words);
+    pthread_mutex_unlock(&lender->lock);
+    if (!taken) {
+        gpu_slab_unref(slab);
+    }
+    free(ask);
+}
+
+/* The driver may wait for the device, and so may not this handler. */
+static attn_status_t
+ask_gpu(lending_t *lending)
+{
+    lender_t *lender = lending->lender;
+
+    if (!offers_gpu(lending)) {
+        return attn_fail(ATTN_ERR_INVALID, "no memory of a GPU was offered");
+    }
+    gpu_ask_t *ask = calloc(1, sizeof(*ask));
+    if (ask == NULL) {
+        return attn_fail(ATTN_ERR_NO_MEMORY, "no memory to lend some of a GPU");
+    }
+    ask->errand.run = take_gpu;
+    ask->lender     = lender;
+    ask->lending    = lending;
+    ucx_session_offer(lending->session, &ask->offer);
+    pthread_mutex_lock(&lender->lock);
+    bool first   = lending->gpu == NULL && lending->ask == NULL;
+    lending->ask = first ? ask : lending->ask;
+    pthread_mutex_unlock(&lender->lock);
+    if (!first) {
+        free(ask);
+        return attn_fail(
+            ATTN_ERR_INVALID,
+            "memory of the GPU is asked for once a stream, and again if it was refused");
+    }
+    attn_errand_add(lender_gpu_ordinal(lender->gpu), &ask->errand);
+    return ATTN_OK;
 }
 
 /* The second message of a stream: where the answers of a session of messages go, or that memory of
@@ -236,7 +295,7 @@ take_second(lending_t *lending, rpc_message_t *message)
         return status;
     }
     if (((const Attn__V1__SlabRequest *)head)->gpu) {
-        return lend_gpu(lending);
+        return ask_gpu(lending);
     }
     const ProtobufCBinaryData *address = &((const Attn__V1__SlabRequest *)head)->address;
     return address->len > 0
@@ -275,6 +334,9 @@ slab_closed(void *service, rpc_call_t *call)
         *lending->link = lending->next;
         if (lending->next != NULL) {
             lending->next->link = lending->link;
+        }
+        if (lending->ask != NULL) {
+            lending->ask->lending = NULL;
         }
         pthread_mutex_unlock(&lender->lock);
         ucx_session_close(lending->session);
@@ -604,6 +666,7 @@ lender_destroy(lender_t *lender)
     if (lender != NULL) {
         ucx_crew_destroy(lender->crew);
         ucx_crew_destroy(lender->far);
+        attn_errands_settle(UINT64_MAX); /* which work with what goes here */
         lender_gpu_destroy(lender->gpu);
         pthread_mutex_destroy(&lender->lock);
         free(lender);

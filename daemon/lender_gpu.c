@@ -5,6 +5,7 @@
 #include "kernels/memory.h"
 
 #include <pthread.h>
+#include <stddef.h>
 #include <stdlib.h>
 
 struct lender_gpu {
@@ -19,6 +20,7 @@ struct lender_gpu {
 struct gpu_slab {
     lender_gpu_t *gpu;
     attn_shared_t *memory;
+    attn_errand_t errand; /* when it is nobody's */
     uint64_t bytes;
     uint8_t uuid[ATTN_UUID];
     atomic_uint references;
@@ -52,6 +54,12 @@ bool
 lender_gpu_lends(const lender_gpu_t *gpu)
 {
     return gpu->gpu >= 0 && gpu->memory_max > 0;
+}
+
+int
+lender_gpu_ordinal(const lender_gpu_t *gpu)
+{
+    return gpu->gpu;
 }
 
 void
@@ -95,28 +103,26 @@ unreserve(lender_gpu_t *gpu, uint64_t bytes)
 }
 
 attn_status_t
-gpu_slab_open(lender_gpu_t *gpu, const ucx_session_t *session, gpu_slab_t **slab_p)
+gpu_slab_open(lender_gpu_t *gpu, const ucx_offer_t *offer, gpu_slab_t **slab_p)
 {
-    ucx_offer_t offer;
     gpu_slab_t *slab = calloc(1, sizeof(*slab));
 
     if (slab == NULL) {
         return attn_fail(ATTN_ERR_NO_MEMORY, "no memory to lend some of a GPU");
     }
-    ucx_session_offer(session, &offer);
     slab_card_t card = {.magic   = SLAB_CARD_MAGIC,
-                        .session = offer.session,
-                        .secret  = offer.secret,
-                        .bytes   = offer.bytes};
+                        .session = offer->session,
+                        .secret  = offer->secret,
+                        .bytes   = offer->bytes};
     slab->gpu        = gpu;
-    slab->bytes      = attn_shared_takes(offer.bytes);
+    slab->bytes      = attn_shared_takes(offer->bytes);
     atomic_init(&slab->references, 1);
     attn_status_t status = reserve(gpu, slab->bytes);
     if (status != ATTN_OK) {
         free(slab);
         return status;
     }
-    status = attn_shared_create(gpu->gpu, offer.bytes, &card, sizeof(card), &slab->memory);
+    status = attn_shared_create(gpu->gpu, offer->bytes, &card, sizeof(card), &slab->memory);
     if (status == ATTN_OK) {
         status = attn_memory_uuid(gpu->gpu, slab->uuid);
     }
@@ -146,13 +152,22 @@ gpu_slab_ref(gpu_slab_t *slab)
     atomic_fetch_add(&slab->references, 1);
 }
 
+static void
+gone(attn_errand_t *errand)
+{
+    gpu_slab_t *slab = (gpu_slab_t *)(void *)((char *)errand - offsetof(gpu_slab_t, errand));
+
+    unreserve(slab->gpu, slab->bytes);
+    free(slab);
+}
+
 void
 gpu_slab_unref(gpu_slab_t *slab)
 {
     if (slab != NULL && atomic_fetch_sub(&slab->references, 1) == 1) {
         attn_shared_unref(slab->memory);
-        unreserve(slab->gpu, slab->bytes);
-        free(slab);
+        slab->errand.run = gone; /* after the memory */
+        attn_errand_add(slab->gpu->gpu, &slab->errand);
     }
 }
 

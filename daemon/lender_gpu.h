@@ -4,7 +4,9 @@
  * and write the answer beside, where the client copies it from. Heads, numbers and bells stay in
  * the slab.
  *
- * It is given back when its stream has ended and no run works with it. A client that is gone has it
+ * It is taken and given back by errands of its GPU (kernels/memory.h): a device that stands still
+ * holds up neither streams nor steps. It is given back when its stream has ended and no run works
+ * with it. A client that is gone has it
  * no longer; one that is not, and has it still, keeps memory that nothing of this worker is in.
  */
 #ifndef ATTN_DAEMON_LENDER_GPU_H
@@ -18,10 +20,11 @@ typedef struct gpu_slab gpu_slab_t;
 
 /** @param gpu  -1: none, and nothing is lent */
 attn_status_t lender_gpu_create(int gpu, uint64_t memory, lender_gpu_t **gpu_p);
-void lender_gpu_destroy(lender_gpu_t *gpu); /* after all its slabs; NULL is allowed */
+void lender_gpu_destroy(lender_gpu_t *gpu); /* after all its slabs' errands; NULL is allowed */
 
 /** May it be asked for at all? */
 bool lender_gpu_lends(const lender_gpu_t *gpu);
+int lender_gpu_ordinal(const lender_gpu_t *gpu);
 
 typedef struct lender_gpu_figures {
     uint64_t bytes, runs;
@@ -30,9 +33,10 @@ typedef struct lender_gpu_figures {
 
 void lender_gpu_describe(lender_gpu_t *gpu, lender_gpu_figures_t *figures);
 
-/** As much as the session's slab has.
- * @return ATTN_ERR_EXHAUSTED, ATTN_ERR_NO_MEMORY, ATTN_ERR_UNSUPPORTED */
-attn_status_t gpu_slab_open(lender_gpu_t *gpu, const ucx_session_t *session, gpu_slab_t **slab_p);
+/** As much as the session's slab has, as it was offered. Waits for the GPU: for errands.
+ * @return ATTN_ERR_EXHAUSTED, ATTN_ERR_NO_MEMORY and others
+ * @return ATTN_ERR_UNSUPPORTED  never */
+attn_status_t gpu_slab_open(lender_gpu_t *gpu, const ucx_offer_t *offer, gpu_slab_t **slab_p);
 
 /** What its client is told: ATTN_SHARED_KEY bytes; and of which GPU it is: ATTN_UUID bytes. */
 const uint8_t *gpu_slab_key(const gpu_slab_t *slab);
