@@ -75,11 +75,12 @@ typedef enum attn_gpu_way {
     ATTN_GPU_DEFAULT, /**< as $ATTN_GPU_WAY says (auto, staged, mapped), or else auto */
     ATTN_GPU_AUTO,    /**< from GPU to GPU, if the worker lends memory of its GPU that this process
                          can map (`attnd worker --gpu-lend`) and has all KV of the step; else
-                         through pinned memory of the host, and so where both share a GPU and
-                         a run has less than 1 MiB */
+                         through pinned memory of the host, and so while that memory is asked for
+                         and mapped, and where both share a GPU and a run has less than 1 MiB */
     ATTN_GPU_STAGED,  /**< through pinned memory */
-    ATTN_GPU_MAPPED,  /**< as auto, but a run that would go through pinned memory fails, with the
-                         reason */
+    ATTN_GPU_MAPPED,  /**< as auto, but the worker's memory is waited for, 2 s at most in
+                         attn_step_begin(), and a run that would go through pinned memory fails,
+                         with the reason */
 } attn_gpu_way_t;
 
 /**
@@ -237,9 +238,9 @@ typedef struct attn_link_info {
     double send_seconds;   /**< of it, the caller's thread until it was sent */
     double link_bandwidth; /**< bytes/s, there and back together, of those of 512 KiB and more */
     uint64_t runs_mapped;  /**< of runs_ucx: layers whose tensors went from GPU to GPU, by memory
-                              that  the worker lends */
-    char gpu_reason[256]; /**< why tensors of a GPU go through the host's memory, if that was tried;
-                             empty: they do not, or there were none */
+                              that the worker lends */
+    char gpu_reason[256]; /**< why the last step with tensors of a GPU had them go through the host's
+                             memory; empty: it had them go from GPU to GPU, or there was none */
 } attn_link_info_t;
 
 /** How a client reaches its workers. */

@@ -1,9 +1,10 @@
 /*
  * carrier.c: the thread that looks after copies of submitted runs. Nobody waits for such a run, and
  * whoever has its last answer makes everybody's progress: neither may wait for a GPU. So while the
- * tensors of a run are on their way to pinned memory, or its answer on the way back, the run is in
- * a list here; the thread looks at all of them in turns and sends on those that are there. It
- * starts with the first such run, and sleeps while there are none.
+ * tensors of a run are on their way to pinned memory or to the worker's GPU, while that memory is
+ * being mapped for them, and while its answer is on the way back, the run is in a list here; the
+ * thread looks at all of them in turns and sends on those that are there. It starts with the first
+ * such run, and sleeps while there are none.
  */
 #include "client/step_int.h"
 
@@ -54,7 +55,7 @@ take_all(struct carrier *carrier)
 static bool
 look_at(struct carrier *carrier, attn_step_t *step)
 {
-    attn_status_t status = step_tensors_wait(step, 0);
+    attn_status_t status = step_tensors_look(step);
 
     if (status == ATTN_ERR_DEADLINE && attn_now_ns() < step->deadline_ns) {
         add(carrier, step);

@@ -56,7 +56,8 @@ typedef struct link_proof {
 typedef struct link_room {
     uint64_t in; /**< q, k and v together */
     uint64_t out;
-    bool gpu; /**< its tensors may be in a GPU's memory: map() is called, if the link has it */
+    bool gpu;     /**< its tensors may be in a GPU's memory: map() is called, if the link has it */
+    bool insists; /**< and are to go there from GPU to GPU: begin may wait for what that takes */
 } link_room_t;
 
 /** Where the tensors of a step's runs are to be in memory of the worker's GPU that this process has
@@ -140,9 +141,10 @@ typedef struct link_ops {
     /**
      * Where tensors of a GPU of this process may be copied to, and the answer from, of a step that
      * has begun. NULL: no such link.
-     * @param insists  also where the host's memory is likely to be faster
+     * @param insists   also where the host's memory is likely to be faster
+     * @param until_ns  it may wait so long; 0: not at all
      * @return ATTN_ERR_UNSUPPORTED and such, with the reason why they go through the host's memory;
-     *         ATTN_ERR_DEADLINE  the GPU did not answer by until_ns
+     *         ATTN_ERR_DEADLINE  it is not mapped yet
      */
     attn_status_t (*map)(link_step_t *step, int gpu, bool insists, uint64_t until_ns,
                          link_mapped_t *mapped);
@@ -176,7 +178,12 @@ typedef struct link_ops {
 struct link {
     const link_ops_t *ops; /* first member of every row's own struct */
     way_meter_t meter;     /* what runs take there; zeroed at first */
+    char gpu_reason[256];  /* link_note_gpu() */
 };
+
+/** Which way the last step there with tensors of a GPU had them go: through the host's memory, and
+ * why; or, if that is empty, to the worker's GPU. Any thread. */
+void link_note_gpu(link_t *link, const char *reason);
 
 /** The engine's link; the engine stays the caller's. */
 attn_status_t link_engine_open(engine_t *engine, link_t **link_p);

@@ -31,6 +31,7 @@ struct link_step {
 
     /* Of link_ucx.c. */
     slab_t *slab;                /* a reference; NULL: runs go over gRPC */
+    bool no_room;                /* since it had none for the step */
     bool slot;                   /* the worker opened it */
     bool gpu;                    /* and memory of its GPU goes with it, or may */
     bool spoilt;                 /* something may be written to the slot still */

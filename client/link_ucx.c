@@ -75,10 +75,11 @@ take_place(ucx_link_t *link, const link_room_t *room, uint64_t deadline_ns, link
     if (!ucx_place_take(slab_peer(step->slab), room->in, room->out, &step->ask.place)) {
         atomic_fetch_add(&link->steps_no_slot, 1);
         slab_release(step->slab);
-        step->slab = NULL;
+        step->slab    = NULL;
+        step->no_room = true;
     }
     if (step->slab != NULL && room->gpu) {
-        step->gpu = slab_ask_gpu(step->slab, deadline_ns);
+        step->gpu = slab_ask_gpu(step->slab, room->insists ? deadline_ns : 0);
     }
     step->ask.answered = answered;
     step->ask.arg      = step;
@@ -154,29 +155,50 @@ has_slot(ucx_link_t *link, link_step_t *step)
     return step->slot;
 }
 
+/* Why its runs go over gRPC. */
+static attn_status_t
+fail_without_slot(const link_step_t *step)
+{
+    attn_link_info_t info = {0};
+    char reason[256];
+    bool gpu;
+
+    pipe_has_slot(step->pipe, &gpu, reason, sizeof(reason));
+    if (step->no_room) {
+        return attn_fail(ATTN_ERR_UNSUPPORTED,
+                         "the step found no room in the shared memory of the worker");
+    }
+    if (reason[0] != '\0') {
+        return attn_fail(ATTN_ERR_UNSUPPORTED, "the worker opened no slot for the step: %s",
+                         reason);
+    }
+    slabs_describe(step->link->slabs, &info);
+    return attn_fail(ATTN_ERR_UNSUPPORTED, "there is no shared memory of the worker's: %s",
+                     info.reason);
+}
+
 static attn_status_t
 ucx_link_map(link_step_t *step, int gpu, bool insists, uint64_t until_ns, link_mapped_t *mapped)
 {
-    static const char same[] =
-        "the worker is on the same GPU, where runs of less than 1 MiB go faster through the host";
-    char reason[256] = "the step found no room in the shared memory of the worker";
+    char reason[256];
 
     if (!has_slot(ucx_of(step->link), step)) {
-        return attn_fail(ATTN_ERR_UNSUPPORTED, "%s", reason);
+        return fail_without_slot(step);
     }
     if (!step->gpu) {
         slab_gpu_reason(slab_gpu(step->slab), reason, sizeof(reason));
-        return attn_fail(ATTN_ERR_UNSUPPORTED, "%s",
-                         reason[0] != '\0' ? reason
-                                           : "memory of the worker's GPU was not asked for");
+        return attn_fail(ATTN_ERR_UNSUPPORTED, "%s", reason);
     }
-    pipe_has_slot(step->pipe, &step->gpu, reason, sizeof(reason));
-    if (!step->gpu) {
+    bool opened;
+    pipe_has_slot(step->pipe, &opened, reason, sizeof(reason));
+    if (!opened) {
         return attn_fail(ATTN_ERR_UNSUPPORTED, "the worker: %s", reason);
     }
     if (!insists && step->ask.place.in + step->ask.place.out < SAME_GPU_LEAST &&
-        slab_gpu_is_same(slab_gpu(step->slab), gpu, same)) {
-        return attn_fail(ATTN_ERR_UNSUPPORTED, "%s", same);
+        slab_gpu_is_same(slab_gpu(step->slab), gpu)) {
+        return attn_fail(ATTN_ERR_UNSUPPORTED,
+                         "the worker is on the same GPU, where runs of less than 1 MiB go faster "
+                         "through the host");
     }
     attn_status_t status = slab_gpu_map(slab_gpu(step->slab), gpu, until_ns, &mapped->memory);
     if (status == ATTN_OK) {

@@ -197,6 +197,16 @@ links_meter(links_t *links, cost_link_t *link)
     return link->hop_seconds > 0;
 }
 
+static pthread_mutex_t notes_lock = PTHREAD_MUTEX_INITIALIZER; /* innermost; of all links' */
+
+void
+link_note_gpu(link_t *link, const char *reason)
+{
+    pthread_mutex_lock(&notes_lock);
+    snprintf(link->gpu_reason, sizeof(link->gpu_reason), "%s", reason);
+    pthread_mutex_unlock(&notes_lock);
+}
+
 uint32_t
 links_describe(links_t *links, attn_link_info_t *infos, uint32_t room)
 {
@@ -212,6 +222,9 @@ links_describe(links_t *links, attn_link_info_t *infos, uint32_t room)
         if (n < room) {
             memset(&infos[n], 0, sizeof(infos[n]));
             entry->link->ops->describe(entry->link, &infos[n]);
+            pthread_mutex_lock(&notes_lock);
+            memcpy(infos[n].gpu_reason, entry->link->gpu_reason, sizeof(infos[n].gpu_reason));
+            pthread_mutex_unlock(&notes_lock);
         }
         n++;
     }

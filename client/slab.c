@@ -478,17 +478,19 @@ has_said_of_gpu(void *arg)
 }
 
 bool
-slab_ask_gpu(slab_t *slab, uint64_t deadline_ns)
+slab_ask_gpu(slab_t *slab, uint64_t until_ns)
 {
     Attn__V1__SlabRequest request = ATTN__V1__SLAB_REQUEST__INIT;
-    uint64_t until = attn_min(deadline_ns, attn_now_ns() + OPEN_MS_MAX * ATTN_NS_PER_MS);
+    uint64_t most                 = attn_now_ns() + OPEN_MS_MAX * ATTN_NS_PER_MS;
 
     if (slab_gpu_is_to_ask(&slab->gpu)) {
         request.host = "";
         request.gpu  = true;
         rpc_stream_send(slab->stream, &(rpc_outgoing_t){.head = &request.base});
     }
-    rpc_client_wait(slab->slabs->rpc, has_said_of_gpu, slab, until);
+    if (until_ns > 0) {
+        rpc_client_wait(slab->slabs->rpc, has_said_of_gpu, slab, attn_min(until_ns, most));
+    }
     return slab_gpu_is_lent(&slab->gpu);
 }
 
@@ -554,7 +556,6 @@ slabs_describe(slabs_t *slabs, attn_link_info_t *info)
     if (slabs->current != NULL) {
         snprintf(info->transport, sizeof(info->transport), "ucx %.11s",
                  ucx_peer_way(slabs->current->peer));
-        slab_gpu_reason(&slabs->current->gpu, info->gpu_reason, sizeof(info->gpu_reason));
     } else {
         snprintf(info->transport, sizeof(info->transport), "grpc");
     }

@@ -42,10 +42,10 @@ void slab_spoil(slab_t *slab); /* not for later steps */
 ucx_peer_t *slab_peer(slab_t *slab);
 
 /**
- * Ask for memory of the worker's GPU, unless somebody has, and wait for the answer; which may not
- * come, or be a refusal. @return whether it is lent
+ * Ask for memory of the worker's GPU, unless somebody has, or it was refused just now, and wait for
+ * the answer until until_ns, 2 s at most; 0 does not wait. @return whether it is lent
  */
-bool slab_ask_gpu(slab_t *slab, uint64_t deadline_ns);
+bool slab_ask_gpu(slab_t *slab, uint64_t until_ns);
 
 slab_gpu_t *slab_gpu(slab_t *slab);
 

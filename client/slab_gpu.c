@@ -1,18 +1,30 @@
 #include "client/slab_gpu.h"
 
+#include "base/checked.h"
+#include "base/clock.h"
 #include "base/log.h"
 #include "base/status.h"
 
 #include <stdio.h>
 #include <string.h>
 
+#define PAUSE_NS (1000 * ATTN_NS_PER_MS)
+#define PAUSE_NS_MAX (60 * PAUSE_NS)
+
+static void
+pause_begin(slab_pause_t *pause)
+{
+    pause->ns       = pause->ns == 0 ? PAUSE_NS : attn_min(2 * pause->ns, PAUSE_NS_MAX);
+    pause->until_ns = attn_now_ns() + pause->ns;
+}
+
 void
 slab_gpu_init(slab_gpu_t *gpu)
 {
     memset(gpu, 0, sizeof(*gpu));
     pthread_mutex_init(&gpu->lock, NULL);
-    pthread_mutex_init(&gpu->map_lock, NULL);
     gpu->state = SLAB_GPU_REFUSED;
+    gpu->final = true;
     snprintf(gpu->reason, sizeof(gpu->reason), "there is no slab of the worker's yet");
 }
 
@@ -20,7 +32,6 @@ void
 slab_gpu_fini(slab_gpu_t *gpu)
 {
     slab_gpu_unmap(gpu);
-    pthread_mutex_destroy(&gpu->map_lock);
     pthread_mutex_destroy(&gpu->lock);
 }
 
@@ -46,7 +57,9 @@ bool
 slab_gpu_is_to_ask(slab_gpu_t *gpu)
 {
     pthread_mutex_lock(&gpu->lock);
-    bool asks  = gpu->state == SLAB_GPU_NONE;
+    bool again =
+        gpu->state == SLAB_GPU_REFUSED && !gpu->final && attn_now_ns() >= gpu->pause.until_ns;
+    bool asks  = gpu->state == SLAB_GPU_NONE || again;
     gpu->state = asks ? SLAB_GPU_ASKED : gpu->state;
     pthread_mutex_unlock(&gpu->lock);
     return asks;
@@ -81,6 +94,8 @@ slab_gpu_answered(slab_gpu_t *gpu, const Attn__V1__GpuSlab *words)
         gpu->state = SLAB_GPU_LENT;
     } else if (gpu->state == SLAB_GPU_ASKED) {
         gpu->state = SLAB_GPU_REFUSED;
+        gpu->final = !words->again;
+        pause_begin(&gpu->pause);
         snprintf(gpu->reason, sizeof(gpu->reason), "the worker lends no memory of its GPU: %s",
                  words->refused[0] != '\0' ? words->refused : "its key is none");
     }
@@ -88,7 +103,7 @@ slab_gpu_answered(slab_gpu_t *gpu, const Attn__V1__GpuSlab *words)
 }
 
 bool
-slab_gpu_is_same(slab_gpu_t *gpu, int ordinal, const char *reason)
+slab_gpu_is_same(slab_gpu_t *gpu, int ordinal)
 {
     uint8_t uuid[ATTN_UUID];
 
@@ -97,99 +112,106 @@ slab_gpu_is_same(slab_gpu_t *gpu, int ordinal, const char *reason)
     }
     pthread_mutex_lock(&gpu->lock);
     bool same = memcmp(uuid, gpu->uuid, sizeof(uuid)) == 0;
-    if (same) {
-        snprintf(gpu->reason, sizeof(gpu->reason), "%s", reason);
-    }
     pthread_mutex_unlock(&gpu->lock);
     return same;
 }
 
 /* ---- mapping ---- */
 
-/* For the first time, or where the GPU did not answer then. Under the map's lock. */
+/* What is mapped, or being so, with a reference. Under the lock. */
 static attn_status_t
-map(slab_gpu_t *gpu, int ordinal, uint64_t until_ns)
+take(slab_gpu_t *gpu, int ordinal, attn_shared_t **memory_p)
 {
-    attn_status_t status = gpu->maps[ordinal] != NULL
-                               ? ATTN_OK
-                               : attn_shared_map(ordinal, gpu->key, gpu->card.bytes, &gpu->card,
-                                                 sizeof(gpu->card), &gpu->maps[ordinal]);
+    struct slab_map *map = &gpu->maps[ordinal];
+    attn_status_t status = ATTN_OK;
 
-    if (status == ATTN_OK) {
-        status                = attn_shared_check(gpu->maps[ordinal], until_ns);
-        gpu->checked[ordinal] = status == ATTN_OK;
+    if (map->failed && !map->final && attn_now_ns() >= map->pause.until_ns) {
+        attn_shared_unref(map->memory);
+        map->memory = NULL;
+        map->failed = false;
     }
-    if (status != ATTN_OK && status != ATTN_ERR_DEADLINE) {
-        attn_shared_unref(gpu->maps[ordinal]);
-        gpu->maps[ordinal]   = NULL;
-        gpu->failed[ordinal] = status;
-        pthread_mutex_lock(&gpu->lock);
-        snprintf(gpu->reason, sizeof(gpu->reason), "%s", attn_last_error());
-        pthread_mutex_unlock(&gpu->lock);
-        attn_log(ATTN_LOG_WARN, "client.no_gpu_slab", "gpu=%d reason=\"%s\"", ordinal,
-                 attn_last_error());
+    if (map->memory == NULL) {
+        status = attn_shared_map(ordinal, gpu->key, gpu->card.bytes, &gpu->card, sizeof(gpu->card),
+                                 &map->memory);
+    }
+    if (status == ATTN_OK) {
+        *memory_p = map->memory;
+        attn_shared_ref(*memory_p);
     }
     return status;
 }
 
-/* What was found out before. */
-static attn_status_t
-fail_again(slab_gpu_t *gpu, attn_status_t status)
+/* That it cannot be mapped: said once. */
+static void
+note_failure(slab_gpu_t *gpu, int ordinal, const attn_shared_t *memory, attn_status_t status)
 {
-    char reason[sizeof(gpu->reason)];
+    struct slab_map *map = &gpu->maps[ordinal];
 
-    slab_gpu_reason(gpu, reason, sizeof(reason));
-    return attn_fail(status, "%s", reason);
+    pthread_mutex_lock(&gpu->lock);
+    bool news = map->memory == memory && !map->failed;
+    if (news) {
+        map->failed = true;
+        map->final  = status == ATTN_ERR_UNSUPPORTED;
+        pause_begin(&map->pause);
+    }
+    pthread_mutex_unlock(&gpu->lock);
+    if (news) {
+        attn_log(ATTN_LOG_WARN, "client.no_gpu_slab", "gpu=%d reason=\"%s\"", ordinal,
+                 attn_last_error());
+    }
 }
 
 attn_status_t
 slab_gpu_map(slab_gpu_t *gpu, int ordinal, uint64_t until_ns, attn_shared_t **memory_p)
 {
-    attn_status_t status = ATTN_OK;
+    attn_shared_t *memory = NULL;
+    attn_status_t status;
 
     if (ordinal < 0 || ordinal >= (int)SLAB_GPUS) {
         return attn_fail(ATTN_ERR_UNSUPPORTED, "tensors are on GPU %d of this process: at most %u",
                          ordinal, SLAB_GPUS - 1);
     }
-    if (!slab_gpu_is_lent(gpu)) {
-        return fail_again(gpu, ATTN_ERR_UNSUPPORTED);
+    pthread_mutex_lock(&gpu->lock);
+    status = gpu->state == SLAB_GPU_LENT
+                 ? take(gpu, ordinal, &memory)
+                 : attn_fail(ATTN_ERR_UNSUPPORTED, "the worker gave up the slab of the step");
+    pthread_mutex_unlock(&gpu->lock);
+    if (status == ATTN_OK && (status = attn_shared_check(memory, until_ns)) == ATTN_OK) {
+        *memory_p = memory;
+        return ATTN_OK;
     }
-    pthread_mutex_lock(&gpu->map_lock);
-    if (gpu->failed[ordinal] != ATTN_OK) {
-        status = fail_again(gpu, gpu->failed[ordinal]);
-    } else if (!gpu->checked[ordinal]) {
-        status = map(gpu, ordinal, until_ns);
+    if (memory != NULL && status != ATTN_ERR_DEADLINE) {
+        note_failure(gpu, ordinal, memory, status);
     }
-    if (status == ATTN_OK) {
-        *memory_p = gpu->maps[ordinal];
-        attn_shared_ref(*memory_p);
-    }
-    pthread_mutex_unlock(&gpu->map_lock);
+    attn_shared_unref(memory);
     return status;
 }
 
 void
 slab_gpu_unmap(slab_gpu_t *gpu)
 {
-    pthread_mutex_lock(&gpu->map_lock);
-    for (uint32_t i = 0; i < SLAB_GPUS; i++) {
-        attn_shared_unref(gpu->maps[i]);
-        gpu->maps[i]    = NULL;
-        gpu->checked[i] = false;
-    }
-    pthread_mutex_unlock(&gpu->map_lock);
     pthread_mutex_lock(&gpu->lock);
     gpu->state = SLAB_GPU_REFUSED;
+    gpu->final = true;
+    for (uint32_t i = 0; i < SLAB_GPUS; i++) {
+        attn_shared_unref(gpu->maps[i].memory);
+        gpu->maps[i].memory = NULL;
+    }
     pthread_mutex_unlock(&gpu->lock);
 }
 
 void
 slab_gpu_reason(slab_gpu_t *gpu, char *reason, size_t room)
 {
+    static const char *const of[] = {
+        [SLAB_GPU_NONE]    = "memory of the worker's GPU was not asked for when the step began",
+        [SLAB_GPU_ASKED]   = "the worker did not say yet whether it lends memory of its GPU",
+        [SLAB_GPU_LENT]    = "the worker lent memory of its GPU when the step had begun",
+        [SLAB_GPU_REFUSED] = "the worker gave up the slab of the step",
+    };
+
     pthread_mutex_lock(&gpu->lock);
-    snprintf(reason, room, "%s",
-             gpu->state == SLAB_GPU_ASKED ? "the worker did not say yet whether it lends memory of "
-                                            "its GPU"
-                                          : gpu->reason);
+    bool refused = gpu->reason[0] != '\0' && gpu->state != SLAB_GPU_LENT; /* also: asked again */
+    snprintf(reason, room, "%s", refused ? gpu->reason : of[gpu->state]);
     pthread_mutex_unlock(&gpu->lock);
 }

@@ -360,6 +360,7 @@ share_begin(share_t *share, const attn_batch_t *batch, uint64_t epoch)
             share->step->memory == ATTN_MEMORY_CUDA && step_gpu(share->step) >= 0;
         words.on_device = share->step->on_device;
         room.gpu        = step_may_map(share->step);
+        room.insists    = share->step->client->gpu_way == ATTN_GPU_MAPPED;
         status =
             share->link->ops->begin(share->link, &words, &room, step_share_done, share, &remote);
         free((void *)words.entries);

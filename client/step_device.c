@@ -213,51 +213,96 @@ step_stages_free(attn_step_t *step)
     step->stages = NULL;
 }
 
+/* Why a step with tensors of a GPU has them go through the host's memory, whatever the worker
+ * lends.
+ */
 static attn_status_t
-map_step(attn_step_t *step, int gpu)
+may_map(const attn_step_t *step)
 {
-    const share_t *share = &step->shares[0];
+    const char *transport = step->shares[0].link->ops->name;
 
     if (step->client->gpu_way == ATTN_GPU_STAGED) {
         return attn_fail(ATTN_ERR_UNSUPPORTED, "gpu_way is staged");
     }
+    if (step->n_shares > 1) {
+        return attn_fail(ATTN_ERR_UNSUPPORTED, "the step's KV is on %u workers", step->n_shares);
+    }
     if (!is_whole(step)) {
-        return attn_fail(ATTN_ERR_UNSUPPORTED,
-                         "the step's KV is on %u workers, or an entry has list_room",
-                         step->n_shares);
+        return attn_fail(ATTN_ERR_UNSUPPORTED, step->list_room > 0
+                                                   ? "an entry of the step has list_room"
+                                                   : "the worker answers with partials");
     }
-    if (share->link->ops->map == NULL) {
-        return attn_fail(ATTN_ERR_UNSUPPORTED, "the worker is reached by way of %s",
-                         share->link->ops->name);
-    }
-    return share->link->ops->map(share->remote, gpu, step->client->gpu_way == ATTN_GPU_MAPPED,
-                                 step->deadline_ns, &step->mapped);
+    return step->shares[0].link->ops->map != NULL
+               ? ATTN_OK
+               : attn_fail(ATTN_ERR_UNSUPPORTED, "the worker is reached by way of %s", transport);
 }
 
-/* Which way the step's tensors go, if it is not settled. */
 static attn_status_t
-settle_way(attn_step_t *step, int gpu)
+map_step(attn_step_t *step, int gpu, uint64_t until_ns)
 {
-    if (step->way == WAY_OPEN) {
-        attn_status_t status = map_step(step, gpu);
-        if (status == ATTN_ERR_DEADLINE) {
-            return status;
-        }
-        if (status != ATTN_OK && step->client->gpu_way == ATTN_GPU_MAPPED) {
-            return attn_fail_in(ATTN_ERR_UNSUPPORTED,
-                                "gpu_way is mapped, but tensors of GPU %d "
-                                "would go through the host's memory: ",
-                                gpu);
-        }
-        step->way        = status == ATTN_OK ? WAY_MAPPED : WAY_STAGED;
-        step->mapped_gpu = gpu;
+    const share_t *share = &step->shares[0];
+    attn_status_t status = may_map(step);
+
+    return status == ATTN_OK
+               ? share->link->ops->map(share->remote, gpu, step->client->gpu_way == ATTN_GPU_MAPPED,
+                                       until_ns, &step->mapped)
+               : status;
+}
+
+static void
+note_way(const attn_step_t *step, const char *reason)
+{
+    for (uint32_t s = 0; s < step->n_shares; s++) {
+        link_note_gpu(step->shares[s].link, reason);
     }
-    return step->way == WAY_STAGED || step->mapped_gpu == gpu
-               ? ATTN_OK
-               : attn_fail(ATTN_ERR_INVALID,
-                           "the tensors are in the memory of GPU %d (-1: the host's), those of the "
-                           "step's first run were in GPU %d's: all runs of a step alike",
-                           gpu, step->mapped_gpu);
+}
+
+/* Which way the step's tensors go: as its first run's. */
+static attn_status_t
+open_way(attn_step_t *step, int gpu, uint64_t until_ns)
+{
+    bool insists         = step->client->gpu_way == ATTN_GPU_MAPPED;
+    attn_status_t status = map_step(step, gpu, insists ? until_ns : 0);
+
+    if (status == ATTN_ERR_DEADLINE && insists) {
+        return attn_fail(status,
+                         "the memory of the worker's GPU was not mapped for GPU %d before the "
+                         "deadline",
+                         gpu);
+    }
+    note_way(step, status == ATTN_OK ? "" : attn_last_error());
+    if (status != ATTN_OK && insists) {
+        return attn_fail_in(ATTN_ERR_UNSUPPORTED,
+                            "gpu_way is mapped, but tensors of GPU %d would go through the host's "
+                            "memory: ",
+                            gpu);
+    }
+    step->way        = status == ATTN_OK ? WAY_MAPPED : WAY_STAGED;
+    step->mapped_gpu = gpu;
+    return ATTN_OK;
+}
+
+/* After that. */
+static attn_status_t
+check_way(const attn_step_t *step, int gpu)
+{
+    if (step->way == WAY_MAPPED && step->mapped_gpu != gpu) {
+        return attn_fail(ATTN_ERR_INVALID,
+                         "the tensors are in the memory of GPU %d (-1: the host's), those of the "
+                         "step's first run were in GPU %d's: all runs of a step alike",
+                         gpu, step->mapped_gpu);
+    }
+    if (step->way == WAY_STAGED && step->mapped_gpu < 0 && gpu >= 0) {
+        note_way(step, "the tensors of the step's first run were in the host's memory");
+        if (step->client->gpu_way == ATTN_GPU_MAPPED) {
+            return attn_fail(ATTN_ERR_UNSUPPORTED,
+                             "gpu_way is mapped, but the tensors of the step's first run were in "
+                             "the host's memory, and those of GPU %d would go through it: all runs "
+                             "of a step alike",
+                             gpu);
+        }
+    }
+    return ATTN_OK;
 }
 
 /* Room for the copy of a tensor. */
@@ -361,23 +406,22 @@ fetch_all(attn_step_t *step, const attn_tensor_t *const tensors[TENSORS],
     return status;
 }
 
-/* Copies of the tensors, on their way here. */
+/* Copies of the tensors, on their way to where the way leads. */
 static attn_status_t
 stage_run(attn_step_t *step, int gpu, const attn_run_t *run,
           const attn_tensor_t *const tensors[TENSORS], attn_run_t *out)
 {
     attn_tensor_t whole[TENSORS];
-    attn_status_t status = settle_way(step, gpu);
+    attn_status_t status = ATTN_OK;
 
-    if (status != ATTN_OK) {
-        return status;
-    }
     if (step->stages != NULL && step->stages->gpu != gpu) {
         step_stages_free(step);
     }
     step->mapped_run = step->way == WAY_MAPPED;
     step->mapped_in = step->mapped_out = 0;
-    status = step->stages == NULL ? stages_take(step->client, gpu, &step->stages) : ATTN_OK;
+    if (step->stages == NULL) {
+        status = stages_take(step->client, gpu, &step->stages);
+    }
     if (status == ATTN_OK) {
         status = stage_all(step, run, tensors, whole, out);
     }
@@ -389,10 +433,48 @@ stage_run(attn_step_t *step, int gpu, const attn_run_t *run,
     return fetch_all(step, tensors, whole);
 }
 
+/* Until the way is open: step_tensors_look(). */
+static void
+put_off(attn_step_t *step, int gpu, const attn_tensor_t *const tensors[TENSORS], attn_run_t *out)
+{
+    const attn_tensor_t **to[TENSORS] = {&out->q, &out->k, &out->v, &out->o};
+
+    for (int i = 0; i < TENSORS; i++) {
+        *to[i] = NULL;
+        if (tensors[i] != NULL) {
+            step->staged_tensors[i] = *tensors[i];
+            *to[i]                  = &step->staged_tensors[i];
+        }
+    }
+    step->mapped_gpu = gpu;
+    step->staging    = true;
+}
+
 attn_status_t
 step_tensors_wait(attn_step_t *step, uint64_t until_ns)
 {
-    return attn_copies_wait(step->stages->copies, until_ns);
+    return step->stages != NULL ? attn_copies_wait(step->stages->copies, until_ns) : ATTN_OK;
+}
+
+attn_status_t
+step_tensors_look(attn_step_t *step)
+{
+    const attn_tensor_t *tensors[TENSORS];
+    attn_run_t run = step->staged_run;
+
+    if (step->staging && step->way == WAY_OPEN) {
+        attn_status_t status = open_way(step, step->mapped_gpu, 0);
+        if (status != ATTN_OK) {
+            return status;
+        }
+        tensors_of(step, &run, tensors);
+        status = stage_run(step, step->mapped_gpu, &run, tensors, &step->staged_run);
+        if (status != ATTN_OK) {
+            step_tensors_wait(step, step->deadline_ns); /* what was queued of them */
+            return status;
+        }
+    }
+    return step_tensors_wait(step, 0);
 }
 
 attn_status_t
@@ -412,8 +494,28 @@ step_tensors_return(attn_step_t *step)
     return status;
 }
 
+/* Of a GPU that is not the worker's, or not in this process. */
+static attn_status_t
+take_copies(attn_step_t *step, int gpu, const attn_run_t *run,
+            const attn_tensor_t *const tensors[TENSORS], bool waits, attn_run_t *out)
+{
+    attn_status_t status = ATTN_OK;
+
+    if (step->way == WAY_OPEN) {
+        status = open_way(step, gpu, waits ? step->deadline_ns : 0);
+        if (status == ATTN_ERR_DEADLINE && !waits) {
+            put_off(step, gpu, tensors, out);
+            return ATTN_OK;
+        }
+    }
+    if (status == ATTN_OK) {
+        status = check_way(step, gpu);
+    }
+    return status == ATTN_OK ? stage_run(step, gpu, run, tensors, out) : status;
+}
+
 attn_status_t
-step_tensors_take(attn_step_t *step, const attn_run_t *run, attn_run_t *out)
+step_tensors_take(attn_step_t *step, const attn_run_t *run, bool waits, attn_run_t *out)
 {
     const attn_tensor_t *tensors[TENSORS];
     int worker = step_gpu(step), gpu;
@@ -425,16 +527,18 @@ step_tensors_take(attn_step_t *step, const attn_run_t *run, attn_run_t *out)
     step->mapped_run = false;
     tensors_of(step, run, tensors);
     attn_status_t status = gpu_of_all(tensors, run->lse, &gpu);
-    if (status != ATTN_OK) {
+    if (status != ATTN_OK || (tensors[TENSOR_Q] == NULL && tensors[TENSOR_K] == NULL)) {
         return status;
     }
     if (gpu < 0) {
-        bool any  = tensors[TENSOR_Q] != NULL || tensors[TENSOR_K] != NULL;
-        step->way = any && step->way == WAY_OPEN ? WAY_STAGED : step->way;
-        return any ? settle_way(step, gpu) : ATTN_OK;
+        if (step->way == WAY_OPEN) {
+            step->way        = WAY_STAGED;
+            step->mapped_gpu = gpu;
+        }
+        return check_way(step, gpu);
     }
     if (gpu != worker) {
-        return stage_run(step, gpu, run, tensors, out);
+        return take_copies(step, gpu, run, tensors, waits, out);
     }
     if ((status = call_of(step, run, tensors, NULL)) == ATTN_OK) {
         step->direct = true;

@@ -119,8 +119,8 @@ struct attn_step {
     bool staged;  /* o and LSE are to go back from there */
     bool mapped_run;                               /* there is the worker's GPU */
     enum { WAY_OPEN, WAY_STAGED, WAY_MAPPED } way; /* as the step's first run went */
-    int mapped_gpu;                                /* whose tensors they are ... */
-    link_mapped_t mapped;                          /* ... and where they go */
+    int mapped_gpu;                                /* whose tensors it had; -1: the host's */
+    link_mapped_t mapped;                          /* where they go */
     uint64_t mapped_in, mapped_out;                /* bytes of it that the run has taken */
     attn_packed_t packed_at[STAGES];               /* the copies of its tensors */
     attn_run_t staged_run;
@@ -180,17 +180,22 @@ int step_gpu(const attn_step_t *step);
 /**
  * Where a run's tensors are. In the host's memory *out is the run; those of a GPU become
  * step->call if its worker can work there (step->direct), else *out names copies of them, which are
- * on their way (step->staging): step_tensors_wait() comes before anything reads them.
+ * on their way (step->staging): step_tensors_wait() comes before anything reads them. Without
+ * `waits` they may not have set out yet: then step_tensors_look() sends them.
  * @return ATTN_ERR_INVALID   some are here and some there
  * @return ATTN_ERR_INTERNAL  the driver refused: the step is over; likewise below
  */
-attn_status_t step_tensors_take(attn_step_t *step, const attn_run_t *run, attn_run_t *out);
+attn_status_t step_tensors_take(attn_step_t *step, const attn_run_t *run, bool waits,
+                                attn_run_t *out);
 
 /** What a run answered goes back where the caller has it: is on its way, too. */
 attn_status_t step_tensors_return(attn_step_t *step);
 
 /** Wait until the tensors are there; 0 looks. @return ATTN_ERR_DEADLINE  they are not */
 attn_status_t step_tensors_wait(attn_step_t *step, uint64_t until_ns);
+
+/** Are they? Those of step->staged_run that were put off set out as soon as they can. */
+attn_status_t step_tensors_look(attn_step_t *step);
 
 /* ---- carrier.c: copies that nobody waits for ---- */
 

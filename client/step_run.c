@@ -452,7 +452,7 @@ step_run_carried(attn_step_t *step, attn_status_t status)
 static attn_status_t
 run_take(attn_step_t *step, const attn_run_t *run, bool waits, attn_run_t *here)
 {
-    attn_status_t status = step_tensors_take(step, run, here);
+    attn_status_t status = step_tensors_take(step, run, waits, here);
 
     if (status == ATTN_OK && step->staging && waits &&
         (status = step_tensors_wait(step, step->deadline_ns)) == ATTN_OK) {

@@ -13,6 +13,8 @@
  *     FAKE_CUDA_UUID       a number: GPUs are others than those of processes with another one
  *     FAKE_CUDA_IPC        what becomes of memory that processes share: "none" lends none, "other"
  *                          hands out keys of other memory
+ *     FAKE_CUDA_STALL      a file: while it is there calls that lend memory, map another process'
+ *                          or give either back do not return, as a driver's may wait for a device
  *
  * Processes share memory by its file, which whoever has the key opens at the one that made it: as
  * with a driver it is there for as long as anybody has it, and cannot be mapped any more when its
@@ -243,6 +245,15 @@ lent_at(struct lent *table, CUdeviceptr at)
     return NULL;
 }
 
+/* Without the lock: other calls go on. */
+static void
+stall(void)
+{
+    while (fake_is_file("FAKE_CUDA_STALL")) {
+        usleep(1000);
+    }
+}
+
 VISIBLE CUresult
 cuMemAlloc(CUdeviceptr *at, size_t bytes)
 {
@@ -260,6 +271,12 @@ cuMemFree(CUdeviceptr at)
 {
     char *page = (char *)at - 4096;
 
+    pthread_mutex_lock(&fake_lock);
+    bool is_lent = lent_at(lent, at) != NULL;
+    pthread_mutex_unlock(&fake_lock);
+    if (is_lent) {
+        stall();
+    }
     pthread_mutex_lock(&fake_lock);
     CUresult result = fake_unsafe("cuMemFree");
     if (result == CUDA_SUCCESS) {
@@ -309,6 +326,7 @@ cuIpcGetMemHandle(CUipcMemHandle *handle, CUdeviceptr at)
     size_t bytes     = *(size_t *)((char *)at - 4096);
     ipc_key_t key    = {.magic = "fakeipc", .pid = getpid(), .bytes = bytes};
 
+    stall();
     pthread_mutex_lock(&fake_lock);
     CUresult result     = fake_unsafe("cuIpcGetMemHandle");
     struct lent *before = lent_at(lent, at), *entry = before != NULL ? before : lent_at(lent, 0);
@@ -370,6 +388,7 @@ cuIpcOpenMemHandle(CUdeviceptr *at, CUipcMemHandle handle, unsigned flags)
     ipc_key_t key;
 
     memcpy(&key, &handle, sizeof(key));
+    stall();
     pthread_mutex_lock(&fake_lock);
     CUresult result = fake_unsafe("cuIpcOpenMemHandle");
     if (result == CUDA_SUCCESS) {
@@ -383,6 +402,7 @@ cuIpcOpenMemHandle(CUdeviceptr *at, CUipcMemHandle handle, unsigned flags)
 VISIBLE CUresult
 cuIpcCloseMemHandle(CUdeviceptr at)
 {
+    stall();
     pthread_mutex_lock(&fake_lock);
     CUresult result    = fake_unsafe("cuIpcCloseMemHandle");
     struct lent *entry = lent_at(maps, at);

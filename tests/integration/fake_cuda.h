@@ -44,6 +44,9 @@ CUresult fake_call(const char *name);
  * such a capture is over, unless the calling thread's mode is "relaxed". */
 CUresult fake_unsafe(const char *name);
 
+/** Does an environment variable name a file that is there? */
+bool fake_is_file(const char *variable);
+
 /** The context of this thread; NULL: it has none. */
 CUcontext fake_context(void);
 

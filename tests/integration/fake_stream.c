@@ -156,8 +156,8 @@ push(ops_t *ops, const op_t *op)
     ops->end   = &copy->next;
 }
 
-static bool
-is_file(const char *variable)
+bool
+fake_is_file(const char *variable)
 {
     const char *path = getenv(variable);
 
@@ -168,7 +168,7 @@ static void
 do_op(const op_t *op)
 {
     if (op->kind == OP_KERNEL && op->kernel->play != NULL && !idle &&
-        getenv("FAKE_CUDA_PLAY") != NULL && !is_file("FAKE_CUDA_IDLE")) {
+        getenv("FAKE_CUDA_PLAY") != NULL && !fake_is_file("FAKE_CUDA_IDLE")) {
         op->kernel->play(op->kernel, op->grid,
                          (void *[]){(void *)op->args[0], (void *)op->args[1]});
     } else if (op->kind == OP_COPY) {
@@ -207,7 +207,7 @@ may_run(const struct CUstream_st *s, op_t *op)
 static void
 pump(void)
 {
-    bool moved = !is_file("FAKE_CUDA_HOLD");
+    bool moved = !fake_is_file("FAKE_CUDA_HOLD");
 
     while (moved) {
         moved = false;

@@ -20,11 +20,13 @@
 #include <unistd.h>
 
 #define PEER_UNSUPPORTED ((CUresult)217)
+#define OUT_OF_MEMORY ((CUresult)2)
 
 static test_cluster_t cluster;
 static const char *self; /* this program */
 static char idle_file[64], hold_file[64];
-static bool same_gpu; /* as ours, of workers to come */
+static char stall_file[64], stall_here_file[64]; /* of workers, and of this process */
+static bool same_gpu;                            /* as ours, of workers to come */
 
 static void
 file_there(const char *path, bool there)
@@ -59,8 +61,10 @@ cluster_with(const cluster_options_t *options)
     o.slab    = "64MiB";
     file_there(idle_file, true); /* a worker that starts measures itself */
     setenv("FAKE_CUDA_UUID", same_gpu ? "0" : "1", 1);
+    setenv("FAKE_CUDA_STALL", stall_file, 1);
     cluster_up(&cluster, &o);
     unsetenv("FAKE_CUDA_UUID");
+    setenv("FAKE_CUDA_STALL", stall_here_file, 1);
     file_there(idle_file, false);
 }
 
@@ -194,6 +198,22 @@ await_gpu_clients(attn_client_t *client, uint32_t n)
         sleep_ms(20);
     }
     assert_int_equal(worker(client).gpu_clients, n);
+}
+
+/* Steps through the host's memory, until that is for this reason; empty: until one is mapped. */
+static void
+steps_until(remote_t *x, attn_memory_t memory, const char *reason)
+{
+    uint64_t end = now_ms() + 10000;
+    ways_t w;
+
+    do {
+        good_step(x, 1, memory);
+        sleep_ms(5);
+        w = ways(x);
+    } while ((reason[0] != '\0' ? strstr(w.reason, reason) == NULL : w.mapped == 0) &&
+             now_ms() < end);
+    assert_ways(x, w.staged, reason[0] != '\0' ? 0 : LAYERS, reason);
 }
 
 /* ---- from GPU to GPU ---- */
@@ -367,10 +387,11 @@ test_of_any_memory(void **state)
     cluster_with(&(cluster_options_t){0});
     remote_open(&x, ATTN_GPU_AUTO);
     good_step(&x, 1, ATTN_MEMORY_AUTO);
-    assert_ways(&x, LAYERS, 0, "");
+    assert_ways(&x, LAYERS, 0, "was not asked for when the step began");
+    steps_until(&x, ATTN_MEMORY_AUTO, "");
     good_step(&x, 1, ATTN_MEMORY_AUTO);
-    good_step(&x, 1, ATTN_MEMORY_AUTO);
-    assert_ways(&x, LAYERS, 2 * LAYERS, "");
+    uint64_t staged = ways(&x).staged;
+    assert_ways(&x, staged, 2 * LAYERS, "");
 
     /* All runs of a step alike: as the first. */
     views_t gpu = gpu_views(x.r, 0), host = views_of(x.r->host[0], o, ATTN_MEMORY_AUTO);
@@ -385,7 +406,18 @@ test_of_any_memory(void **state)
     OK(run(&x, step, 1)); /* through the host, too */
     OK(attn_step_commit(step, NULL));
     compare(x.r, &x.s, 1);
-    assert_ways(&x, LAYERS + 2, 2 * LAYERS + 1, "");
+    assert_ways(&x, staged + 2, 2 * LAYERS + 1, "first run were in the host's memory");
+    remote_close(&x);
+
+    /* Who insists is told so. */
+    remote_open(&x, ATTN_GPU_MAPPED);
+    gpu  = gpu_views(x.r, 0);
+    host = views_of(x.r->host[0], o, ATTN_MEMORY_AUTO);
+    OK(begin_with(x.cache, x.seq, 0, 1, 1, ATTN_MEMORY_AUTO, 0, &step));
+    OK(attn_step_run(step, 0, NULL, &host.k, &host.v, NULL, NULL));
+    assert_says(attn_step_run(step, 0, &gpu.q, NULL, NULL, &gpu.o, NULL), ATTN_ERR_UNSUPPORTED,
+                "alike");
+    attn_step_abort(step);
     remote_close(&x);
     cluster_down(&cluster);
 }
@@ -407,18 +439,24 @@ test_a_gpu_that_is_shared(void **state)
     cluster_with(&(cluster_options_t){0});
     same_gpu = false;
     remote_open(&x, ATTN_GPU_AUTO);
+    steps_until(&x, ATTN_MEMORY_CUDA, "on the same GPU");
     good_step(&x, 64, ATTN_MEMORY_CUDA);
-    assert_ways(&x, LAYERS, 0, "on the same GPU");
+    assert_ways(&x, ways(&x).staged, 0, "on the same GPU");
 
     CU(cuMemAlloc(&rows, MUCH * ROW_KV * 2));
     attn_tensor_t kv = {.data = (void *)rows, .dtype = ATTN_F16, .memory = ATTN_MEMORY_CUDA};
-    for (uint32_t n = MUCH / 2; n <= MUCH; n *= 2) { /* half of a MiB, and all of it */
+    uint64_t end     = now_ms() + 10000;
+    for (uint32_t n = MUCH / 2; n == MUCH / 2 || (ways(&x).mapped == 0 && now_ms() < end);
+         n          = MUCH) { /* half of a MiB, and all of it until that is mapped */
         OK(begin_with(x.cache, x.seq, x.s.length, 0, n, ATTN_MEMORY_CUDA, 0, &step));
         OK(attn_step_run(step, 0, NULL, &kv, &kv, NULL, NULL));
         attn_step_abort(step);
+        assert_true(n == MUCH || strstr(ways(&x).reason, "on the same GPU") != NULL);
     }
     CU(cuMemFree(rows));
-    assert_ways(&x, LAYERS + 1, 1, "on the same GPU");
+    assert_ways(&x, ways(&x).staged, 1, "");
+    good_step(&x, 1, ATTN_MEMORY_CUDA);
+    assert_ways(&x, ways(&x).staged, 1, "on the same GPU");
     remote_close(&x);
     remote_open(&x, ATTN_GPU_MAPPED);
     good_step(&x, 1, ATTN_MEMORY_CUDA);
@@ -437,9 +475,9 @@ without(const cluster_options_t *options, const char *reason)
 
     cluster_with(options);
     remote_open(&x, ATTN_GPU_AUTO);
-    good_step(&x, 2, ATTN_MEMORY_CUDA);
+    steps_until(&x, ATTN_MEMORY_CUDA, reason);
     good_step(&x, 64, ATTN_MEMORY_CUDA);
-    assert_ways(&x, 2 * LAYERS, 0, reason);
+    assert_ways(&x, ways(&x).staged, 0, reason);
     remote_close(&x);
 
     remote_open(&x, ATTN_GPU_MAPPED);
@@ -457,7 +495,6 @@ test_a_worker_that_lends_none(void **state)
 {
     (void)state;
     without(&(cluster_options_t){.gpu_lend = "0"}, "lends no memory of a GPU");
-    without(&(cluster_options_t){.gpu_lend = "8MiB"}, "above gpu-lend");
     without(&(cluster_options_t){.device = "cpu"}, "lends no memory of a GPU");
     if (fake.count != NULL) {
         setenv("FAKE_CUDA_IPC", "none", 1);
@@ -480,15 +517,50 @@ test_a_client_that_cannot_map(void **state)
     cluster_with(&(cluster_options_t){0});
     remote_open(&x, ATTN_GPU_AUTO);
     fake.spoil("cuIpcOpenMemHandle", PEER_UNSUPPORTED, 1);
+    steps_until(&x, ATTN_MEMORY_CUDA, "cannot reach each other's memory");
+    sleep_ms(1100); /* which is not tried again */
     good_step(&x, 2, ATTN_MEMORY_CUDA);
     good_step(&x, 2, ATTN_MEMORY_CUDA);
-    assert_ways(&x, 2 * LAYERS, 0, "cannot reach each other's memory");
+    assert_ways(&x, ways(&x).staged, 0, "cannot reach each other's memory");
+    remote_close(&x);
+    remote_open(&x, ATTN_GPU_AUTO);
+    fake.spoil("cuIpcOpenMemHandle", OUT_OF_MEMORY, 1);
+    steps_until(&x, ATTN_MEMORY_CUDA, "CUDA error 2");
+    steps_until(&x, ATTN_MEMORY_CUDA, ""); /* this is */
     remote_close(&x);
     remote_open(&x, ATTN_GPU_STAGED);
+    await_gpu_clients(x.client, 0);
     good_step(&x, 2, ATTN_MEMORY_CUDA);
-    assert_ways(&x, LAYERS, 0, "");
+    assert_ways(&x, LAYERS, 0, "gpu_way is staged");
     assert_int_equal(worker(x.client).gpu_clients, 0); /* it was not asked for */
     remote_close(&x);
+    cluster_down(&cluster);
+}
+
+/* All that the worker may lend is lent: who is refused asks again. */
+static void
+test_memory_that_is_lent_already(void **state)
+{
+    remote_t x, y;
+
+    (void)state;
+    if (fake.count == NULL) {
+        return; /* they may share a GPU */
+    }
+    cluster_with(&(cluster_options_t){.gpu_lend = "32MiB"}); /* as a slab */
+    remote_open(&x, ATTN_GPU_MAPPED);
+    good_step(&x, 1, ATTN_MEMORY_CUDA);
+    y        = (remote_t){.r = x.r, .s = sequence_new(x.r)};
+    y.client = client_with(ATTN_GPU_AUTO);
+    open_cache(y.client, &y.cache);
+    OK(attn_seq_create(y.cache, NULL, &y.seq));
+    steps_until(&y, ATTN_MEMORY_CUDA, "above gpu-lend");
+    attn_cache_close(x.cache);
+    attn_client_close(x.client);
+    await_gpu_clients(y.client, 0);
+    steps_until(&y, ATTN_MEMORY_CUDA, "");
+    await_gpu_clients(y.client, 1);
+    remote_close(&y);
     cluster_down(&cluster);
 }
 
@@ -577,6 +649,95 @@ test_a_device_that_stands_still(void **state)
     cluster_down(&cluster);
 }
 
+/* Its driver does not return from a call that takes memory to be lent: no step waits for that, but
+ * one whose client insists, and nothing else of the worker's. */
+static void
+test_a_driver_that_stands_still(void **state)
+{
+    remote_t x, y;
+    attn_step_t *step;
+
+    (void)state;
+    if (fake.hold == NULL) {
+        return;
+    }
+    cluster_with(&(cluster_options_t){0});
+    remote_open(&x, ATTN_GPU_AUTO);
+    file_there(stall_file, true);
+    for (uint32_t i = 0; i < 3; i++) {
+        uint64_t start = now_ms();
+        good_step(&x, 1, ATTN_MEMORY_CUDA);
+        assert_true(now_ms() - start < 1000);
+        assert_non_null(strstr(ways(&x).reason, "did not say yet"));
+    }
+    y        = (remote_t){.r = x.r, .s = sequence_new(x.r)};
+    y.client = client_with(ATTN_GPU_MAPPED);
+    open_cache(y.client, &y.cache);
+    OK(attn_seq_create(y.cache, NULL, &y.seq));
+    OK(begin_with(y.cache, y.seq, 0, 1, 1, ATTN_MEMORY_CUDA, 4000, &step));
+    assert_says(run(&y, step, 0), ATTN_ERR_UNSUPPORTED, "did not say yet");
+    attn_step_abort(step);
+    attn_cache_close(y.cache);
+    attn_client_close(y.client); /* and its worker finds nobody to lend to */
+    good_step(&x, 1, ATTN_MEMORY_CUDA);
+    file_there(stall_file, false);
+    steps_until(&x, ATTN_MEMORY_CUDA, "");
+    await_gpu_clients(x.client, 1);
+    remote_close(&x);
+    cluster_down(&cluster);
+}
+
+/* The client's, when it maps that memory: who submits a run does not wait for it, nor any step of a
+ * client that does not insist. */
+static void
+test_a_map_that_is_late(void **state)
+{
+    remote_t x;
+    attn_step_t *step;
+    atomic_int done = 0;
+
+    (void)state;
+    if (fake.hold == NULL) {
+        return;
+    }
+    cluster_with(&(cluster_options_t){0});
+    remote_open(&x, ATTN_GPU_MAPPED);
+    draw(x.r, 2);
+    send(x.r);
+    OK(begin_with(x.cache, x.seq, 0, 2, 2, ATTN_MEMORY_CUDA, 0, &step));
+    attn_step_abort(step); /* it is lent */
+    file_there(stall_here_file, true);
+    for (uint32_t i = 0; i < 2; i++) { /* the first ends by its deadline */
+        OK(begin_with(x.cache, x.seq, 0, 2, 2, ATTN_MEMORY_CUDA, i == 0 ? 2000 : 0, &step));
+        views_t t      = gpu_views(x.r, 0);
+        uint64_t start = now_ms();
+        OK(attn_step_submit(step, 0, &t.q, &t.k, &t.v, &t.o, (float *)x.r->lse[0], count_done,
+                            &done));
+        assert_true(now_ms() - start < 1000);
+        if (i == 0) {
+            await_count(&done, 1000);
+            assert_true(now_ms() - start < 2000 + 1000);
+            attn_step_abort(step);
+        }
+    }
+    assert_int_equal(atomic_load(&done), 1000);
+    file_there(stall_here_file, false);
+    await_count(&done, 1001);
+    OK(run(&x, step, 1));
+    OK(attn_step_commit(step, NULL));
+    compare(x.r, &x.s, 2);
+    assert_ways(&x, 0, LAYERS, "");
+    remote_close(&x);
+
+    remote_open(&x, ATTN_GPU_AUTO);
+    file_there(stall_here_file, true);
+    steps_until(&x, ATTN_MEMORY_CUDA, "is not mapped for GPU 0 yet");
+    file_there(stall_here_file, false);
+    steps_until(&x, ATTN_MEMORY_CUDA, "");
+    remote_close(&x);
+    cluster_down(&cluster);
+}
+
 /* The client's does: nobody else gets the place that its copies go to. */
 static void
 test_copies_that_are_late(void **state)
@@ -591,19 +752,21 @@ test_copies_that_are_late(void **state)
     cluster_with(&(cluster_options_t){0});
     remote_open(&x, ATTN_GPU_MAPPED);
     send(x.r);
+    OK(begin_with(x.cache, x.seq, 0, 2, 2, ATTN_MEMORY_CUDA, 0, &step));
+    attn_step_abort(step);             /* it is lent */
     for (uint32_t i = 0; i < 2; i++) { /* what was lent is looked at by copies, too */
-        OK(begin_with(x.cache, x.seq, 0, 2, 2, ATTN_MEMORY_CUDA, 300, &step));
+        OK(begin_with(x.cache, x.seq, 0, 2, 2, ATTN_MEMORY_CUDA, 1000, &step));
         fake.hold_all(1);
         uint64_t start = now_ms();
-        assert_says(run(&x, step, 0), ATTN_ERR_DEADLINE, "did not end before the deadline");
-        assert_true(now_ms() - start < 300 + 250);
+        assert_says(run(&x, step, 0), ATTN_ERR_DEADLINE, "before the deadline");
+        assert_true(now_ms() - start < 1000 + 1000);
         attn_step_abort(step);
     }
     fake.hold_all(0);
     good_step(&x, 2, ATTN_MEMORY_CUDA);
     uint64_t lost = ways(&x).slabs_lost;
 
-    OK(begin_with(x.cache, x.seq, 2, 2, 2, ATTN_MEMORY_CUDA, 300, &step));
+    OK(begin_with(x.cache, x.seq, 2, 2, 2, ATTN_MEMORY_CUDA, 1000, &step));
     fake.hold_all(1);
     assert_says(run(&x, step, 0), ATTN_ERR_DEADLINE, "did not end before the deadline");
     attn_step_abort(step);
@@ -614,7 +777,7 @@ test_copies_that_are_late(void **state)
     await_gpu_clients(x.client, 1);
 
     /* The client may close while copies are late: their memory is there until they ended. */
-    OK(begin_with(x.cache, x.seq, 4, 2, 2, ATTN_MEMORY_CUDA, 300, &step));
+    OK(begin_with(x.cache, x.seq, 4, 2, 2, ATTN_MEMORY_CUDA, 1000, &step));
     fake.hold_all(1);
     assert_says(run(&x, step, 0), ATTN_ERR_DEADLINE, "did not end before the deadline");
     attn_step_abort(step);
@@ -645,11 +808,15 @@ test_a_worker_that_is_killed(void **state)
     OK(begin_with(x.cache, x.seq, 2, 2, 2, ATTN_MEMORY_CUDA, 4000, &step));
     OK(run(&x, step, 0));
     uint64_t start = now_ms();
+    file_there(stall_here_file, true);
     process_kill(&cluster.workers[0]);
     attn_status_t status = run(&x, step, 1);
     assert_true(status != ATTN_OK);
     assert_true(now_ms() - start < 4250);
     attn_step_abort(step);
+    assert_true(now_ms() - start < 4250 + 1000); /* while the driver may wait to unmap */
+    (void)worker(x.client);
+    file_there(stall_here_file, false);
     remote_close(&x); /* nothing is left mapped */
     cluster_down(&cluster);
 }
@@ -718,9 +885,12 @@ main(int argc, char **argv)
         cmocka_unit_test(test_a_gpu_that_is_shared),
         cmocka_unit_test(test_a_worker_that_lends_none),
         cmocka_unit_test(test_a_client_that_cannot_map),
+        cmocka_unit_test(test_memory_that_is_lent_already),
         cmocka_unit_test(test_a_way_that_is_none),
         cmocka_unit_test(test_a_worker_that_stops),
         cmocka_unit_test(test_a_device_that_stands_still),
+        cmocka_unit_test(test_a_driver_that_stands_still),
+        cmocka_unit_test(test_a_map_that_is_late),
         cmocka_unit_test(test_copies_that_are_late),
         cmocka_unit_test(test_a_worker_that_is_killed),
         cmocka_unit_test(test_two_clients_one_is_killed),
@@ -734,9 +904,14 @@ main(int argc, char **argv)
     snprintf(idle_file, sizeof(idle_file), "/tmp/attn-mapped-idle-%d", (int)getpid());
     snprintf(hold_file, sizeof(hold_file), "/tmp/attn-mapped-hold-%d", (int)getpid());
     setenv("FAKE_CUDA_IDLE", idle_file, 1);
+    snprintf(stall_file, sizeof(stall_file), "/tmp/attn-mapped-stall-%d", (int)getpid());
+    snprintf(stall_here_file, sizeof(stall_here_file), "/tmp/attn-mapped-here-%d", (int)getpid());
     setenv("FAKE_CUDA_HOLD", hold_file, 1);
+    setenv("FAKE_CUDA_STALL", stall_here_file, 1);
     int skipped = runner_driver();
     unlink(idle_file);
+    unlink(stall_file);
+    unlink(stall_here_file);
     return skipped != 0 ? skipped
                         : cmocka_run_group_tests_name("integration.mapped", tests, NULL, NULL);
 }
