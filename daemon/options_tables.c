@@ -2,6 +2,7 @@
 
 #include "base/status.h"
 #include "kernels/kernels.h"
+#include "kernels/memory.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -173,13 +174,28 @@ check_device(const char *device, uint64_t slab)
 static attn_status_t
 check_ucx(const worker_options_t *options)
 {
-    return options->ucx_memory == 0 || options->ucx_slab <= options->ucx_memory
-               ? ATTN_OK
-               : attn_fail(ATTN_ERR_INVALID,
-                           "--ucx-slab is %llu bytes, for one client, and --ucx-memory %llu, for "
-                           "all of them: make it as much at least, or 0 to lend none",
-                           (unsigned long long)options->ucx_slab,
-                           (unsigned long long)options->ucx_memory);
+    bool gpu = strncmp(options->device, "cpu", 3) != 0;
+
+    if (options->ucx_memory == 0) {
+        return ATTN_OK;
+    }
+    if (options->ucx_slab > options->ucx_memory) {
+        return attn_fail(ATTN_ERR_INVALID,
+                         "--ucx-slab is %llu bytes, for one client, and --ucx-memory %llu, for all "
+                         "of them: make it as much at least, or 0 to lend none",
+                         (unsigned long long)options->ucx_slab,
+                         (unsigned long long)options->ucx_memory);
+    }
+    if (gpu && options->gpu_lend > 0 && attn_shared_takes(options->ucx_slab) > options->gpu_lend) {
+        return attn_fail(ATTN_ERR_INVALID,
+                         "--ucx-slab is %llu bytes, for one client, of which a GPU lends %llu, and "
+                         "--gpu-lend %llu, for all of them: make it as much at least, or 0 to lend "
+                         "none",
+                         (unsigned long long)options->ucx_slab,
+                         (unsigned long long)attn_shared_takes(options->ucx_slab),
+                         (unsigned long long)options->gpu_lend);
+    }
+    return ATTN_OK;
 }
 
 /* Messages of UCX's are not encrypted, and its ports take them from anybody. */

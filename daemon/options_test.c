@@ -289,6 +289,9 @@ test_rules_over_several_options(void **state)
                    "--ucx-slab is 2097152 bytes", "--ucx-memory 1048576");
     assert_refused(&worker_option_set, ARGS("--ucx-memory=31MiB"), "--ucx-slab is 33554432 bytes",
                    "0 to lend none");
+    assert_refused(&worker_option_set,
+                   ARGS("--device=cuda", "--ucx-slab=33MiB", "--gpu-lend=33MiB"),
+                   "--ucx-slab is 34603008 bytes", "--gpu-lend 34603008");
     assert_refused(&worker_option_set, ARGS("--ucx-slab=65535"), "--ucx-slab", "64KiB");
     assert_int_equal(parse(&worker_option_set, &values, ARGS("--ucx-memory=0")), ATTN_OK);
     assert_int_equal(parse(&worker_option_set, &values, ARGS("--ucx-memory=32MiB")), ATTN_OK);
