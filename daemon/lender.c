@@ -15,6 +15,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#define GPU_WAIT_NS (5000 * ATTN_NS_PER_MS) /* for what a GPU has still to do, at the end */
+
 struct lender {
     steps_t *steps;
     lender_options_t options;
@@ -666,7 +668,10 @@ lender_destroy(lender_t *lender)
     if (lender != NULL) {
         ucx_crew_destroy(lender->crew);
         ucx_crew_destroy(lender->far);
-        attn_errands_settle(UINT64_MAX); /* which work with what goes here */
+        if (!attn_errands_settle(attn_now_ns() + GPU_WAIT_NS)) {
+            return; /* a GPU stands still: what its errands work with stays until the process ends
+                     */
+        }
         lender_gpu_destroy(lender->gpu);
         pthread_mutex_destroy(&lender->lock);
         free(lender);

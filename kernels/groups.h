@@ -8,8 +8,8 @@
  * finishes its share: rank g of G rows [R g / G, R (g + 1) / G) of all R, which follow each other
  * entry by entry, query by query, head by head.
  *
- * All ranks make the same exchanges, in the same order, one at a time. A rank that has nothing to
- * give takes part, too: otherwise the others wait for it, until they are told to give up.
+ * All ranks make the same exchanges, in the same order, one at a time. Whoever stays away is waited
+ * for, until the others' limit or until they are told to give up.
  */
 #ifndef ATTN_KERNELS_GROUPS_H
 #define ATTN_KERNELS_GROUPS_H
@@ -130,8 +130,9 @@ typedef struct attn_group_ops {
     attn_status_t (*prove)(attn_group_t *group, const uint32_t *rows, uint32_t sizes,
                            uint64_t until_ns, double *seconds);
 
-    /** Have all exchanges of this rank end, the one that is being made and those to come, and with
-     * them those of the others. Any thread; waits for nobody. */
+    /** Have all exchanges of this rank end, the one that is being made and those to come. One that
+     * is being made, or comes, tells the other ranks; else they learn it when the group is closed
+     * or reach their limit. Any thread; waits for nobody. */
     void (*abort)(attn_group_t *group);
 
     /** Others are told that this rank comes no more, and what it has mapped of them goes. May wait

@@ -23,8 +23,9 @@ struct copier_reader {
     rpc_call_t *call;
     engine_export_t what; /* it asked for last */
     bool asked;
-    bool waits, served,
-        closed; /* for room, with a turn; by copier_serve_waiting(), now; or is over */
+    bool waits;  /* for room, with a turn */
+    bool served; /* by copier_serve_waiting(), now */
+    bool closed; /* is over */
     uint64_t turn;
     ucx_slot_t *slots[SLOTS_MAX];
     uint32_t n_slots;

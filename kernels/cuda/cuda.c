@@ -5,9 +5,10 @@
  *     driver.c    libcuda at run time; module.c  the embedded kernels
  *     image.c     a plan as tables for the device; image_blocks.c  what lists leave of it
  *     attend.c    one layer of a step: upload, launches, answer
- *     attend.cu   for requests of few rows, and of any on devices without wgmma; prefill.cu for
- * others store.c     append, compare, read, move, copy track.c     the same without the host, on
- * streams of callers, for graphs group.c     partials between the GPUs of a host (exchange.h)
+ *     attend.cu   of few rows, and of any on devices without wgmma; prefill.cu  of many
+ *     store.c     append, compare, read, move, copy
+ *     track.c     layers without the host, on streams of callers, for graphs
+ *     group.c     partials between the GPUs of a host (exchange.h)
  *     groups.c    the same as workers use it
  *     *.cu        the kernels; image.h, store.h, exchange.h, device.cuh: what they share
  *
