@@ -28,15 +28,7 @@ track_free(attn_track_t *t)
 {
     const cuda_driver_t *cu = t->backend->cu;
 
-    if (t->ready != NULL) {
-        cu->cuEventDestroy(t->ready);
-    }
-    if (t->done != NULL) {
-        cu->cuEventDestroy(t->done);
-    }
-    if (t->stream != NULL) {
-        cu->cuStreamDestroy(t->stream);
-    }
+    cuda_order_close(&t->order);
     if (t->host != NULL) {
         cu->cuMemFreeHost(t->host);
     }
@@ -134,12 +126,11 @@ take_memory(attn_track_t *t)
 
     if ((status = CUDA_CALL(cuMemAlloc(&t->device, t->bytes))) != ATTN_OK ||
         (status = CUDA_CALL(cuMemHostAlloc((void **)&t->host, t->sent, 0))) != ATTN_OK ||
-        (status = CUDA_CALL(cuStreamCreate(&t->stream, CU_STREAM_NON_BLOCKING))) != ATTN_OK ||
-        (status = CUDA_CALL(cuEventCreate(&t->ready, CU_EVENT_DISABLE_TIMING))) != ATTN_OK) {
+        (status = cuda_order_open(&t->order)) != ATTN_OK) {
         return attn_fail_in(status,
                             "%llu bytes for a step on a stream: ", (unsigned long long)t->bytes);
     }
-    return CUDA_CALL(cuEventCreate(&t->done, CU_EVENT_DISABLE_TIMING));
+    return ATTN_OK;
 }
 
 /* A track that such images fit on, in no list. */
@@ -259,7 +250,7 @@ sweep(cuda_backend_t *backend, const uint64_t *cache, uint32_t spares)
     while (going != NULL) {
         attn_track_t *t = going;
         going           = t->next;
-        backend->cu->cuStreamSynchronize(t->stream); /* nothing, unless clear() failed */
+        backend->cu->cuStreamSynchronize(t->order.stream); /* nothing, unless clear() failed */
         track_free(t);
     }
 }
@@ -329,11 +320,12 @@ send_tables(attn_track_t *t, const attn_track_step_t *step, cuda_image_t *images
     /* The head last: with the step's serial there all else is the step's, too. */
     uint64_t rest = sizeof(head);
     if ((status = CUDA_CALL(cuMemcpyHtoDAsync(t->device + rest, t->host + rest, t->sent - rest,
-                                              t->stream))) != ATTN_OK ||
-        (status = CUDA_CALL(cuMemcpyHtoDAsync(t->device, t->host, rest, t->stream))) != ATTN_OK) {
+                                              t->order.stream))) != ATTN_OK ||
+        (status = CUDA_CALL(cuMemcpyHtoDAsync(t->device, t->host, rest, t->order.stream))) !=
+            ATTN_OK) {
         return status;
     }
-    return CUDA_CALL(cuEventRecord(t->ready, t->stream));
+    return cuda_order_ready(&t->order);
 }
 
 /* What there is of images, built. */
@@ -367,9 +359,7 @@ take_on(cuda_backend_t *backend, const attn_track_step_t *step, const track_shap
     pthread_mutex_lock(&backend->lock);
     t->serial = ++backend->last_serial;
     pthread_mutex_unlock(&backend->lock);
-    t->queued     = false;
-    t->replaying  = false;
-    t->lost       = false;
+    cuda_order_anew(&t->order);
     t->clearing   = false;
     t->marks_come = false;
     if ((status = send_tables(t, step, images)) != ATTN_OK) {
@@ -419,7 +409,7 @@ static void
 fill(attn_track_t *t, CUdeviceptr at, uint8_t byte, uint64_t n)
 {
     if (n > 0) {
-        t->backend->cu->cuMemsetD8Async(at, byte, n, t->stream);
+        t->backend->cu->cuMemsetD8Async(at, byte, n, t->order.stream);
     }
 }
 
@@ -448,7 +438,7 @@ track_clear(attn_track_t *t, uint64_t until_ns)
 
     if (!t->clearing && visit.status == ATTN_OK) {
         fill_tables(t);
-        t->lost = CUDA_CALL(cuEventRecord(t->ready, t->stream)) != ATTN_OK;
+        t->order.lost = cuda_order_ready(&t->order) != ATTN_OK;
     }
     t->clearing = true;
     return track_wait(t, attn_max(until_ns, soon));

@@ -5,6 +5,7 @@
 #define ATTN_KERNELS_CUDA_TRACK_INT_H
 
 #include "kernels/cuda/cuda_int.h"
+#include "kernels/cuda/order.h"
 #include "kernels/cuda/store.h"
 
 /** What steps of a track have in common: graphs hold it. */
@@ -37,13 +38,9 @@ struct attn_track {
     attn_workspace_t *views; /* [n_plans]: a plan's tables, and the memory that all share */
     cuda_block_t *blocks;    /* [n_plans]: of a view; where its tables begin */
 
-    CUstream stream;        /* our own */
-    CUevent ready, done;    /* the tables are there, or cleared; what was queued last has run */
-    CUstream last;          /* that something was queued on, if ... */
-    bool queued, replaying; /* ... anything was; before() was, and after() not yet */
-    bool lost;              /* something was queued that no event tells of */
-    bool clearing;          /* and what clears the tables was, too */
-    bool marks_come;        /* behind what was queued last the marks come back, too */
+    cuda_order_t order;
+    bool clearing;   /* what clears the tables was queued */
+    bool marks_come; /* behind what was queued last the marks come back, too */
 };
 
 /** Bytes of ours to their place, on our own stream: what waits on the legacy one would break off

@@ -6,86 +6,18 @@
 #include "kernels/cuda/track_int.h"
 
 #include "base/checked.h"
-#include "base/clock.h"
 #include "base/status.h"
-
-#include <sched.h>
-#include <time.h>
 
 #define THREADS 256u
 #define CTAS_OF_PROCESSOR 4u
 
-/* How long wait() looks without a pause, and how long its pauses are. */
-#define SPIN_NS (100 * ATTN_NS_PER_US)
-#define PAUSE_NS 20000
-
 /* ---- order ---- */
-
-/* What comes next on the stream finds the tables, and what was queued before is over: also where it
- * was on a stream of this handle, which may be another's by now, or another one on each thread. */
-static attn_status_t
-follow(attn_track_t *t, CUstream stream)
-{
-    attn_status_t status = CUDA_CALL(cuStreamWaitEvent(stream, t->ready, 0));
-
-    if (status == ATTN_OK && t->queued) {
-        status = CUDA_CALL(cuStreamWaitEvent(stream, t->done, 0));
-    }
-    return status;
-}
-
-/* All that the stream has now is the step's. Where that cannot be noted nobody knows of it. */
-static attn_status_t
-note(attn_track_t *t, CUstream stream)
-{
-    attn_status_t status = CUDA_CALL(cuEventRecord(t->done, stream));
-
-    t->queued = true;
-    t->last   = stream;
-    t->lost   = t->lost || status != ATTN_OK;
-    return status;
-}
 
 /* The driver marks the legacy stream by NULL; events follow it as any other. */
 static CUstream
 stream_of(const attn_track_t *t, const attn_track_call_t *call)
 {
-    return call->own_stream ? t->stream : (CUstream)call->stream;
-}
-
-static attn_status_t
-is_captured(CUstream stream, bool *captured_p)
-{
-    CUstreamCaptureStatus capturing = CU_STREAM_CAPTURE_STATUS_NONE;
-    attn_status_t status            = CUDA_CALL(cuStreamIsCapturing(stream, &capturing));
-
-    *captured_p = capturing != CU_STREAM_CAPTURE_STATUS_NONE;
-    return status;
-}
-
-/* What is lost has no place in any order. */
-static attn_status_t
-check_lost(const attn_track_t *t)
-{
-    return !t->lost ? ATTN_OK
-                    : attn_fail(ATTN_ERR_INTERNAL,
-                                "the driver recorded no event behind what was queued before: only "
-                                "commit and abort can wait for it");
-}
-
-/* Around the launch of a graph nothing is captured: an event recorded there would be the graph's,
- * and say nothing of the stream; one waited for would end the capture. */
-static attn_status_t
-check_launch(const attn_track_t *t, CUstream stream, const char *call)
-{
-    bool captured;
-    attn_status_t status = check_lost(t);
-
-    if (status != ATTN_OK || (status = is_captured(stream, &captured)) != ATTN_OK) {
-        return status;
-    }
-    return !captured ? ATTN_OK
-                     : attn_fail(ATTN_ERR_INVALID, "%s: the stream is being captured", call);
+    return call->own_stream ? t->order.stream : (CUstream)call->stream;
 }
 
 attn_status_t
@@ -94,16 +26,7 @@ track_before(attn_track_t *t, void *stream)
     CUDA_VISIT(t->backend);
     attn_status_t status = visit.status;
 
-    if (status == ATTN_OK && t->replaying && t->last != (CUstream)stream) {
-        return attn_fail(ATTN_ERR_BUSY, "a graph of this step is launched on another stream: "
-                                        "attn_step_replayed() comes first");
-    }
-    if (status == ATTN_OK && (status = check_launch(t, stream, "attn_step_replay()")) == ATTN_OK) {
-        status = follow(t, stream);
-    }
-    if (status == ATTN_OK) {
-        t->replaying  = true;
-        t->last       = stream;
+    if (status == ATTN_OK && (status = cuda_order_before(&t->order, stream)) == ATTN_OK) {
         t->marks_come = false;
     }
     return status;
@@ -113,92 +36,16 @@ attn_status_t
 track_after(attn_track_t *t, void *stream)
 {
     CUDA_VISIT(t->backend);
-    attn_status_t status = visit.status;
 
-    if (status == ATTN_OK && (!t->replaying || t->last != (CUstream)stream)) {
-        return attn_fail(ATTN_ERR_INVALID,
-                         "attn_step_replayed() is for the stream of the attn_step_replay() before");
-    }
-    if (status != ATTN_OK ||
-        (status = check_launch(t, stream, "attn_step_replayed()")) != ATTN_OK) {
-        return status;
-    }
-    t->replaying = false;
-    return note(t, stream);
-}
-
-/* An error says that nothing runs on only if it is one that stays. After any other nobody knows. */
-static bool
-is_over(attn_track_t *t, CUevent event)
-{
-    CUresult result = t->backend->cu->cuEventQuery(event);
-
-    if (result != CUDA_ERROR_NOT_READY && cuda_check(result, "cuEventQuery") != ATTN_OK) {
-        t->lost = true;
-    }
-    return result == CUDA_SUCCESS;
-}
-
-/* after() was never called: what the stream has now is waited for, when it is not captured. */
-static bool
-end_replay(attn_track_t *t)
-{
-    bool captured        = false;
-    attn_status_t status = is_captured(t->last, &captured);
-
-    if (status == ATTN_OK && captured) {
-        return false;
-    }
-    t->replaying = false;
-    if (status == ATTN_OK && t->last != CU_STREAM_PER_THREAD) {
-        note(t, t->last);
-    } else {
-        t->lost = true; /* it may be gone, or another thread's */
-    }
-    return true;
-}
-
-/* Has all ended? What events do not tell of is waited for, with everything else that the device
- * has: a last resort, without a bound, after a driver that failed or a stream that went too soon.
- */
-static bool
-look(attn_track_t *t)
-{
-    if (t->replaying && !end_replay(t)) {
-        return false;
-    }
-    if (!t->lost && is_over(t, t->ready) && (!t->queued || is_over(t, t->done))) {
-        return true;
-    }
-    if (t->lost && CUDA_CALL(cuCtxSynchronize()) == ATTN_OK) {
-        t->lost   = false;
-        t->queued = false;
-        return true;
-    }
-    return cuda_broken() != NULL;
+    return visit.status == ATTN_OK ? cuda_order_after(&t->order, stream) : visit.status;
 }
 
 bool
 track_wait(attn_track_t *t, uint64_t until_ns)
 {
-    uint64_t start = attn_now_ns();
     CUDA_VISIT(t->backend);
 
-    if (visit.status != ATTN_OK) {
-        return true;
-    }
-    while (!look(t)) {
-        uint64_t now = attn_now_ns();
-        if (now >= until_ns) {
-            return false;
-        }
-        if (now - start < SPIN_NS) {
-            sched_yield();
-        } else {
-            nanosleep(&(struct timespec){.tv_nsec = PAUSE_NS}, NULL);
-        }
-    }
-    return true;
+    return visit.status != ATTN_OK || cuda_order_wait(&t->order, until_ns);
 }
 
 /* ---- a layer ---- */
@@ -321,8 +168,9 @@ launch_attend(const attn_track_t *t, uint32_t plan, const attn_track_call_t *cal
 static attn_status_t
 bring_marks(attn_track_t *t)
 {
-    attn_status_t status = CUDA_CALL(cuMemcpyDtoHAsync(t->host + t->marks, t->device + t->marks,
-                                                       t->layers * sizeof(cuda_mark_t), t->stream));
+    attn_status_t status =
+        CUDA_CALL(cuMemcpyDtoHAsync(t->host + t->marks, t->device + t->marks,
+                                    t->layers * sizeof(cuda_mark_t), t->order.stream));
 
     t->marks_come = status == ATTN_OK;
     return status;
@@ -337,16 +185,16 @@ track_enqueue(attn_track_t *t, const attn_track_call_t *call)
     CUDA_VISIT(t->backend);
 
     if (status != ATTN_OK || (status = visit.status) != ATTN_OK ||
-        (status = check_lost(t)) != ATTN_OK ||
-        (status = is_captured(stream, &captures)) != ATTN_OK) {
+        (status = cuda_order_check(&t->order)) != ATTN_OK ||
+        (status = cuda_is_captured(stream, &captures)) != ATTN_OK) {
         return status;
     }
     t->captured = t->captured || captures;
-    if (!captures && t->replaying) {
+    if (!captures && t->order.replaying) {
         return attn_fail(ATTN_ERR_BUSY, "a graph of this step is being launched: "
                                         "attn_step_replayed() comes before further layers");
     }
-    if (!captures && (status = follow(t, stream)) != ATTN_OK) {
+    if (!captures && (status = cuda_order_follow(&t->order, stream)) != ATTN_OK) {
         return status;
     }
     if (t->shape.n_rows > 0) {
@@ -360,7 +208,7 @@ track_enqueue(attn_track_t *t, const attn_track_call_t *call)
         status = bring_marks(t);
     }
     if (!captures) { /* of what failed a part may run */
-        attn_status_t noted = note(t, stream);
+        attn_status_t noted = cuda_order_note(&t->order, stream);
         status              = status == ATTN_OK ? noted : status;
     }
     return status;
@@ -371,9 +219,10 @@ track_enqueue(attn_track_t *t, const attn_track_call_t *call)
 attn_status_t
 track_send(attn_track_t *t, uint64_t to, const void *from, uint64_t bytes)
 {
-    attn_status_t status = CUDA_CALL(cuMemcpyHtoDAsync(t->device + to, from, bytes, t->stream));
+    attn_status_t status =
+        CUDA_CALL(cuMemcpyHtoDAsync(t->device + to, from, bytes, t->order.stream));
 
-    return status == ATTN_OK ? CUDA_CALL(cuStreamSynchronize(t->stream)) : status;
+    return status == ATTN_OK ? CUDA_CALL(cuStreamSynchronize(t->order.stream)) : status;
 }
 
 /* A layer that went wrong: told, and as if nothing had been queued of it. */
@@ -416,7 +265,7 @@ track_results(attn_track_t *t, uint8_t *stored)
         return status;
     }
     if (!t->marks_come && ((status = bring_marks(t)) != ATTN_OK ||
-                           (status = CUDA_CALL(cuStreamSynchronize(t->stream))) != ATTN_OK)) {
+                           (status = CUDA_CALL(cuStreamSynchronize(t->order.stream))) != ATTN_OK)) {
         return status;
     }
     t->marks_come           = false;
