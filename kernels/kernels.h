@@ -259,6 +259,16 @@ typedef struct attn_track_call {
     bool own_stream;          /**< `stream` is not looked at: the track's own */
 } attn_track_call_t;
 
+/** Where the layers of a step come from that a runner's device drives (lane.h), and their answers
+ * go to: memory that both devices have. */
+typedef struct attn_track_lane {
+    uint8_t *at;
+    uint64_t bytes;
+    uint32_t first;    /**< the number of layer 0; those of others follow; not 0 */
+    bool lse;          /**< answers have the LSE behind O */
+    uint64_t limit_ns; /**< for waits, from now on */
+} attn_track_lane_t;
+
 /** A backend's tracks. Calls for one track are made one at a time. */
 typedef struct attn_track_ops {
     /**
@@ -282,6 +292,21 @@ typedef struct attn_track_ops {
      * @return ATTN_ERR_INVALID  a pointer or stride that the device cannot work with
      */
     attn_status_t (*enqueue)(attn_track_t *track, const attn_track_call_t *call);
+
+    /**
+     * Queue the whole step, all its layers in order, on a stream of the backend's: each waits for a
+     * runner's device, stores, attends and answers. Of a track that nothing was queued on; nothing
+     * else is then. Of calls layer, plan, kv and params count.
+     * @return ATTN_ERR_EXHAUSTED    as many are driven as there may be
+     * @return ATTN_ERR_TOO_LARGE    a layer, for the lane
+     * @return ATTN_ERR_UNSUPPORTED  more layers than can be queued
+     */
+    attn_status_t (*drive)(attn_track_t *track, const attn_track_lane_t *lane,
+                           const attn_track_call_t *calls, uint32_t n);
+
+    /** What waits for a runner's device, of a step that is driven, ends; what was not stored by
+     * then is not. Any thread; never blocks. */
+    void (*interrupt)(attn_track_t *track);
 
     /** Around the launch of a graph that was captured of the track. What comes behind before() on
      * the stream finds the step's tables; what lies between the two, the step waits for.

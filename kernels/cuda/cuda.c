@@ -8,6 +8,7 @@
  *     attend.cu   of few rows, and of any on devices without wgmma; prefill.cu  of many
  *     store.c     append, compare, read, move, copy
  *     track.c     layers without the host, on streams of callers, for graphs
+ *     track_drive.c  the same for a runner's device, whose half is lane.c (drive.h)
  *     group.c     partials between the GPUs of a host (exchange.h)
  *     groups.c    the same as workers use it
  *     *.cu        the kernels; image.h, store.h, exchange.h, device.cuh: what they share
@@ -441,6 +442,7 @@ close_device(cuda_backend_t *backend)
     if (visit.status == ATTN_OK) {
         cuda_tracks_free(backend);
         cuda_groups_free(backend);
+        cuda_drives_free(backend);
         free_kept(backend);
         cuda_modules_unload(backend);
     }

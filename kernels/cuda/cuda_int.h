@@ -15,6 +15,9 @@
 /** Values that a query of another type than the cache's is the sum of. */
 #define CUDA_QUERY_PARTS 3u
 
+/** Steps that are driven by two devices, at once. */
+#define CUDA_DRIVES 4u
+
 /** Heads of a cache at most. */
 #define CUDA_HEADS_MAX 1024u
 
@@ -46,8 +49,9 @@ typedef struct cuda_backend {
     bool wide;          /**< has wgmma: requests of many rows go to the prefill kernel */
     char kind[64], name[96];
 
-    CUmodule store_module, merge_module, exchange_module;
+    CUmodule store_module, merge_module, exchange_module, drive_module;
     CUfunction move_rows, move_places, split_queries, bring_rows, merge_rows;
+    CUfunction ask_layer, take_layer, answer_layer;
     CUfunction merge[3], exchange[3]; /**< for head dims of V of 64, 128, 256 */
 
     pthread_mutex_t lock; /* guards what follows */
@@ -59,6 +63,8 @@ typedef struct cuda_backend {
     uint64_t inbox_bytes;      /**< of all */
     struct attn_track *tracks;
     uint64_t n_tracks, last_track, last_serial; /* how many there are; ids given out */
+    CUstream drives[CUDA_DRIVES];               /* of steps that two devices drive ... */
+    bool driving[CUDA_DRIVES];                  /* ... those that have one */
 } cuda_backend_t;
 
 /** A plan's tables on the device, and memory for its attends. */
@@ -210,5 +216,13 @@ extern const attn_track_ops_t cuda_track_ops;
 
 /** All of them: no step is open. During a visit. */
 void cuda_tracks_free(cuda_backend_t *backend);
+
+/* ---- track_drive.c ---- */
+
+/** Is any step driven, so that the device may have kernels that wait? */
+bool cuda_is_driving(cuda_backend_t *backend);
+
+/** The streams of driven steps: none is open. During a visit. */
+void cuda_drives_free(cuda_backend_t *backend);
 
 #endif

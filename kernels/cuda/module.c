@@ -40,6 +40,9 @@ cuda_modules_load(cuda_backend_t *backend)
         {&backend->store_module, &backend->move_places, "move_places"},
         {&backend->store_module, &backend->split_queries, "split_queries"},
         {&backend->store_module, &backend->bring_rows, "bring_rows"},
+        {&backend->drive_module, &backend->ask_layer, "ask_layer"},
+        {&backend->drive_module, &backend->take_layer, "take_layer"},
+        {&backend->drive_module, &backend->answer_layer, "answer_layer"},
         {&backend->merge_module, &backend->merge[0], "merge_64"},
         {&backend->merge_module, &backend->merge[1], "merge_128"},
         {&backend->merge_module, &backend->merge[2], "merge_256"},
@@ -55,6 +58,9 @@ cuda_modules_load(cuda_backend_t *backend)
     }
     if (status == ATTN_OK) { /* now, for to load it later may wait for one that waits */
         status = load("exchange", &backend->exchange_module);
+    }
+    if (status == ATTN_OK) {
+        status = load("drive", &backend->drive_module);
     }
     for (size_t i = 0; status == ATTN_OK && i < sizeof(wanted) / sizeof(wanted[0]); i++) {
         status =
@@ -88,6 +94,9 @@ cuda_modules_unload(cuda_backend_t *backend)
     }
     if (backend->exchange_module != NULL) {
         backend->cu->cuModuleUnload(backend->exchange_module);
+    }
+    if (backend->drive_module != NULL) {
+        backend->cu->cuModuleUnload(backend->drive_module);
     }
 }
 

@@ -3,17 +3,10 @@
  * 16-byte pieces of each 128 bytes of a row permuted by xor with the row's place in its page.
  * A thread moves one piece of 16 bytes.
  */
+#include "kernels/cuda/places.cuh"
 #include "kernels/cuda/store.h"
 
 #include <stdint.h>
-
-/* Where piece c of the row at an offset in a page of a head lies. */
-__device__ __forceinline__ uint4 *
-piece_at(uint8_t *page, uint32_t page_size, uint32_t row_bytes, uint32_t offset, uint32_t head,
-         uint32_t c)
-{
-    return (uint4 *)(page + ((uint64_t)head * page_size + offset) * row_bytes) + (c ^ (offset & 7));
-}
 
 __device__ __forceinline__ uint4 *
 place(const cuda_rows_t &x, uint32_t page, uint32_t offset, uint32_t head, uint32_t c)
@@ -45,13 +38,6 @@ move_rows(const __grid_constant__ cuda_rows_t x, uint32_t mode)
             *x.note = 1;
         }
     }
-}
-
-__device__ __forceinline__ bool
-has_special(uint32_t word, uint32_t exponent)
-{
-    uint32_t bits = word & exponent;
-    return (bits & 0xffffu) == (exponent & 0xffffu) || bits >> 16 == exponent >> 16;
 }
 
 /* Piece i of all that a step brings for a layer: K's and V's of a head side by side. Stored, or,

@@ -37,6 +37,7 @@ typedef struct cuda_mark {
 #define CUDA_NOT_FINITE 1u /* NaN or infinity in k or v */
 #define CUDA_DIFFERS 2u    /* k, v of a layer that was stored are others now */
 #define CUDA_NOT_STORED 4u /* asked about, without k, v */
+#define CUDA_NOT_COME 8u   /* waited for, in vain (drive.h) */
 
 /** Rows of K and V of a layer, from a caller's tensors to their pages. Elements have 16 bits. */
 typedef struct cuda_bring {

@@ -29,6 +29,7 @@ track_free(attn_track_t *t)
     const cuda_driver_t *cu = t->backend->cu;
 
     cuda_order_close(&t->order);
+    track_driven_free(t);
     if (t->host != NULL) {
         cu->cuMemFreeHost(t->host);
     }
@@ -262,7 +263,9 @@ add(cuda_backend_t *backend, const track_shape_t *shape, const attn_geometry_t *
 {
     attn_track_t *t = NULL;
 
-    sweep(backend, NULL, SPARE_TRACKS);
+    if (!cuda_is_driving(backend)) { /* to give memory back is to wait for the device */
+        sweep(backend, NULL, SPARE_TRACKS);
+    }
     attn_status_t status = track_new(backend, shape, g, images, &t);
     if (status == ATTN_ERR_NO_MEMORY) {
         sweep(backend, NULL, 0);
@@ -447,6 +450,7 @@ track_clear(attn_track_t *t, uint64_t until_ns)
 static void
 track_give(attn_track_t *t)
 {
+    track_driven_give(t);
     pthread_mutex_lock(&t->backend->lock);
     t->busy = false;
     pthread_mutex_unlock(&t->backend->lock);
@@ -474,14 +478,16 @@ cuda_tracks_free(cuda_backend_t *backend)
 }
 
 const attn_track_ops_t cuda_track_ops = {
-    .take    = track_take,
-    .id      = track_id,
-    .enqueue = track_enqueue,
-    .before  = track_before,
-    .after   = track_after,
-    .wait    = track_wait,
-    .results = track_results,
-    .clear   = track_clear,
-    .give    = track_give,
-    .forget  = track_forget,
+    .take      = track_take,
+    .id        = track_id,
+    .enqueue   = track_enqueue,
+    .drive     = track_drive,
+    .interrupt = track_interrupt,
+    .before    = track_before,
+    .after     = track_after,
+    .wait      = track_wait,
+    .results   = track_results,
+    .clear     = track_clear,
+    .give      = track_give,
+    .forget    = track_forget,
 };

@@ -39,8 +39,9 @@ struct attn_track {
     cuda_block_t *blocks;    /* [n_plans]: of a view; where its tables begin */
 
     cuda_order_t order;
-    bool clearing;   /* what clears the tables was queued */
-    bool marks_come; /* behind what was queued last the marks come back, too */
+    struct track_driven *driven; /* NULL: no step on it was driven by two devices yet */
+    bool clearing;               /* what clears the tables was queued */
+    bool marks_come;             /* behind what was queued last the marks come back, too */
 };
 
 /** Bytes of ours to their place, on our own stream: what waits on the legacy one would break off
@@ -51,6 +52,19 @@ bool track_wait(attn_track_t *t, uint64_t until_ns);
 attn_status_t track_enqueue(attn_track_t *t, const attn_track_call_t *call);
 attn_status_t track_before(attn_track_t *t, void *stream);
 attn_status_t track_after(attn_track_t *t, void *stream);
+
+/** What bring_rows gets, but for where k and v are. */
+cuda_bring_t track_bring(const attn_track_t *t, const attn_track_call_t *call);
+
+attn_status_t track_attend(const attn_track_t *t, const attn_track_call_t *call, CUstream stream);
 attn_status_t track_results(attn_track_t *t, uint8_t *stored);
+
+/* ---- track_drive.c ---- */
+
+attn_status_t track_drive(attn_track_t *t, const attn_track_lane_t *lane,
+                          const attn_track_call_t *calls, uint32_t n);
+void track_interrupt(attn_track_t *t);
+void track_driven_give(attn_track_t *t); /* the step is over; of one that was not driven: nothing */
+void track_driven_free(attn_track_t *t); /* during a visit */
 
 #endif

@@ -96,29 +96,37 @@ check_call(const attn_track_t *t, const attn_track_call_t *call)
     return status;
 }
 
+cuda_bring_t
+track_bring(const attn_track_t *t, const attn_track_call_t *call)
+{
+    const attn_kv_t *kv = call->kv;
+    uint8_t *base       = (uint8_t *)(uintptr_t)t->device;
+
+    return (cuda_bring_t){
+        .head          = (const cuda_head_t *)(const void *)base,
+        .mark          = (cuda_mark_t *)(void *)(base + t->marks) + call->layer,
+        .pages         = (const uint32_t *)(const void *)(base + t->pages),
+        .offsets       = (const uint32_t *)(const void *)(base + t->offsets),
+        .k_store       = kv->k,
+        .v_store       = kv->v,
+        .k_page_stride = kv->k_page_stride * 2,
+        .v_page_stride = kv->v_page_stride * 2,
+        .page_size     = kv->page_size,
+        .kv_heads      = kv->kv_heads,
+        .k_row_bytes   = kv->head_dim_k * 2,
+        .v_row_bytes   = kv->head_dim_v * 2,
+        .exponent      = kv->dtype == ATTN_F16 ? 0x7c007c00u : 0x7f807f80u,
+    };
+}
+
 static attn_status_t
 launch_bring(const attn_track_t *t, const attn_track_call_t *call, CUstream stream)
 {
     const attn_kv_t *kv = call->kv;
-    uint8_t *base       = (uint8_t *)(uintptr_t)t->device;
-    cuda_bring_t x      = {
-             .head          = (const cuda_head_t *)(const void *)base,
-             .mark          = (cuda_mark_t *)(void *)(base + t->marks) + call->layer,
-             .pages         = (const uint32_t *)(const void *)(base + t->pages),
-             .offsets       = (const uint32_t *)(const void *)(base + t->offsets),
-             .k_store       = kv->k,
-             .v_store       = kv->v,
-             .k_page_stride = kv->k_page_stride * 2,
-             .v_page_stride = kv->v_page_stride * 2,
-             .page_size     = kv->page_size,
-             .kv_heads      = kv->kv_heads,
-             .k_row_bytes   = kv->head_dim_k * 2,
-             .v_row_bytes   = kv->head_dim_v * 2,
-             .exponent      = kv->dtype == ATTN_F16 ? 0x7c007c00u : 0x7f807f80u,
-    };
-    uint64_t pieces = t->shape.n_rows * kv->kv_heads * ((x.k_row_bytes + x.v_row_bytes) / 16);
-    uint64_t most   = (uint64_t)t->backend->processors * CTAS_OF_PROCESSOR;
-    uint64_t grid   = attn_min(attn_div_up(pieces, THREADS), most);
+    cuda_bring_t x      = track_bring(t, call);
+    uint64_t pieces     = t->shape.n_rows * kv->kv_heads * ((x.k_row_bytes + x.v_row_bytes) / 16);
+    uint64_t most       = (uint64_t)t->backend->processors * CTAS_OF_PROCESSOR;
+    uint64_t grid       = attn_min(attn_div_up(pieces, THREADS), most);
 
     if (call->k == NULL) {
         grid = 1;
@@ -134,10 +142,10 @@ launch_bring(const attn_track_t *t, const attn_track_call_t *call, CUstream stre
                        (void *[]){&x});
 }
 
-static attn_status_t
-launch_attend(const attn_track_t *t, uint32_t plan, const attn_track_call_t *call, CUstream stream)
+attn_status_t
+track_attend(const attn_track_t *t, const attn_track_call_t *call, CUstream stream)
 {
-    const attn_workspace_t *w = &t->views[plan];
+    const attn_workspace_t *w = &t->views[call->plan];
     attn_answer_t answer      = {.o = call->o, .lse = call->lse};
     uint64_t heads            = w->plan->problem.q_heads;
     uint8_t *base             = (uint8_t *)(uintptr_t)t->device;
@@ -201,7 +209,7 @@ track_enqueue(attn_track_t *t, const attn_track_call_t *call)
         status = launch_bring(t, call, stream);
     }
     if (status == ATTN_OK && call->q != NULL && t->shape.n_queries > 0) {
-        status = launch_attend(t, call->plan, call, stream);
+        status = track_attend(t, call, stream);
     }
     t->marks_come = false;
     if (status == ATTN_OK && call->own_stream) {
@@ -230,12 +238,16 @@ static attn_status_t
 report(attn_track_t *t, uint32_t layer, const cuda_mark_t *mark)
 {
     uint64_t at          = t->marks + layer * sizeof(*mark);
-    cuda_mark_t anew     = {.error  = UINT64_MAX,
-                            .stored = mark->trouble & CUDA_NOT_FINITE ? 0 : mark->stored};
+    cuda_mark_t anew     = {.error = UINT64_MAX,
+                            .stored =
+                            mark->trouble & (CUDA_NOT_FINITE | CUDA_NOT_COME) ? 0 : mark->stored};
     attn_status_t status = track_send(t, at, &anew, sizeof(anew));
 
     if (status != ATTN_OK) {
         return status;
+    }
+    if (mark->trouble & CUDA_NOT_COME) {
+        return attn_fail(ATTN_ERR_INCOMPLETE, "layer %u did not come: it was not enqueued", layer);
     }
     if (mark->trouble & CUDA_NOT_FINITE) {
         return attn_fail(ATTN_ERR_NUMERIC, "layer %u: a NaN or an infinity in k or v", layer);
@@ -272,7 +284,8 @@ track_results(attn_track_t *t, uint8_t *stored)
     const cuda_mark_t *mark = (const cuda_mark_t *)(const void *)(t->host + t->marks);
     for (uint32_t l = 0; l < t->layers; l++) {
         bool wrong = mark[l].trouble != 0 || mark[l].error != UINT64_MAX;
-        stored[l]  = mark[l].stored == t->serial && !(mark[l].trouble & CUDA_NOT_FINITE);
+        stored[l] =
+            mark[l].stored == t->serial && !(mark[l].trouble & (CUDA_NOT_FINITE | CUDA_NOT_COME));
         if (wrong && status == ATTN_OK) {
             status = report(t, l, &mark[l]);
         }

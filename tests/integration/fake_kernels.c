@@ -7,6 +7,7 @@
 #include "tests/integration/fake_kernels.h"
 
 #include "base/attn_types.h"
+#include "kernels/cuda/drive.h"
 #include "kernels/cuda/exchange.h"
 #include "kernels/cuda/image.h"
 #include "kernels/cuda/store.h"
@@ -20,6 +21,12 @@
 #define DIM_MAX 256u
 
 static uint32_t type = ATTN_F16; /* of K and V: as rows last came on a stream */
+
+void
+fake_kernels_are_of(uint32_t exponent)
+{
+    type = exponent == 0x7c007c00u ? ATTN_F16 : ATTN_BF16;
+}
 
 /* Rows of the answer that is being made, and its states: what pieces added to them. */
 static struct {
@@ -127,7 +134,7 @@ bring_rows(const fake_kernel_t *kernel, uint32_t grid, void *const *args)
 
     (void)kernel;
     (void)grid;
-    type = x->exponent == 0x7c007c00u ? ATTN_F16 : ATTN_BF16;
+    fake_kernels_are_of(x->exponent);
     if (x->head->serial == 0) {
         return;
     }
@@ -362,6 +369,9 @@ fake_kernel_find(const char *name)
         {"prefill_general", {sizeof(cuda_args_t)}, prefill, NULL},
         {"prefill_parts", {sizeof(cuda_args_t)}, prefill, NULL},
         {"exchange_64", {sizeof(cuda_exchange_t)}, fake_exchange_play, fake_exchange_ready},
+        {"ask_layer", {sizeof(cuda_ask_t)}, fake_ask_play, fake_ask_ready},
+        {"take_layer", {sizeof(cuda_take_t)}, fake_take_play, fake_take_ready},
+        {"answer_layer", {sizeof(cuda_give_t)}, fake_answer_play, NULL},
         {"merge_64", {sizeof(cuda_args_t)}, merge, NULL},
         {"merge_128", {sizeof(cuda_args_t)}, merge, NULL},
         {"merge_256", {sizeof(cuda_args_t)}, merge, NULL},
@@ -370,7 +380,8 @@ fake_kernel_find(const char *name)
     const fake_kernel_t *kernel = kernels;
 
     _Static_assert(sizeof(cuda_args_t) <= FAKE_ARGS_MAX && sizeof(cuda_bring_t) <= FAKE_ARGS_MAX &&
-                       sizeof(cuda_exchange_t) <= FAKE_ARGS_MAX,
+                       sizeof(cuda_exchange_t) <= FAKE_ARGS_MAX &&
+                       sizeof(cuda_take_t) <= FAKE_ARGS_MAX && sizeof(cuda_ask_t) <= FAKE_ARGS_MAX,
                    "arguments are kept with what is queued");
     while (kernel->name != NULL && strcmp(kernel->name, name) != 0) {
         kernel++;

@@ -22,6 +22,16 @@ typedef struct fake_kernel {
 bool fake_exchange_ready(uint64_t begun_ns, void *const *args);
 void fake_exchange_play(const fake_kernel_t *kernel, uint32_t grid, void *const *args);
 
+/** drive.cu: fake_drive.c. */
+bool fake_ask_ready(uint64_t begun_ns, void *const *args);
+void fake_ask_play(const fake_kernel_t *kernel, uint32_t grid, void *const *args);
+bool fake_take_ready(uint64_t begun_ns, void *const *args);
+void fake_take_play(const fake_kernel_t *kernel, uint32_t grid, void *const *args);
+void fake_answer_play(const fake_kernel_t *kernel, uint32_t grid, void *const *args);
+
+/** Elements are those whose exponents are these: of what is attended to next. */
+void fake_kernels_are_of(uint32_t exponent);
+
 /** The kernel of that name; one without arguments that does nothing, if it is none of ours. */
 const fake_kernel_t *fake_kernel_find(const char *name);
 

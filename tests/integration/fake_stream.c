@@ -156,19 +156,44 @@ push(ops_t *ops, const op_t *op)
     ops->end   = &copy->next;
 }
 
+/* What the environment says, as it was when something was first queued: a thread of ours looks. */
+static struct {
+    bool known, play;
+    char idle[256], hold[256];
+} said;
+
+static void
+read_environment(void)
+{
+    const char *idle_file = getenv("FAKE_CUDA_IDLE"), *hold_file = getenv("FAKE_CUDA_HOLD");
+
+    if (!said.known) {
+        snprintf(said.idle, sizeof(said.idle), "%s", idle_file != NULL ? idle_file : "");
+        snprintf(said.hold, sizeof(said.hold), "%s", hold_file != NULL ? hold_file : "");
+        said.play  = getenv("FAKE_CUDA_PLAY") != NULL;
+        said.known = true;
+    }
+}
+
+static bool
+is_file(const char *path)
+{
+    return path[0] != '\0' && access(path, F_OK) == 0;
+}
+
 bool
 fake_is_file(const char *variable)
 {
     const char *path = getenv(variable);
 
-    return path != NULL && access(path, F_OK) == 0;
+    return path != NULL && is_file(path);
 }
 
 static void
 do_op(const op_t *op)
 {
-    if (op->kind == OP_KERNEL && op->kernel->play != NULL && !idle &&
-        getenv("FAKE_CUDA_PLAY") != NULL && !fake_is_file("FAKE_CUDA_IDLE")) {
+    if (op->kind == OP_KERNEL && op->kernel->play != NULL && !idle && said.play &&
+        !is_file(said.idle)) {
         op->kernel->play(op->kernel, op->grid,
                          (void *[]){(void *)op->args[0], (void *)op->args[1]});
     } else if (op->kind == OP_COPY) {
@@ -195,8 +220,7 @@ may_run(const struct CUstream_st *s, op_t *op)
             return false;
         }
     }
-    if (op->kind != OP_KERNEL || op->kernel->ready == NULL || idle ||
-        getenv("FAKE_CUDA_PLAY") == NULL) {
+    if (op->kind != OP_KERNEL || op->kernel->ready == NULL || idle || !said.play) {
         return true;
     }
     op->begun_ns = op->begun_ns == 0 ? attn_now_ns() : op->begun_ns;
@@ -207,7 +231,7 @@ may_run(const struct CUstream_st *s, op_t *op)
 static void
 pump(void)
 {
-    bool moved = !fake_is_file("FAKE_CUDA_HOLD");
+    bool moved = !is_file(said.hold);
 
     while (moved) {
         moved = false;
@@ -224,11 +248,41 @@ pump(void)
     }
 }
 
+/* The device goes on by itself. */
+static void *
+go_on(void *arg)
+{
+    (void)arg;
+    for (;;) {
+        pthread_mutex_lock(&fake_lock);
+        pump();
+        pthread_mutex_unlock(&fake_lock);
+        usleep(50);
+    }
+    return NULL;
+}
+
+static void
+start_going_on(void)
+{
+    pthread_t thread;
+
+    if (pthread_create(&thread, NULL, go_on, NULL) == 0) {
+        pthread_detach(thread);
+    }
+}
+
 static CUresult
 queue(const char *name, CUstream stream, const op_t *op)
 {
-    op_t numbered   = *op;
-    CUresult result = stream_call(name, &stream);
+    static pthread_once_t started = PTHREAD_ONCE_INIT;
+    op_t numbered                 = *op;
+    CUresult result               = stream_call(name, &stream);
+
+    if (op->kind == OP_KERNEL &&
+        (op->kernel->ready == fake_take_ready || op->kernel->ready == fake_ask_ready)) {
+        pthread_once(&started, start_going_on);
+    }
 
     if (result != CUDA_SUCCESS) {
         return result;
@@ -236,6 +290,7 @@ queue(const char *name, CUstream stream, const op_t *op)
     if (stream->spoilt) {
         return CUDA_ERROR_STREAM_CAPTURE_INVALIDATED;
     }
+    read_environment();
     numbered.number = ++numbers;
     push(stream->capture != NULL ? &stream->capture->ops : &stream->ops, &numbered);
     pump();
@@ -344,6 +399,21 @@ cuStreamCreate(CUstream *stream, unsigned flags)
     *stream = stream_new(flags);
     fake_alive++;
     pthread_mutex_unlock(&fake_lock);
+    return CUDA_SUCCESS;
+}
+
+VISIBLE CUresult
+cuStreamCreateWithPriority(CUstream *stream, unsigned flags, int priority)
+{
+    return priority == 0 || priority == -5 ? cuStreamCreate(stream, flags)
+                                           : CUDA_ERROR_INVALID_VALUE;
+}
+
+VISIBLE CUresult
+cuCtxGetStreamPriorityRange(int *least, int *greatest)
+{
+    *least    = 0;
+    *greatest = -5;
     return CUDA_SUCCESS;
 }
 
