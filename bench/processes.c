@@ -2,6 +2,9 @@
  * it finds in ATTND_READY_FD, as attnd's children do. */
 #include "bench/processes.h"
 
+#include "client/slab_card.h"
+#include "kernels/memory.h"
+
 #include <fcntl.h>
 #include <inttypes.h>
 #include <limits.h>
@@ -164,7 +167,8 @@ launch_worker(cluster_t *cluster, uint32_t i, uint32_t n, const cluster_options_
     if (options->ucx_slab > 0) {
         say_that(&command, "--ucx-slab", "%" PRIu64, options->ucx_slab);
         say_that(&command, "--ucx-memory", "%" PRIu64, options->ucx_slab * options->clients);
-        say_that(&command, "--gpu-lend", "%" PRIu64, options->ucx_slab * options->clients);
+        say_that(&command, "--gpu-lend", "%" PRIu64,
+                 attn_shared_takes(slab_lane_at(options->ucx_slab, SLAB_LANES)) * options->clients);
     }
     if (options->grpc) {
         say_that(&command, "--ucx-memory", "0");

@@ -4,6 +4,7 @@
 #include "base/log.h"
 #include "base/status.h"
 #include "client/link.h"
+#include "client/slab_card.h"
 #include "daemon/meter.h"
 #include "daemon/steps_int.h"
 #include "daemon/ticket.h"
@@ -236,10 +237,12 @@ take_gpu(attn_errand_t *errand)
     attn_status_t status    = gpu_slab_open(lender->gpu, &ask->offer, &slab);
 
     if (status == ATTN_OK) {
-        words.key.data = (uint8_t *)gpu_slab_key(slab);
-        words.key.len  = ATTN_SHARED_KEY;
-        words.gpu.data = (uint8_t *)gpu_slab_uuid(slab);
-        words.gpu.len  = ATTN_UUID;
+        words.key.data   = (uint8_t *)gpu_slab_key(slab);
+        words.key.len    = ATTN_SHARED_KEY;
+        words.gpu.data   = (uint8_t *)gpu_slab_uuid(slab);
+        words.gpu.len    = ATTN_UUID;
+        words.lanes      = SLAB_LANES;
+        words.lane_bytes = SLAB_LANE_BYTES;
     } else {
         words.refused = (char *)attn_last_error();
         words.again   = status != ATTN_ERR_UNSUPPORTED;
@@ -508,6 +511,42 @@ find_gpu(lender_t *lender, const ucx_session_t *session, const ucx_place_t *plac
     slot->gpu_in  = gpu_slab_in(slab, place);
     slot->gpu_out = gpu_slab_out(slab, place);
     return true;
+}
+
+static void
+lane_gone(void *arg)
+{
+    gpu_slab_unref(arg);
+}
+
+attn_status_t
+lender_drive(lender_t *lender, uint64_t step_id, const Attn__V1__Slot *asked)
+{
+    const steps_ops_t *ops = lender->steps->ops;
+    ucx_session_t *session;
+
+    if (asked->lane > SLAB_LANES) {
+        return attn_fail(ATTN_ERR_INVALID, "lane is %u: 1 to %u", asked->lane, SLAB_LANES);
+    }
+    attn_status_t status = session_find(lender, asked->session, asked->secret, &session);
+    if (status != ATTN_OK) {
+        return status;
+    }
+    gpu_slab_t *slab = gpu_of(lender, session);
+    ucx_session_release(session);
+    if (slab == NULL) {
+        return attn_fail(ATTN_ERR_NOT_FOUND, "no memory of the GPU was lent with this slab");
+    }
+    status = ops->drive(lender->steps->service, step_id,
+                        &(engine_lane_t){.at    = gpu_slab_lane(slab, asked->lane - 1),
+                                         .bytes = SLAB_LANE_BYTES,
+                                         .first = asked->first,
+                                         .gone  = lane_gone,
+                                         .arg   = slab});
+    if (status != ATTN_OK && status != ATTN_ERR_INTERNAL) {
+        gpu_slab_unref(slab);
+    }
+    return status;
 }
 
 attn_status_t

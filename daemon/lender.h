@@ -51,6 +51,13 @@ void lender_describe_gpu(lender_t *lender, lender_gpu_figures_t *figures);
 attn_status_t lender_slot_open(lender_t *lender, uint64_t step_id, const Attn__V1__Slot *slot,
                                ucx_slot_t **slot_p, bool *gpu_p);
 
+/**
+ * And have the step wait for its layers in the lane that begin asked for, when its slot is open, in
+ * the GPU's memory, too.
+ * @return ATTN_ERR_NOT_FOUND session, ATTN_ERR_INVALID lane, and as engine_step_drive()
+ */
+attn_status_t lender_drive(lender_t *lender, uint64_t step_id, const Attn__V1__Slot *slot);
+
 /* ---- for worker/copier.c ---- */
 
 /** Open a slot for parts of a chunk, as ucx_slot_open() has it. On failure `gone` is not called.

@@ -9,6 +9,7 @@
 #include <stdlib.h>
 
 struct lender_gpu {
+    atomic_uint references; /* its owner's, and one of each slab */
     int gpu;
     uint64_t memory_max;
     atomic_uint_fast64_t runs;
@@ -20,8 +21,8 @@ struct lender_gpu {
 struct gpu_slab {
     lender_gpu_t *gpu;
     attn_shared_t *memory;
-    attn_errand_t errand; /* when it is nobody's */
-    uint64_t bytes;
+    attn_errand_t errand;  /* when it is nobody's */
+    uint64_t slots, bytes; /* of slots, and all that is lent */
     uint8_t uuid[ATTN_UUID];
     atomic_uint references;
 };
@@ -34,6 +35,7 @@ lender_gpu_create(int gpu, uint64_t memory, lender_gpu_t **gpu_p)
     if (made == NULL) {
         return attn_fail(ATTN_ERR_NO_MEMORY, "no memory to lend some of a GPU");
     }
+    atomic_init(&made->references, 1);
     made->gpu        = gpu;
     made->memory_max = memory;
     pthread_mutex_init(&made->lock, NULL);
@@ -44,7 +46,7 @@ lender_gpu_create(int gpu, uint64_t memory, lender_gpu_t **gpu_p)
 void
 lender_gpu_destroy(lender_gpu_t *gpu)
 {
-    if (gpu != NULL) {
+    if (gpu != NULL && atomic_fetch_sub(&gpu->references, 1) == 1) {
         pthread_mutex_destroy(&gpu->lock);
         free(gpu);
     }
@@ -115,14 +117,17 @@ gpu_slab_open(lender_gpu_t *gpu, const ucx_offer_t *offer, gpu_slab_t **slab_p)
                         .secret  = offer->secret,
                         .bytes   = offer->bytes};
     slab->gpu        = gpu;
-    slab->bytes      = attn_shared_takes(offer->bytes);
+    slab->slots      = offer->bytes;
+    slab->bytes      = attn_shared_takes(slab_lane_at(offer->bytes, SLAB_LANES));
     atomic_init(&slab->references, 1);
     attn_status_t status = reserve(gpu, slab->bytes);
     if (status != ATTN_OK) {
         free(slab);
         return status;
     }
-    status = attn_shared_create(gpu->gpu, offer->bytes, &card, sizeof(card), &slab->memory);
+    atomic_fetch_add(&gpu->references, 1);
+    status = attn_shared_create(gpu->gpu, slab_lane_at(offer->bytes, SLAB_LANES), &card,
+                                sizeof(card), &slab->memory);
     if (status == ATTN_OK) {
         status = attn_memory_uuid(gpu->gpu, slab->uuid);
     }
@@ -158,6 +163,7 @@ gone(attn_errand_t *errand)
     gpu_slab_t *slab = (gpu_slab_t *)(void *)((char *)errand - offsetof(gpu_slab_t, errand));
 
     unreserve(slab->gpu, slab->bytes);
+    lender_gpu_destroy(slab->gpu);
     free(slab);
 }
 
@@ -181,6 +187,12 @@ uint8_t *
 gpu_slab_out(const gpu_slab_t *slab, const ucx_place_t *place)
 {
     return attn_shared_at(slab->memory) + ucx_place_out(place);
+}
+
+uint8_t *
+gpu_slab_lane(const gpu_slab_t *slab, uint32_t i)
+{
+    return attn_shared_at(slab->memory) + slab_lane_at(slab->slots, i);
 }
 
 void

@@ -20,7 +20,7 @@ typedef struct gpu_slab gpu_slab_t;
 
 /** @param gpu  -1: none, and nothing is lent */
 attn_status_t lender_gpu_create(int gpu, uint64_t memory, lender_gpu_t **gpu_p);
-void lender_gpu_destroy(lender_gpu_t *gpu); /* after all its slabs' errands; NULL is allowed */
+void lender_gpu_destroy(lender_gpu_t *gpu); /* its slabs may be there still; NULL is allowed */
 
 /** May it be asked for at all? */
 bool lender_gpu_lends(const lender_gpu_t *gpu);
@@ -33,7 +33,8 @@ typedef struct lender_gpu_figures {
 
 void lender_gpu_describe(lender_gpu_t *gpu, lender_gpu_figures_t *figures);
 
-/** As much as the session's slab has, as it was offered. Waits for the GPU: for errands.
+/** As much as the session's slab has, as it was offered, and the lanes. Waits for the GPU: for
+ * errands.
  * @return ATTN_ERR_EXHAUSTED, ATTN_ERR_NO_MEMORY and others
  * @return ATTN_ERR_UNSUPPORTED  never */
 attn_status_t gpu_slab_open(lender_gpu_t *gpu, const ucx_offer_t *offer, gpu_slab_t **slab_p);
@@ -48,6 +49,9 @@ void gpu_slab_unref(gpu_slab_t *slab); /* NULL is allowed */
 /** Where data of a place's requests and answers is, in the device's memory. */
 uint8_t *gpu_slab_in(const gpu_slab_t *slab, const ucx_place_t *place);
 uint8_t *gpu_slab_out(const gpu_slab_t *slab, const ucx_place_t *place);
+
+/** Lane i of SLAB_LANES, SLAB_LANE_BYTES of it. */
+uint8_t *gpu_slab_lane(const gpu_slab_t *slab, uint32_t i);
 
 void gpu_slab_count(gpu_slab_t *slab); /* a run */
 

@@ -1,6 +1,7 @@
 #include "daemon/options_tables.h"
 
 #include "base/status.h"
+#include "client/slab_card.h"
 #include "kernels/kernels.h"
 #include "kernels/memory.h"
 
@@ -186,13 +187,13 @@ check_ucx(const worker_options_t *options)
                          (unsigned long long)options->ucx_slab,
                          (unsigned long long)options->ucx_memory);
     }
-    if (gpu && options->gpu_lend > 0 && attn_shared_takes(options->ucx_slab) > options->gpu_lend) {
+    uint64_t lent = attn_shared_takes(slab_lane_at(options->ucx_slab, SLAB_LANES));
+    if (gpu && options->gpu_lend > 0 && lent > options->gpu_lend) {
         return attn_fail(ATTN_ERR_INVALID,
                          "--ucx-slab is %llu bytes, for one client, of which a GPU lends %llu, and "
                          "--gpu-lend %llu, for all of them: make it as much at least, or 0 to lend "
                          "none",
-                         (unsigned long long)options->ucx_slab,
-                         (unsigned long long)attn_shared_takes(options->ucx_slab),
+                         (unsigned long long)options->ucx_slab, (unsigned long long)lent,
                          (unsigned long long)options->gpu_lend);
     }
     return ATTN_OK;
@@ -335,8 +336,9 @@ static const option_t worker_table[] = {
      .most    = 64 * TIB,
      .help =
          "Memory of the worker's GPU to lend to clients of this host whose tensors are in a GPU's "
-         "memory, of all of them together: with each slab of ucx-memory as much. They copy there "
-         "from GPU to GPU. It is taken as clients come, beside slab and within reserve. 0: none."},
+         "memory, of all of them together: with each slab of ucx-memory as much, and 4 MiB. "
+         "They copy there from GPU to GPU. It is taken as clients come, beside slab and within "
+         "reserve. 0: none."},
     {.name = "ucx-net",
      .kind = OPTION_TEXT,
      OPTION_FIELD(worker_options_t, ucx_net),

@@ -60,6 +60,8 @@ typedef struct steps_ops {
     attn_status_t (*run)(void *service, const steps_layer_t *layer);
     /** As engine_step_lend(); NULL where tensors are never on a GPU. */
     attn_status_t (*lend)(void *service, uint64_t step_id);
+    /** As engine_step_drive(), of a step that lend() was called of; NULL with lend. */
+    attn_status_t (*drive)(void *service, uint64_t step_id, const engine_lane_t *lane);
     attn_status_t (*commit)(void *service, uint64_t step_id, const engine_commit_t *commit);
     attn_status_t (*abort)(void *service, uint64_t step_id, const char *reason);
     /** An abort of it is to follow, which may have to wait for a run of it that waits for others:

@@ -120,6 +120,12 @@ open_slot(steps_t *steps, stream_step_t *step, const Attn__V1__WorkerBeginReques
     if (!reply->slot || (request->slot->gpu && !gpu)) {
         reply->slot_refused = (char *)attn_last_error(); /* this thread's, until its next failure */
     }
+    if (request->slot->lane > 0 && gpu) {
+        reply->driven = lender_drive(steps->lender, step->id, request->slot) == ATTN_OK;
+        if (!reply->driven) {
+            reply->driven_refused = (char *)attn_last_error();
+        }
+    }
 }
 
 static void

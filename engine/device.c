@@ -12,6 +12,9 @@
 #include "base/clock.h"
 #include "base/status.h"
 
+#include <stdio.h>
+#include <stdlib.h>
+
 static const attn_track_ops_t *
 tracks_of(const engine_t *engine)
 {
@@ -48,9 +51,18 @@ engine_track_take(engine_t *engine, engine_step_t *step)
     return tracks_of(engine)->take(engine->backend, &what, &step->track);
 }
 
+void
+engine_track_interrupt(engine_t *engine, const engine_step_t *step)
+{
+    if (step->driven) {
+        tracks_of(engine)->interrupt(step->track);
+    }
+}
+
 bool
 engine_track_settle(engine_t *engine, engine_step_t *step, uint64_t until_ns)
 {
+    engine_track_interrupt(engine, step);
     return step->track == NULL || (tracks_of(engine)->wait(step->track, until_ns) &&
                                    tracks_of(engine)->clear(step->track, until_ns));
 }
@@ -58,16 +70,25 @@ engine_track_settle(engine_t *engine, engine_step_t *step, uint64_t until_ns)
 void
 engine_track_give(engine_t *engine, engine_step_t *step)
 {
-    if (step->track != NULL) {
-        engine_track_settle(engine, step, UINT64_MAX);
-        tracks_of(engine)->give(step->track);
-        step->track = NULL;
+    if (step->track == NULL) {
+        return;
+    }
+    engine_track_settle(engine, step, UINT64_MAX);
+    bool driven = step->driven;
+    pthread_mutex_lock(&engine->lock);
+    step->driven = false;
+    pthread_mutex_unlock(&engine->lock);
+    tracks_of(engine)->give(step->track);
+    step->track = NULL;
+    if (driven) {
+        step->lane.gone(step->lane.arg);
     }
 }
 
 static attn_status_t
 results(engine_t *engine, engine_step_t *step)
 {
+    engine_track_interrupt(engine, step); /* what the runner wants is answered by now */
     if (!tracks_of(engine)->wait(step->track, step->deadline_ns)) {
         return attn_fail(ATTN_ERR_DEADLINE,
                          "step %016llx: what was queued for it did not end before its deadline",
@@ -91,7 +112,7 @@ engine_track_finish(engine_t *engine, engine_step_t *step)
 void
 engine_track_count(engine_t *engine, const engine_step_t *step)
 {
-    bool asked = step->on_device && step->queued && step->sizes.q > 0;
+    bool asked = (step->on_device || step->driven) && step->queued && step->sizes.q > 0;
 
     for (uint32_t l = 0; asked && l < step->cache->geometry.layers; l++) {
         if (step->n_new_rows == 0 || step->stored[l]) {
@@ -210,6 +231,16 @@ engine_step_graph(engine_t *engine, uint64_t step_id, uint64_t *graph_p)
     return status;
 }
 
+static attn_status_t
+check_not_driven(const engine_step_t *step)
+{
+    return !step->driven
+               ? ATTN_OK
+               : attn_fail(ATTN_ERR_INVALID,
+                           "the layers of step %016llx come from the runner's device: no others do",
+                           (unsigned long long)step->id);
+}
+
 /* A track for a step that was begun without one. */
 static attn_status_t
 ensure_track(engine_t *engine, engine_step_t *step)
@@ -239,7 +270,8 @@ run_device(engine_t *engine, engine_step_t *step, const engine_call_t *call)
     uint64_t start = attn_now_ns();
     attn_status_t status;
 
-    if ((status = check_call(step, call)) != ATTN_OK ||
+    if ((status = check_not_driven(step)) != ATTN_OK ||
+        (status = check_call(step, call)) != ATTN_OK ||
         (status = ensure_track(engine, step)) != ATTN_OK) {
         return status;
     }
@@ -312,9 +344,88 @@ engine_step_run_lent(engine_t *engine, uint64_t step_id, uint32_t layer, void *q
         }
         status = run_device(engine, step, &call);
     }
-    if (status != ATTN_OK && step->track != NULL) {
+    if (status != ATTN_OK && step->track != NULL && !step->driven) {
         tracks_of(engine)->wait(step->track, UINT64_MAX);
     }
     engine_step_leave(engine, step);
+    return status;
+}
+
+/* ---- layers that a runner's device brings ---- */
+
+/* Everything that a call of attn_track_ops_t.drive takes. */
+static attn_status_t
+drive(engine_t *engine, engine_step_t *step, const engine_lane_t *lane)
+{
+    const attn_geometry_t *g = &step->cache->geometry;
+    uint64_t now             = attn_now_ns();
+    attn_track_call_t *calls = calloc(g->layers, sizeof(*calls));
+    attn_kv_t *kv            = calloc(g->layers, sizeof(*kv));
+    attn_status_t status     = ATTN_ERR_NO_MEMORY;
+
+    if (calls == NULL || kv == NULL) {
+        attn_fail(status, "no memory for a step of %u layers", g->layers);
+    } else {
+        for (uint32_t l = 0; l < g->layers; l++) {
+            engine_kv_view(engine, step->cache, l, &kv[l]);
+            calls[l] = (attn_track_call_t){.layer  = l,
+                                           .plan   = step->cache->variant_of[l],
+                                           .params = &g->layer_table[l],
+                                           .kv     = &kv[l]};
+        }
+        attn_track_lane_t at = {.at       = lane->at,
+                                .bytes    = lane->bytes,
+                                .first    = lane->first,
+                                .lse      = step->sizes.lse > 0,
+                                .limit_ns = step->deadline_ns > now ? step->deadline_ns - now : 0};
+        status               = tracks_of(engine)->drive(step->track, &at, calls, g->layers);
+    }
+    free(calls);
+    free(kv);
+    return status;
+}
+
+static attn_status_t
+check_drive(const engine_step_t *step, const engine_lane_t *lane)
+{
+    if (step->on_device || step->on_host || step->off_host || step->driven) {
+        return attn_fail(ATTN_ERR_INVALID, "layers of step %016llx came before",
+                         (unsigned long long)step->id);
+    }
+    return lane->first > 0 && lane->first <= UINT32_MAX - step->cache->geometry.layers
+               ? ATTN_OK
+               : attn_fail(ATTN_ERR_INVALID, "the first number of a lane's lines is %u: 1 to %u",
+                           lane->first, UINT32_MAX - step->cache->geometry.layers);
+}
+
+attn_status_t
+engine_step_drive(engine_t *engine, uint64_t step_id, const engine_lane_t *lane)
+{
+    engine_step_t *step;
+    attn_status_t status = engine_step_enter(engine, step_id, &step);
+
+    if (status != ATTN_OK) {
+        return status;
+    }
+    if ((status = check_drive(step, lane)) != ATTN_OK ||
+        (status = ensure_track(engine, step)) != ATTN_OK) {
+        engine_step_leave(engine, step);
+        return status;
+    }
+    status = drive(engine, step, lane);
+    if (status == ATTN_OK || status == ATTN_ERR_INTERNAL) {
+        pthread_mutex_lock(&engine->lock);
+        step->driven = step->off_host = true;
+        step->queued                  = step->sizes.q > 0;
+        step->lane                    = *lane;
+        pthread_mutex_unlock(&engine->lock);
+    }
+    engine_step_leave(engine, step);
+    if (status == ATTN_ERR_INTERNAL) { /* a part may have been queued */
+        char sentence[256];
+        snprintf(sentence, sizeof(sentence), "%s", attn_last_error());
+        engine_step_abort(engine, step_id, "the driver failed");
+        return attn_fail(status, "%s", sentence);
+    }
     return status;
 }

@@ -366,8 +366,8 @@ attn_status_t engine_path_check(const uint32_t *path, uint32_t n, uint32_t n_new
  * everybody, and a tick returns what it has when the device is through. */
 attn_status_t engine_step_abort(engine_t *engine, uint64_t step_id, const char *reason);
 
-/** The step's exchange, if it is in one, ends soon, as the step is to: before an abort that waits
- * for its lock. Never blocks. */
+/** The step's exchange, if it is in one, ends soon, as the step is to, and so does what waits for a
+ * runner's device: before an abort that waits for its lock. Never blocks. */
 void engine_step_interrupt(engine_t *engine, uint64_t step_id);
 
 /* ---- groups of devices that merge among themselves: groups.c ---- */
@@ -488,6 +488,26 @@ attn_status_t engine_step_lend(engine_t *engine, uint64_t step_id);
  */
 attn_status_t engine_step_run_lent(engine_t *engine, uint64_t step_id, uint32_t layer, void *q,
                                    void *k, void *v, void *answer, const engine_sizes_t *sizes);
+
+/** Memory of this device that a runner's device has, too, and brings layers by: kernels/lane.h. */
+typedef struct engine_lane {
+    uint8_t *at;
+    uint64_t bytes;
+    uint32_t first;          /**< the number of layer 0; not 0 */
+    void (*gone)(void *arg); /**< called once the device is through with it, however late */
+    void *arg;
+} engine_lane_t;
+
+/**
+ * Have a step that lend() was called of wait on the device for its layers: from 0 on, each once and
+ * with all its tensors, from the lane, where their answers go. Its layers come no other way then;
+ * it commits and aborts as ever, and what did not come by the commit is ATTN_ERR_INCOMPLETE. On
+ * failure the step is as it was, and `gone` is not called, but for the last.
+ * @return ATTN_ERR_INVALID      it had runs before
+ * @return ATTN_ERR_EXHAUSTED, ATTN_ERR_TOO_LARGE, ATTN_ERR_UNSUPPORTED  as attn_track_ops_t.drive
+ * @return ATTN_ERR_INTERNAL     the driver failed: the step is aborted
+ */
+attn_status_t engine_step_drive(engine_t *engine, uint64_t step_id, const engine_lane_t *lane);
 
 /** Abort the steps whose deadline passed, let chunks go that a move held too long, and caches that
  * were closed while the device worked for them. Call every 100 ms or so. */

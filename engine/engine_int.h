@@ -71,6 +71,8 @@ typedef struct engine_step {
     bool queued;         /* something was, that asks; under lock */
     bool on_host;        /* runs came with tensors of the host; under lock */
     bool off_host;       /* and not begun on_device, with tensors of the device */
+    bool driven;         /* a runner's device brings its layers; under lock and the engine's */
+    engine_lane_t lane;  /* by this */
     char ending[128];    /* it is to abort when the device is through: why; else empty */
     bool adrift;         /* so it is, and the ticks look; under the engine's lock */
     uint32_t ticked;     /* the last tick that looked at it; under the engine's lock */
@@ -190,6 +192,9 @@ void engine_count_run(engine_t *engine, const engine_step_t *step, uint64_t ns);
 
 /** Its track, from its plans. */
 attn_status_t engine_track_take(engine_t *engine, engine_step_t *step);
+
+/** What waits for a runner's device ends. Under the step's lock or the engine's. */
+void engine_track_interrupt(engine_t *engine, const engine_step_t *step);
 
 /** It is over: wait for what is queued of it, if anything is, and until graphs of it do nothing.
  * False: until_ns came first (0: no wait to speak of). */

@@ -643,6 +643,7 @@ engine_step_interrupt(engine_t *engine, uint64_t id)
     HASH_FIND(hh, engine->steps, &id, sizeof(id), step);
     if (step != NULL) {
         engine_group_interrupt(engine, step);
+        engine_track_interrupt(engine, step);
     }
     pthread_mutex_unlock(&engine->lock);
 }

@@ -106,6 +106,14 @@ step_lend(void *service, uint64_t step_id)
 }
 
 static attn_status_t
+step_drive(void *service, uint64_t step_id, const engine_lane_t *lane)
+{
+    worker_t *worker = service;
+
+    return engine_step_drive(worker->engine, step_id, lane);
+}
+
+static attn_status_t
 step_commit(void *service, uint64_t step_id, const engine_commit_t *commit)
 {
     worker_t *worker = service;
@@ -136,6 +144,7 @@ static const steps_ops_t step_ops = {
     .sizes     = step_sizes,
     .run       = step_run,
     .lend      = step_lend,
+    .drive     = step_drive,
     .commit    = step_commit,
     .abort     = step_abort,
     .interrupt = step_interrupt,

@@ -547,7 +547,7 @@ test_memory_that_is_lent_already(void **state)
     if (fake.count == NULL) {
         return; /* they may share a GPU */
     }
-    cluster_with(&(cluster_options_t){.gpu_lend = "32MiB"}); /* as a slab */
+    cluster_with(&(cluster_options_t){.gpu_lend = "36MiB"}); /* as a slab and lanes */
     remote_open(&x, ATTN_GPU_MAPPED);
     good_step(&x, 1, ATTN_MEMORY_CUDA);
     y        = (remote_t){.r = x.r, .s = sequence_new(x.r)};
