@@ -254,6 +254,7 @@ typedef struct attn_links_info {
     uint64_t runs_staged;    /**< and those that were copied through the host's */
     uint64_t runs_mapped;    /**< and those that were copied to the worker's GPU, and from there */
     uint64_t steps_grouped;  /**< steps whose workers merged among themselves */
+    uint64_t steps_driven;   /**< steps whose layers this process' GPU brought to the worker's */
 } attn_links_info_t;
 
 /** Workers are listed from the first step on that involves them; inproc:// has none.
@@ -455,6 +456,12 @@ typedef struct attn_batch {
      * this process (inproc://cuda:N), so that attn_step_enqueue() may be used. Where the worker is
      * another, attn_step_run() works all the same. */
     attn_memory_t memory;
+    /** The layers are to be enqueued: the tensors are in the memory of a GPU of this process,
+     * `gpu`, as CUDA counts them here. A worker in another process then has its GPU wait for them
+     * (below, "two processes"), where that can be; else attn_step_enqueue() says why it cannot, and
+     * attn_step_run() takes them. */
+    bool on_stream;
+    uint32_t gpu;
 } attn_batch_t;
 
 /**
@@ -609,6 +616,16 @@ ATTN_API attn_status_t attn_step_submit_with(attn_step_t *step, const attn_run_t
  * have run before such a step begins: nothing orders them behind its begin.
  */
 
+/*
+ * Two processes. A step begun with on_stream is the same to its caller where the worker is another
+ * process of this host with a GPU of its own: the GPUs bring layers there and back between them.
+ * Layers come from 0 on then, each once, with all its tensors, q, k, v and o at multiples of 4
+ * bytes; attn_step_run() takes none of them. A kernel waits on the stream for each answer, until
+ * the step's deadline at most; if it does not come, o is undefined, what is enqueued later does
+ * nothing, and commit tells. After a commit that failed the step is over. Graphs are good until the
+ * client is closed.
+ */
+
 /**
  * As attn_step_run(), on a stream: tensors are read and written in its order, and nothing waits, is
  * allocated or copied here. The buffers stay the step's until the stream is through with it. Layers
@@ -622,7 +639,8 @@ ATTN_API attn_status_t attn_step_submit_with(attn_step_t *step, const attn_run_t
  * @param stream   a CUstream or cudaStream_t of the worker's GPU; NULL: the legacy default stream
  *
  * @return ATTN_ERR_UNSUPPORTED  the worker is none on a GPU in this process, or the step's KV is on
- *                               several, or an entry has list_room; the sentence says which
+ *                               several, or an entry has list_room; or, with on_stream, what keeps
+ *                               two processes from it; the sentence says which
  * @return ATTN_ERR_INVALID      a tensor, the layer, or a step begun without ATTN_MEMORY_CUDA
  * @return ATTN_ERR_BUSY         between attn_step_replay() and attn_step_replayed(), but in a
  *                               capture; and while a submitted run of the step is outstanding

@@ -7,6 +7,7 @@
 #include "base/clock.h"
 #include "base/log.h"
 #include "base/status.h"
+#include "client/lanes.h"
 #include "client/stages.h"
 #include "client/target.h"
 
@@ -115,6 +116,7 @@ some_overdue(attn_client_t *client, uint64_t now_ns, attn_step_t *overdue[OVERDU
 
     pthread_mutex_lock(&client->lock);
     for (attn_step_t *s = client->steps; s != NULL && n < OVERDUE_MAX; s = step_next(s)) {
+        step_end_driven(s, now_ns);
         if (step_is_overdue(s, now_ns) && step_look_at(s, client->round)) {
             step_reference(s);
             overdue[n++] = s;
@@ -330,6 +332,7 @@ client_free(attn_client_t *client)
         rpc_tls_close(client->tls);
     }
     client_stages_free(client);
+    client_lanes_free(client);
     attn_errands_settle(attn_now_ns() + ERRANDS_MS * ATTN_NS_PER_MS);
     pthread_cond_destroy(&client->wake);
     pthread_mutex_destroy(&client->lock);
@@ -452,6 +455,27 @@ settle_gpu_way(attn_client_t *client)
     return ATTN_OK;
 }
 
+/* Which steps two GPUs may drive: with "shared", for tests, also where they are one. */
+static attn_status_t
+settle_driven(attn_client_t *client)
+{
+    static const char *const names[] = {
+        [DRIVEN_AUTO] = "auto", [DRIVEN_SHARED] = "shared", [DRIVEN_OFF] = "off"};
+    const char *said = secure_getenv("ATTN_DRIVEN");
+
+    for (int i = DRIVEN_AUTO; said != NULL && said[0] != '\0'; i++) {
+        if (i > DRIVEN_OFF) {
+            return attn_fail(ATTN_ERR_INVALID, "ATTN_DRIVEN is \"%.32s\": auto, shared or off",
+                             said);
+        }
+        if (strcmp(said, names[i]) == 0) {
+            client->driven = i;
+            break;
+        }
+    }
+    return ATTN_OK;
+}
+
 attn_status_t
 attn_client_open(const char *target_text, const attn_client_options_t *options,
                  attn_client_t **client_p)
@@ -470,6 +494,9 @@ attn_client_open(const char *target_text, const attn_client_options_t *options,
     status       = options_take(client, options);
     if (status == ATTN_OK) {
         status = settle_gpu_way(client);
+    }
+    if (status == ATTN_OK) {
+        status = settle_driven(client);
     }
     if (status == ATTN_OK) {
         status = target.inproc ? open_inproc(client, &target) : open_remote(client, target_text);
@@ -592,6 +619,7 @@ attn_client_links(attn_client_t *client, attn_links_info_t *info)
     info->runs_staged   = atomic_load(&client->runs_staged);
     info->runs_mapped   = atomic_load(&client->runs_mapped);
     info->steps_grouped = atomic_load(&client->steps_grouped);
+    info->steps_driven  = atomic_load(&client->steps_driven);
     return ATTN_OK;
 }
 

@@ -39,7 +39,9 @@ struct attn_client {
     attn_gpu_way_t gpu_way; /* settled: not DEFAULT */
     /* With tensors of a GPU: there, copied through the host's memory, copied from GPU to GPU. */
     atomic_uint_fast64_t runs_cuda, runs_staged, runs_mapped;
-    atomic_uint_fast64_t steps_grouped;
+    atomic_uint_fast64_t steps_grouped, steps_driven;
+    enum { DRIVEN_AUTO, DRIVEN_SHARED, DRIVEN_OFF } driven; /* which steps two GPUs may drive */
+    struct lanes *lanes;               /* what they are driven with; under lock */
     struct stages_pool *stages;        /* what those are copied with; under lock */
     _Atomic(struct carrier *) carrier; /* NULL: no submitted run needed one yet */
 };
@@ -90,7 +92,8 @@ attn_status_t layouts_fetch(attn_cache_t *cache, const attn_seq_t *seqs, const u
 attn_step_t *step_next(attn_step_t *step);
 bool step_is_given_up(const attn_step_t *step, const attn_cache_t *cache); /* cache NULL: any */
 bool step_is_overdue(const attn_step_t *step, uint64_t now_ns);
-bool step_look_at(attn_step_t *step, uint32_t round); /* false: it was in this round already */
+void step_end_driven(attn_step_t *step, uint64_t now_ns); /* its waits, if it is overdue */
+bool step_look_at(attn_step_t *step, uint32_t round);     /* false: it was in this round already */
 void step_reference(attn_step_t *step);
 void step_unreference(attn_step_t *step);
 void step_cancel_overdue(attn_step_t *step, uint64_t now_ns);

@@ -1,7 +1,6 @@
 /*
  * link.h: the way to one worker: the transport table. A row for engines inside the process, one
- * for gRPC, and one for UCX, which is the gRPC one with another way for runs. Device-driven rows
- * take their place beside them.
+ * for gRPC, and one for UCX, which is the gRPC one with another way for runs.
  *
  * Control calls block until their deadline. A step's calls are asynchronous: `done` is
  * called exactly once, on a progress thread or inside the call itself, with no lock held.
@@ -12,6 +11,7 @@
 #include "client/attn.h"
 #include "client/way_meter.h"
 #include "engine/engine.h"
+#include "kernels/lane.h"
 #include "kernels/memory.h"
 #include "rpc/ucx.h"
 
@@ -52,12 +52,29 @@ typedef struct link_proof {
     uint32_t many;
 } link_proof_t;
 
+/** A step whose layers the GPU of its runner is to bring to the worker's. */
+typedef struct link_drive {
+    attn_lane_t *lane; /**< the runner's half */
+    int gpu;
+    bool shared; /**< also where both processes have one GPU */
+    uint32_t layers;
+    attn_lane_sizes_t sizes; /**< of a layer */
+} link_drive_t;
+
+/** Where it does, of a step that has begun. */
+typedef struct link_driven {
+    attn_shared_t *memory; /**< a reference */
+    uint8_t *at;
+    uint32_t first;
+} link_driven_t;
+
 /** The most that a run of a step takes there and back. Bytes. */
 typedef struct link_room {
     uint64_t in; /**< q, k and v together */
     uint64_t out;
     bool gpu;     /**< its tensors may be in a GPU's memory: map() is called, if the link has it */
     bool insists; /**< and are to go there from GPU to GPU: begin may wait for what that takes */
+    const link_drive_t *drive; /**< NULL, or to be driven: driven() is called, if the link has it */
 } link_room_t;
 
 /** Where the tensors of a step's runs are to be in memory of the worker's GPU that this process has
@@ -150,6 +167,15 @@ typedef struct link_ops {
                          link_mapped_t *mapped);
     /** Copies to there, or from there, go on: before step_free(). */
     void (*adrift)(link_step_t *step);
+
+    /**
+     * Was it agreed with the worker that the step is driven, when it began? Then layers come no
+     * other way. NULL: no such link.
+     * @return ATTN_ERR_UNSUPPORTED and such, with the reason why not
+     */
+    attn_status_t (*driven)(link_step_t *step, link_driven_t *driven);
+    /** The runner's half is not the step's any more: before step_free(). */
+    void (*undrive)(link_step_t *step);
 
     /* Of links whose worker shares this process' GPU; NULL: no such link. */
 

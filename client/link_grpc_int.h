@@ -34,6 +34,10 @@ struct link_step {
     bool no_room;                /* since it had none for the step */
     bool slot;                   /* the worker opened it */
     bool gpu;                    /* and memory of its GPU goes with it, or may */
+    uint32_t lane;               /* 1 + the slab's that it asked for; 0: none */
+    uint32_t first;              /* number of its lines */
+    attn_shared_t *lane_memory;  /* mapped, with that lane; a reference */
+    char not_driven[256];        /* why there is none */
     bool spoilt;                 /* something may be written to the slot still */
     uint64_t number;             /* of the run in progress: pipe_run_aside() */
     ucx_ask_t ask;               /* and what it asked */

@@ -15,6 +15,7 @@
  */
 #include "client/slab.h"
 
+#include "base/checked.h"
 #include "base/clock.h"
 #include "base/log.h"
 #include "base/status.h"
@@ -43,6 +44,51 @@ ucx_of(grpc_link_t *link)
     return (ucx_link_t *)(void *)link;
 }
 
+/* ---- lanes ---- */
+
+/* Memory of the worker's GPU, mapped, and a lane there. */
+static attn_status_t
+take_lane(link_step_t *step, const link_drive_t *drive, uint64_t until_ns)
+{
+    static const char same[] = "the worker is on the same GPU, which takes turns: two kernels that "
+                               "wait for each other there take milliseconds";
+    slab_gpu_t *gpu          = slab_gpu(step->slab);
+    char reason[256];
+    uint32_t lane;
+
+    if (!step->gpu) {
+        slab_gpu_reason(gpu, reason, sizeof(reason));
+        return attn_fail(ATTN_ERR_UNSUPPORTED, "%s", reason);
+    }
+    if (attn_lane_takes(&drive->sizes) > SLAB_LANE_BYTES) {
+        return attn_fail(ATTN_ERR_TOO_LARGE,
+                         "a layer takes %llu bytes of lines there and back: a lane has %llu",
+                         (unsigned long long)attn_lane_takes(&drive->sizes),
+                         (unsigned long long)SLAB_LANE_BYTES);
+    }
+    if (!drive->shared && slab_gpu_is_same(gpu, drive->gpu)) {
+        return attn_fail(ATTN_ERR_UNSUPPORTED, "%s", same);
+    }
+    attn_status_t status = slab_gpu_map(gpu, drive->gpu, until_ns, &step->lane_memory);
+    if (status == ATTN_OK) {
+        status =
+            slab_lane_take(slab_lanes(step->slab), drive->lane, drive->layers, &lane, &step->first);
+        step->lane = status == ATTN_OK ? lane + 1 : 0;
+    }
+    return status;
+}
+
+static void
+give_lane(link_step_t *step, bool adrift)
+{
+    if (step->lane > 0) {
+        slab_lane_give(slab_lanes(step->slab), step->lane - 1, adrift);
+        step->lane = 0;
+    }
+    attn_shared_unref(step->lane_memory);
+    step->lane_memory = NULL;
+}
+
 /* ---- begin ---- */
 
 static void
@@ -58,10 +104,12 @@ answered(void *arg, const ucx_head_t *reply, const char *sentence, const uint8_t
                       reply->took_ns);
 }
 
-/* Shared memory for this step, if there is some. @return a failure where it is insisted on */
+/* Shared memory for this step, if there is some. Half of its time at most goes to what two GPUs
+ * need to drive it. @return a failure where shared memory is insisted on */
 static attn_status_t
 take_place(ucx_link_t *link, const link_room_t *room, uint64_t deadline_ns, link_step_t *step)
 {
+    uint64_t now = attn_now_ns(), until_ns = now + (deadline_ns - attn_min(now, deadline_ns)) / 2;
     attn_status_t status = slabs_take(link->grpc.slabs, deadline_ns, &step->slab);
 
     if (status != ATTN_OK) {
@@ -79,7 +127,15 @@ take_place(ucx_link_t *link, const link_room_t *room, uint64_t deadline_ns, link
         step->no_room = true;
     }
     if (step->slab != NULL && room->gpu) {
-        step->gpu = slab_ask_gpu(step->slab, room->insists ? deadline_ns : 0);
+        step->gpu = slab_ask_gpu(step->slab, room->insists         ? deadline_ns
+                                             : room->drive != NULL ? until_ns
+                                                                   : 0);
+    }
+    if (room->drive != NULL &&
+        (step->slab == NULL
+             ? attn_fail(ATTN_ERR_UNSUPPORTED, "the step has no shared memory of the worker's")
+             : take_lane(step, room->drive, until_ns)) != ATTN_OK) {
+        snprintf(step->not_driven, sizeof(step->not_driven), "%s", attn_last_error());
     }
     step->ask.answered = answered;
     step->ask.arg      = step;
@@ -101,7 +157,9 @@ ucx_link_begin(link_t *base, const engine_batch_t *batch, const link_room_t *roo
     attn_status_t status = take_place(link, room, batch->deadline_ns, step);
     if (status == ATTN_OK && step->slab != NULL) {
         slab_slot(step->slab, &step->ask.place, &slot);
-        slot.gpu = step->gpu;
+        slot.gpu   = step->gpu;
+        slot.lane  = step->lane;
+        slot.first = step->first;
     }
     if (status == ATTN_OK) {
         status =
@@ -109,6 +167,7 @@ ucx_link_begin(link_t *base, const engine_batch_t *batch, const link_room_t *roo
     }
     if (status != ATTN_OK) {
         if (step->slab != NULL) {
+            give_lane(step, false);
             ucx_place_give(slab_peer(step->slab), &step->ask.place);
             slab_release(step->slab);
         }
@@ -148,6 +207,7 @@ has_slot(ucx_link_t *link, link_step_t *step)
     if (!step->slot) {
         log_no_slot(link, reason);
         atomic_fetch_add(&link->steps_no_slot, 1);
+        give_lane(step, false);
         ucx_place_give(slab_peer(step->slab), &step->ask.place);
         slab_release(step->slab);
         step->slab = NULL;
@@ -208,6 +268,38 @@ ucx_link_map(link_step_t *step, int gpu, bool insists, uint64_t until_ns, link_m
         mapped->out_bytes = step->ask.place.out;
     }
     return status;
+}
+
+static attn_status_t
+ucx_link_driven(link_step_t *step, link_driven_t *driven)
+{
+    char reason[256];
+
+    if (step->lane == 0) {
+        return attn_fail(ATTN_ERR_UNSUPPORTED, "%s", step->not_driven);
+    }
+    if (!has_slot(ucx_of(step->link), step)) {
+        return attn_fail(ATTN_ERR_UNSUPPORTED, "the worker opened no slot for the step");
+    }
+    if (!pipe_is_driven(step->pipe, reason, sizeof(reason))) {
+        give_lane(step, false);
+        return attn_fail(ATTN_ERR_UNSUPPORTED, "the worker: %s", reason);
+    }
+    attn_shared_ref(step->lane_memory);
+    *driven = (link_driven_t){.memory = step->lane_memory,
+                              .at     = attn_shared_at(step->lane_memory) +
+                                    slab_lane_at(slab_gpu(step->slab)->card.bytes, step->lane - 1),
+                              .first = step->first};
+    return ATTN_OK;
+}
+
+static void
+ucx_link_undrive(link_step_t *step)
+{
+    if (step->lane >
+        0) { /* the worker may have its half still: the lane is the step's to its end */
+        slab_lane_give(slab_lanes(step->slab), step->lane - 1, true);
+    }
 }
 
 static void
@@ -275,6 +367,7 @@ ucx_link_step_free(link_step_t *step)
         ucx_forget(&step->ask);
     }
     bool over = pipe_give(step->pipe, step->ended);
+    give_lane(step, !over || step->spoilt);
     if (slab != NULL && over && !step->spoilt) {
         ucx_place_give(slab_peer(slab), &step->ask.place);
     } else if (slab != NULL) { /* the worker may write there still */
@@ -322,6 +415,8 @@ fill_ops(void)
     ucx_ops.step_free = ucx_link_step_free;
     ucx_ops.map       = ucx_link_map;
     ucx_ops.adrift    = ucx_link_adrift;
+    ucx_ops.driven    = ucx_link_driven;
+    ucx_ops.undrive   = ucx_link_undrive;
     ucx_ops.describe  = ucx_link_describe;
 }
 

@@ -56,14 +56,14 @@ struct pipe {
     uint64_t received; /* bytes of the answer so far ... */
     uint64_t expected; /* ... of these */
     uint64_t step_id;
-    walk_t walk;            /* over the tensors: what is sent next ... */
-    uint64_t offset, total; /* ... of all their bytes */
-    bool more;              /* parts are to be sent still */
-    bool copying;           /* a thread is at it: the caller's memory is in use */
-    bool aside;             /* the run goes another way ... */
-    uint64_t number;        /* ... and is this one */
-    bool slot, slot_gpu;    /* what was told of begin */
-    char slot_refused[256];
+    walk_t walk;                 /* over the tensors: what is sent next ... */
+    uint64_t offset, total;      /* ... of all their bytes */
+    bool more;                   /* parts are to be sent still */
+    bool copying;                /* a thread is at it: the caller's memory is in use */
+    bool aside;                  /* the run goes another way ... */
+    uint64_t number;             /* ... and is this one */
+    bool slot, slot_gpu, driven; /* what was told of begin */
+    char slot_refused[256], driven_refused[256];
 
     pipe_t *next; /* in the idle list */
 };
@@ -186,6 +186,9 @@ receive_begin(pipe_t *pipe, const Attn__V1__StepReply *reply)
         pipe->slot_gpu = reply->worker_begin->slot_gpu;
         snprintf(pipe->slot_refused, sizeof(pipe->slot_refused), "%s",
                  reply->worker_begin->slot_refused);
+        pipe->driven = reply->worker_begin->driven;
+        snprintf(pipe->driven_refused, sizeof(pipe->driven_refused), "%s",
+                 reply->worker_begin->driven_refused);
     }
 }
 
@@ -198,6 +201,16 @@ pipe_has_slot(pipe_t *pipe, bool *gpu_p, char *reason, size_t room)
     snprintf(reason, room, "%s", pipe->slot_refused);
     pthread_mutex_unlock(&pipe->lock);
     return slot;
+}
+
+bool
+pipe_is_driven(pipe_t *pipe, char *reason, size_t room)
+{
+    pthread_mutex_lock(&pipe->lock);
+    bool driven = pipe->driven;
+    snprintf(reason, room, "%s", pipe->driven_refused);
+    pthread_mutex_unlock(&pipe->lock);
+    return driven;
 }
 
 static void

@@ -72,6 +72,9 @@ void pipe_unref(pipe_t *pipe);
  * @param gpu_p  and is memory of its GPU with it? If that was asked for, and is not, why */
 bool pipe_has_slot(pipe_t *pipe, bool *gpu_p, char *reason, size_t room);
 
+/** After begin: do all layers wait on the worker's GPU, as was asked? If not, why. */
+bool pipe_is_driven(pipe_t *pipe, char *reason, size_t room);
+
 /** As link_ops_t.cancel. */
 void pipe_cancel(pipe_t *pipe);
 

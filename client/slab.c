@@ -49,6 +49,7 @@ struct slab {
     Attn__V1__SlabReply *offer;
     link_step_t *awaiting; /* steps whose runs wait for answers */
     slab_gpu_t gpu;
+    slab_lanes_t lanes;
 };
 
 /* ---- life ---- */
@@ -79,6 +80,7 @@ slab_unref(slab_t *slab)
         slabs_unref(slab->slabs);
         rpc_message_free(slab->message);
         slab_gpu_fini(&slab->gpu);
+        slab_lanes_fini(&slab->lanes);
         pthread_mutex_destroy(&slab->lock);
         free(slab);
     }
@@ -172,6 +174,7 @@ on_end(slab_t *slab, attn_status_t status, const char *sentence)
     pthread_mutex_unlock(&slab->lock);
     atomic_store(&slab->answered, true);
     drop_current(slab);
+    slab_lanes_lost(&slab->lanes);
     fail_awaiting(slab);
     slab_unref(slab);
 }
@@ -199,6 +202,7 @@ on_received(void *arg, attn_status_t status, const char *sentence, rpc_message_t
     if (slab_gpu_is_asked(&slab->gpu) &&
         rpc_message_unpack(message, &attn__v1__slab_reply__descriptor, &head) == ATTN_OK &&
         ((const Attn__V1__SlabReply *)head)->gpu_slab != NULL) {
+        slab_lanes_offered(&slab->lanes, ((const Attn__V1__SlabReply *)head)->gpu_slab);
         slab_gpu_answered(&slab->gpu, ((const Attn__V1__SlabReply *)head)->gpu_slab);
     }
     rpc_message_free(message); /* else a ring: its coming is all it says */
@@ -299,10 +303,12 @@ slab_open(slabs_t *slabs, bool maps, uint64_t deadline_ns, slab_t **slab_p)
     slab->users      = 1;
     pthread_mutex_init(&slab->lock, NULL);
     slab_gpu_init(&slab->gpu);
+    slab_lanes_init(&slab->lanes);
     attn_status_t status = rpc_stream_open(slabs->channel, "/attn.v1.Worker/Slab", UINT64_MAX,
                                            on_received, slab, &slab->stream);
     if (status != ATTN_OK) {
         slab_gpu_fini(&slab->gpu);
+        slab_lanes_fini(&slab->lanes);
         pthread_mutex_destroy(&slab->lock);
         free(slab);
         return status;
@@ -464,6 +470,12 @@ slab_gpu_t *
 slab_gpu(slab_t *slab)
 {
     return &slab->gpu;
+}
+
+slab_lanes_t *
+slab_lanes(slab_t *slab)
+{
+    return &slab->lanes;
 }
 
 static bool

@@ -10,6 +10,7 @@
 
 #include "client/link_grpc_int.h"
 #include "client/slab_gpu.h"
+#include "client/slab_lanes.h"
 
 typedef struct slabs_options {
     rpc_client_t *rpc;
@@ -48,6 +49,8 @@ ucx_peer_t *slab_peer(slab_t *slab);
 bool slab_ask_gpu(slab_t *slab, uint64_t until_ns);
 
 slab_gpu_t *slab_gpu(slab_t *slab);
+
+slab_lanes_t *slab_lanes(slab_t *slab);
 
 /** What begin is to say of a place. */
 void slab_slot(const slab_t *slab, const ucx_place_t *place, Attn__V1__Slot *slot);

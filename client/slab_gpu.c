@@ -92,6 +92,8 @@ slab_gpu_answered(slab_gpu_t *gpu, const Attn__V1__GpuSlab *words)
         memcpy(gpu->uuid, words->gpu.data,
                words->gpu.len == sizeof(gpu->uuid) ? sizeof(gpu->uuid) : 0);
         gpu->state = SLAB_GPU_LENT;
+        gpu->bytes =
+            words->lanes == 0 ? gpu->card.bytes : slab_lane_at(gpu->card.bytes, SLAB_LANES);
     } else if (gpu->state == SLAB_GPU_ASKED) {
         gpu->state = SLAB_GPU_REFUSED;
         gpu->final = !words->again;
@@ -131,7 +133,7 @@ take(slab_gpu_t *gpu, int ordinal, attn_shared_t **memory_p)
         map->failed = false;
     }
     if (map->memory == NULL) {
-        status = attn_shared_map(ordinal, gpu->key, gpu->card.bytes, &gpu->card, sizeof(gpu->card),
+        status = attn_shared_map(ordinal, gpu->key, gpu->bytes, &gpu->card, sizeof(gpu->card),
                                  &map->memory);
     }
     if (status == ATTN_OK) {

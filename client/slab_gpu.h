@@ -27,6 +27,7 @@ typedef struct slab_gpu {
     bool final; /* refused for good */
     slab_pause_t pause;
     slab_card_t card;
+    uint64_t bytes; /* that were lent, lanes and all */
     uint8_t key[ATTN_SHARED_KEY];
     uint8_t uuid[ATTN_UUID]; /* of the worker's GPU; zeros: it did not say */
     char reason[256];        /* why it was refused, the last time */

@@ -198,6 +198,7 @@ step_cancel_overdue(attn_step_t *step, uint64_t now_ns)
 void
 step_free(attn_step_t *step)
 {
+    step_driven_free(step);
     step_stages_free(step);
     for (uint32_t s = 0; s < step->n_shares; s++) {
         share_t *share = &step->shares[s];
@@ -238,6 +239,14 @@ bool
 step_is_given_up(const attn_step_t *step, const attn_cache_t *cache)
 {
     return step->given_up && (cache == NULL || step->cache == cache);
+}
+
+void
+step_end_driven(attn_step_t *step, uint64_t now_ns)
+{
+    if (step->is_driven && now_ns >= step->deadline_ns) {
+        step_driven_abort(step);
+    }
 }
 
 bool
@@ -327,7 +336,9 @@ static attn_status_t
 check_stored(const attn_step_t *step, const step_entry_t *e, uint32_t want)
 {
     /* What was enqueued is known to the worker, once it ran. */
-    for (uint32_t l = 0; want > 0 && !step->on_device && l < step->cache->geometry.layers; l++) {
+    for (uint32_t l = 0;
+         want > 0 && !step->on_device && !step->is_driven && l < step->cache->geometry.layers;
+         l++) {
         if (!step->stored[l]) {
             return attn_fail(ATTN_ERR_INCOMPLETE,
                              "layer %u has no k, v for tokens %llu-%llu of sequence %llx: run it "
@@ -471,6 +482,12 @@ attn_step_commit_with(attn_step_t *step, const attn_commit_t *commit)
     if (status != ATTN_OK) {
         return status;
     }
+    if (step->is_driven && (status = step_driven_finish(step)) != ATTN_OK) {
+        step->dead = true;
+        snprintf(step->sentence, sizeof(step->sentence), "%s", attn_last_error());
+        layouts_drop(step);
+        return status;
+    }
     step_call_start(step);
     for (uint32_t s = 0; s < step->n_shares; s++) {
         share_t *share = &step->shares[s];
@@ -527,6 +544,9 @@ attn_step_abort(attn_step_t *step)
     if (in_completion) {
         abort_later(step);
         return;
+    }
+    if (step->is_driven) {
+        step_driven_abort(step);
     }
     /* A submitted run may be under way: its buffers are lent to us until it ended. */
     step->deadline_ns =

@@ -133,6 +133,8 @@ step_new(attn_cache_t *cache, const attn_batch_t *batch, uint64_t deadline_ns, a
     step->o_dtype     = batch->o_dtype != ATTN_DTYPE_NONE ? batch->o_dtype : batch->q_dtype;
     step->want_lse    = batch->want_lse;
     step->memory      = batch->memory;
+    step->on_stream   = batch->on_stream;
+    step->stream_gpu  = batch->gpu;
     step->n           = batch->n;
     step->entries     = calloc(batch->n, sizeof(*step->entries));
     step->stored      = calloc(cache->geometry.layers, 1);
@@ -357,10 +359,12 @@ share_begin(share_t *share, const attn_batch_t *batch, uint64_t epoch)
     step_share_start(share);
     if (status == ATTN_OK && (status = share_batch(share, batch, epoch, &words)) == ATTN_OK) {
         share->step->on_device =
-            share->step->memory == ATTN_MEMORY_CUDA && step_gpu(share->step) >= 0;
+            (share->step->memory == ATTN_MEMORY_CUDA || share->step->on_stream) &&
+            step_gpu(share->step) >= 0;
         words.on_device = share->step->on_device;
         room.gpu        = step_may_map(share->step);
         room.insists    = share->step->client->gpu_way == ATTN_GPU_MAPPED;
+        step_driven_ask(share->step, &room);
         status =
             share->link->ops->begin(share->link, &words, &room, step_share_done, share, &remote);
         free((void *)words.entries);
@@ -411,6 +415,9 @@ begin_once(beginning_t *b, bool fresh, attn_step_t **step_p)
     }
     step_call_started(step);
     status = step_call_wait(step, step->deadline_ns);
+    if (status == ATTN_OK && (status = step_driven_begin(step)) != ATTN_OK) {
+        snprintf(step->sentence, sizeof(step->sentence), "%s", attn_last_error());
+    }
     if (status != ATTN_OK) {
         snprintf(sentence, sizeof(sentence), "%s", step->sentence);
         b->wish       = step->wish;

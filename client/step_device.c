@@ -173,8 +173,8 @@ call_of(attn_step_t *step, const attn_run_t *run, const attn_tensor_t *const ten
 _Static_assert(STAGES == STAGES_MAX, "a piece for each tensor");
 
 /* How many workers would have to work with the same tensors, and other reasons against it. */
-static bool
-is_whole(const attn_step_t *step)
+bool
+step_is_whole(const attn_step_t *step)
 {
     return step->n_shares == 1 && step->n_gathers == 0 && step->list_room == 0;
 }
@@ -189,7 +189,7 @@ step_may_map(const attn_step_t *step)
     bool seen                   = client->gpu_way == ATTN_GPU_MAPPED ||
                 atomic_load(&client->runs_staged) + atomic_load(&client->runs_mapped) > 0;
 
-    return is_whole(step) && link->ops->map != NULL && client->gpu_way != ATTN_GPU_STAGED &&
+    return step_is_whole(step) && link->ops->map != NULL && client->gpu_way != ATTN_GPU_STAGED &&
            (step->memory == ATTN_MEMORY_CUDA ||
             (step->memory == ATTN_MEMORY_AUTO && seen && attn_memory_has_cuda()));
 }
@@ -227,7 +227,7 @@ may_map(const attn_step_t *step)
     if (step->n_shares > 1) {
         return attn_fail(ATTN_ERR_UNSUPPORTED, "the step's KV is on %u workers", step->n_shares);
     }
-    if (!is_whole(step)) {
+    if (!step_is_whole(step)) {
         return attn_fail(ATTN_ERR_UNSUPPORTED, step->list_room > 0
                                                    ? "an entry of the step has list_room"
                                                    : "the worker answers with partials");
@@ -560,6 +560,10 @@ refuse_stream(const attn_step_t *step)
                          "the step was not begun with memory = ATTN_MEMORY_CUDA, so nothing is "
                          "ready for a stream");
     }
+    if (step->on_stream) {
+        return attn_fail(ATTN_ERR_UNSUPPORTED, "the step is for attn_step_run(): %s",
+                         step->not_driven);
+    }
     if (step->n_shares > 1) {
         return attn_fail(ATTN_ERR_UNSUPPORTED,
                          "the step's KV is on %u workers: what is enqueued is all on one",
@@ -571,14 +575,15 @@ refuse_stream(const attn_step_t *step)
     }
     return attn_fail(ATTN_ERR_UNSUPPORTED,
                      "the worker (%s) does not compute on a GPU in this process: open "
-                     "inproc://cuda:N to enqueue steps, or use attn_step_run()",
+                     "inproc://cuda:N to enqueue steps, or begin them with on_stream, or use "
+                     "attn_step_run()",
                      share->link != NULL ? share->link->ops->name : "none");
 }
 
 static attn_status_t
 stream_check(const attn_step_t *step)
 {
-    if (!step->on_device) {
+    if (!step->on_device && !step->is_driven) {
         return refuse_stream(step);
     }
     if (!atomic_load(&step->idle)) {
@@ -620,7 +625,8 @@ attn_step_enqueue(attn_step_t *step, uint32_t layer, const attn_tensor_t *q, con
     attn_run_t run       = {.layer = layer, .q = q, .k = k, .v = v, .o = o, .lse = lse};
     attn_status_t status = stream_check(step);
     const attn_tensor_t *tensors[TENSORS];
-    int gpu = -1, worker = status == ATTN_OK ? step_gpu(step) : -1;
+    int gpu    = -1;
+    int worker = status != ATTN_OK ? -1 : step->is_driven ? step->drive.gpu : step_gpu(step);
 
     if (status != ATTN_OK || (status = enqueue_check(step, &run)) != ATTN_OK) {
         return status;
@@ -636,10 +642,13 @@ attn_step_enqueue(attn_step_t *step, uint32_t layer, const attn_tensor_t *q, con
     if (gpu != worker) {
         return attn_fail(ATTN_ERR_INVALID,
                          "the tensors are in the memory of GPU %d (-1: the host's), the worker "
-                         "computes on GPU %d",
+                         "computes on GPU %d, or that is the batch's",
                          gpu, worker);
     }
     status = call_of(step, &run, tensors, stream);
+    if (status == ATTN_OK && step->is_driven) {
+        return step_driven_enqueue(step, &run, stream);
+    }
     return status == ATTN_OK
                ? step->shares[0].link->ops->enqueue(step->shares[0].remote, &step->call)
                : status;
@@ -650,6 +659,10 @@ attn_step_graph(attn_step_t *step, uint64_t *graph_p)
 {
     attn_status_t status = stream_check(step);
 
+    if (status == ATTN_OK && step->is_driven) {
+        *graph_p = step_driven_graph(step);
+        return ATTN_OK;
+    }
     return status == ATTN_OK ? step->shares[0].link->ops->graph(step->shares[0].remote, graph_p)
                              : status;
 }
@@ -659,6 +672,9 @@ attn_step_replay(attn_step_t *step, void *stream)
 {
     attn_status_t status = stream_check(step);
 
+    if (status == ATTN_OK && step->is_driven) {
+        return step_driven_replay(step, stream, false);
+    }
     return status == ATTN_OK
                ? step->shares[0].link->ops->replay(step->shares[0].remote, stream, false)
                : status;
@@ -669,6 +685,9 @@ attn_step_replayed(attn_step_t *step, void *stream)
 {
     attn_status_t status = stream_check(step);
 
+    if (status == ATTN_OK && step->is_driven) {
+        return step_driven_replay(step, stream, true);
+    }
     return status == ATTN_OK
                ? step->shares[0].link->ops->replay(step->shares[0].remote, stream, true)
                : status;

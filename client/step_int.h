@@ -79,6 +79,12 @@ struct attn_step {
     uint64_t list_room;   /* of all entries */
     attn_memory_t memory; /* as begin said */
     bool on_device;       /* begun so at its one worker: layers are enqueued */
+    bool on_stream;       /* they are to be, as begin said, from ... */
+    uint32_t stream_gpu;  /* ... this GPU */
+    link_drive_t drive;   /* what was asked of a worker elsewhere; no lane: nothing */
+    link_driven_t driven; /* and where its lane is */
+    bool is_driven;       /* the worker waits for its layers there; under client->lock */
+    char not_driven[256]; /* why not */
     bool dead;            /* a share failed for good */
     group_t *group;       /* NULL: what comes as partials is merged here */
     group_wish_t wish;    /* that it was taken for */
@@ -196,6 +202,31 @@ attn_status_t step_tensors_wait(attn_step_t *step, uint64_t until_ns);
 
 /** Are they? Those of step->staged_run that were put off set out as soon as they can. */
 attn_status_t step_tensors_look(attn_step_t *step);
+
+/** Is all of it on one worker, and needs nothing but its tensors? */
+bool step_is_whole(const attn_step_t *step);
+
+/* ---- step_driven.c: layers that the runner's GPU brings to the worker's ---- */
+
+/** Before begin there: what to ask for, if the step is to be driven. */
+void step_driven_ask(attn_step_t *step, link_room_t *room);
+
+/** It has begun there: so it is driven, or it is known why not. @return ATTN_ERR_INTERNAL */
+attn_status_t step_driven_begin(attn_step_t *step);
+
+/** step->call has the tensors; as attn_step_enqueue() and so on. */
+attn_status_t step_driven_enqueue(attn_step_t *step, const attn_run_t *run, void *stream);
+uint64_t step_driven_graph(const attn_step_t *step);
+attn_status_t step_driven_replay(attn_step_t *step, void *stream, bool launched);
+
+/** Wait for what was enqueued. @return ATTN_ERR_ABORTED, ATTN_ERR_DEADLINE: it is over */
+attn_status_t step_driven_finish(attn_step_t *step);
+
+/** Its waits end. Any thread. */
+void step_driven_abort(attn_step_t *step);
+
+/** Before its remotes are freed. */
+void step_driven_free(attn_step_t *step);
 
 /* ---- carrier.c: copies that nobody waits for ---- */
 

@@ -146,6 +146,11 @@ run_check(const attn_step_t *step, uint32_t layer, const attn_tensor_t *q, const
     if (step->dead) {
         return attn_fail(ATTN_ERR_ABORTED, "the step was aborted: %s", step->sentence);
     }
+    if (step->is_driven) {
+        return attn_fail(ATTN_ERR_INVALID,
+                         "the step was begun with on_stream, and its worker waits for the stream: "
+                         "attn_step_enqueue() takes its layers");
+    }
     if (layer >= step->cache->geometry.layers) {
         return attn_fail(ATTN_ERR_INVALID, "layer is %u: the cache has %u", layer,
                          step->cache->geometry.layers);
