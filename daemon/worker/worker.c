@@ -6,6 +6,7 @@
 #include "base/log.h"
 #include "base/status.h"
 #include "daemon/monitor/figures.h"
+#include "kernels/memory.h"
 
 #include <errno.h>
 #include <sched.h>
@@ -17,9 +18,10 @@
 #define EXIT_DEVICE_FAILED 3
 #define TICK_MS 100u
 #define TRIM_TICKS 20u
-#define DRAIN_LOOK_MS 10u /* how often a draining worker looks for open steps */
-#define GRACE_MS 500u     /* for replies that are on their way at the end */
-#define SPARE_MS 500u     /* to put things away after that */
+#define DRAIN_LOOK_MS 10u                   /* how often a draining worker looks for open steps */
+#define GRACE_MS 500u                       /* for replies that are on their way at the end */
+#define SPARE_MS 500u                       /* to put things away after that */
+#define GPU_WAIT_NS (5000 * ATTN_NS_PER_MS) /* for what a GPU has still to do, at the end */
 
 /* The address that clients are told: --advertise, or the one that we listen on; with our port in
  * place of 0. */
@@ -214,6 +216,7 @@ destroy(worker_t *worker)
     copier_destroy(worker->copier);
     steps_destroy(worker->steps);
     engine_destroy(worker->engine);
+    attn_errands_settle(attn_now_ns() + GPU_WAIT_NS); /* lanes of steps that it ended */
     certs_close(&worker->certs);
     gate_destroy(&worker->gate);
 }

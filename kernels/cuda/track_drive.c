@@ -13,6 +13,7 @@
 
 #include "base/status.h"
 
+#include <stdio.h>
 #include <stdlib.h>
 
 /* The driver queues about a thousand launches, and then lets its caller wait. */
@@ -272,7 +273,7 @@ attn_status_t
 track_drive(attn_track_t *t, const attn_track_lane_t *lane, const attn_track_call_t *calls,
             uint32_t n)
 {
-    sizes_t words;
+    sizes_t words = {0};
     attn_status_t status;
     CUDA_VISIT(t->backend);
 
@@ -289,8 +290,12 @@ track_drive(attn_track_t *t, const attn_track_lane_t *lane, const attn_track_cal
         return status;
     }
     t->marks_come = false;
-    status        = queue_all(t, lane, calls, n, &words);
-    return status;
+    if ((status = queue_all(t, lane, calls, n, &words)) != ATTN_OK) {
+        char sentence[256];
+        snprintf(sentence, sizeof(sentence), "%s", attn_last_error());
+        return attn_fail(ATTN_ERR_INTERNAL, "%s", sentence); /* a part may be queued */
+    }
+    return ATTN_OK;
 }
 
 void
